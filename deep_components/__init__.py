@@ -1,0 +1,1 @@
+"""LCRON: training and evaluating cascade rankers (retrieval -> prerank -> rank) as one network."""

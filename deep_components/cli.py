@@ -1,0 +1,35 @@
+"""The edge of every command: logging, progress bars, and mistakes reported as one sentence with exit code 2."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from deep_components.errors import InputError
+
+T = TypeVar("T")
+
+
+def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run ``command(argv)`` and return the process's exit code.
+
+    0 on success, 2 for an :class:`InputError` (its sentence goes to stderr), 130 when interrupted. Anything else is a
+    defect of ours and keeps its traceback.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    return 0
+
+
+def progress(iterable: Iterable[T], description: str, unit: str, total: int | None = None) -> "tqdm[T]":
+    """A progress bar on a terminal, silence elsewhere."""
+    return tqdm(iterable, desc=description, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
