@@ -1,4 +1,4 @@
-"""RecFlow's files: their layout, and writing a log in exactly that layout.
+"""RecFlow's files: their layout, reading them, and writing a log in exactly that layout.
 
 ``data_dir/``::
 
@@ -13,8 +13,10 @@ A request's rows in the feather file are its distinct (request, video) pairs; th
 
 import json
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 
+from deep_components.dataset.safe_pickle import PickledArray, load_pickle
+from deep_components.errors import InputError
 from deep_components.files import write_atomically
 
 HISTORY_LENGTH = 50
@@ -63,7 +67,11 @@ ID_COUNT_FIELDS = (
 REQUEST_COLUMNS = ("request_id", "request_timestamp", "user_id", "device_id", "age", "gender", "province")
 ORIGIN_FILE = "others/origin.json"
 
+DEFAULT_ORIGIN = "recflow"
+
 _FEATHER_ROWS_PER_BATCH = 1 << 16
+_COUNT_ALIASES = {"photo_id": "video_id"}  # the released id_cnt.pkl also has a blank before category_level_two
+_DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def feather_path(root: Path, day: str) -> Path:
@@ -80,6 +88,159 @@ def history_path(root: Path, day: str) -> Path:
 
 def id_count_path(root: Path) -> Path:
     return root / "others" / "id_cnt.pkl"
+
+
+def day_paths(root: Path, day: str) -> tuple[Path, Path, Path]:
+    """The three files a day consists of."""
+    return feather_path(root, day), request_path(root, day), history_path(root, day)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def available_days(root: Path) -> list[str]:
+    """The days of which all three files are there, in order. InputError when there is none."""
+    folders = [path.parent for path in day_paths(root, "")]
+    names = [{path.stem for path in folder.glob("*") if _DAY.fullmatch(path.stem)} for folder in folders]
+    days = sorted(set.intersection(*names))
+    if not days:
+        raise InputError(
+            f"{root}: no day has its files in all_stage, request_id_dict and seq_effective_50_dict; "
+            "see data/README.md for the tree expected"
+        )
+    return days
+
+
+def read_origin(root: Path) -> str:
+    """What made the log: "simulated", "movielens-1m", or "recflow" where the folder does not say."""
+    try:
+        origin = json.loads((root / ORIGIN_FILE).read_text())["data"]
+    except FileNotFoundError:
+        return DEFAULT_ORIGIN
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{root / ORIGIN_FILE}: not readable ({error}); make the log again") from error
+    return str(origin)
+
+
+def read_id_counts(root: Path) -> dict[str, int]:
+    """``others/id_cnt.pkl``: number of distinct ids of every field of ID_COUNT_FIELDS.
+
+    Raises InputError when the file is missing or damaged, or lacks a field.
+    """
+    path = id_count_path(root)
+    content = load_pickle(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of counts; fetch the file again")
+    counts = {_COUNT_ALIASES.get(str(key).strip(), str(key).strip()): value for key, value in content.items()}
+    for field in ID_COUNT_FIELDS:
+        if type(counts.get(field)) is not int or not 0 < counts[field] < 1 << 32:
+            raise InputError(
+                f"{path}: field {field} is {counts.get(field)!r}, not a count of ids; fetch the file again"
+            )
+    return {field: counts[field] for field in ID_COUNT_FIELDS}
+
+
+def read_request_dict(path: Path) -> dict[int, dict[str, PickledArray]]:
+    """``request_id_dict/<day>.pkl``: {request_id: {group: rows}}. InputError unless it has that form."""
+    requests = _keyed_by_request(path)
+    for request_id, groups in requests.items():
+        if not isinstance(groups, dict) or not all(isinstance(rows, PickledArray) for rows in groups.values()):
+            raise InputError(f"{path}: request {request_id} is not a dict of arrays by group; fetch the file again")
+    return requests
+
+
+def read_history_dict(path: Path) -> dict[int, PickledArray]:
+    """``seq_effective_50_dict/<day>.pkl``: {request_id: rows}. InputError unless it has that form."""
+    histories = _keyed_by_request(path)
+    for request_id, rows in histories.items():
+        if not isinstance(rows, PickledArray):
+            raise InputError(f"{path}: the history of request {request_id} is not an array; fetch the file again")
+    return histories
+
+
+def _keyed_by_request(path: Path) -> dict[int, Any]:
+    content = load_pickle(path)
+    if not isinstance(content, dict) or not all(type(key) is int for key in content):
+        raise InputError(f"{path}: not a dict keyed by request ids; fetch the file again")
+    return content
+
+
+@dataclass(frozen=True)
+class Requests:
+    """The request side of a day: one [R] int64 array for each of REQUEST_COLUMNS, in order of first appearance, and
+    the true positions of the ground-truth items, one entry per row flagged so."""
+
+    fields: Mapping[str, np.ndarray]
+    truth_request_id: np.ndarray
+    truth_video_id: np.ndarray
+    truth_index: np.ndarray
+
+
+def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
+    """Read ``all_stage/<day>.feather`` by record batches, one column at a time.
+
+    A day has some 50 million rows; what is kept is one row a request and the rows flagged ``truth_flag``, so the memory
+    needed is that of one column of one record batch and of the result.
+
+    Raises InputError when the file is missing or damaged, or a column is missing or not of integers.
+    """
+    kept: dict[str, list[np.ndarray]] = {}
+    seen = np.empty(0, np.int64)  # sorted ids of the requests met so far
+    for batch in _record_batches(path, (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)):
+        ids = batch("request_id")
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))  # rows of a request mostly stand together
+        distinct, first = np.unique(ids[starts], return_index=True)
+        new = ~np.isin(distinct, seen, assume_unique=True)
+        rows = np.sort(starts[first[new]])
+        seen = np.union1d(seen, distinct[new])
+        truth_rows = np.flatnonzero(batch(truth_flag) == 1)
+        for name in REQUEST_COLUMNS:
+            kept.setdefault(name, []).append(batch(name)[rows])
+        kept.setdefault("truth_request_id", []).append(ids[truth_rows])
+        kept.setdefault("truth_video_id", []).append(batch("video_id")[truth_rows])
+        kept.setdefault("truth_index", []).append(batch(truth_index)[truth_rows])
+    if not len(seen):
+        raise InputError(f"{path}: holds no request; fetch the file again")
+    joined = {name: np.concatenate(parts) for name, parts in kept.items()}
+    return Requests(
+        {name: joined[name] for name in REQUEST_COLUMNS},
+        joined["truth_request_id"],
+        joined["truth_video_id"],
+        joined["truth_index"],
+    )
+
+
+def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
+    """For each record batch a function that reads one of its columns as int64."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            schema = pa.ipc.open_file(source).schema
+            readers = {}
+            for name in columns:
+                if name not in schema.names:
+                    raise InputError(f"{path}: column {name} is missing; fetch the file again")
+                if not pa.types.is_integer(schema.field(name).type):
+                    raise InputError(
+                        f"{path}: column {name} holds {schema.field(name).type}, not integers; fetch the file again"
+                    )
+                options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name)])
+                readers[name] = pa.ipc.open_file(source, options=options)
+            for index in range(readers[columns[0]].num_record_batches):
+                yield partial(_integers, path, readers, index)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; see data/README.md for the files expected") from error
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not a readable Feather (Arrow IPC) file ({error}); fetch the file again") from error
+
+
+def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> np.ndarray:
+    column = readers[name].get_batch(index).column(0)
+    if column.null_count:
+        raise InputError(f"{path}: column {name} has {column.null_count} missing values; fetch the file again")
+    return column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""Arguments shared by the training commands, and those shared by the evaluation commands."""
+
+import argparse
+import pkgutil
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
+from deep_components.dataset.recflow import HISTORY_LENGTH
+from deep_components.errors import InputError
+
+T = TypeVar("T")
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of every training command; methods add their own hyper-parameters to it."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--loss_type", required=True, help="the method; a file of deep_components/loss has its name")
+    _add_data_arguments(parser)
+    parser.add_argument("--train_days", type=_days, help="day,day,... (default: all days but the last; on RecFlow "
+                        "2024-01-13 .. 2024-02-03)")  # fmt: skip
+    parser.add_argument("--seed", type=_non_negative_int, default=30, help="fixes everything on a CPU (default 30)")
+    parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
+    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests a step (default 1024)")
+    parser.add_argument("--epochs", type=_non_negative_int, default=1,
+                        help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
+    parser.add_argument("--emb_dim", type=_positive_int, default=8, help="embedding dimension (default 8)")
+    parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
+    parser.add_argument("--seq_len", type=_history_length, default=HISTORY_LENGTH,
+                        help=f"last history positions used (default {HISTORY_LENGTH})")  # fmt: skip
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
+    parser.add_argument("--optimizer", choices=["adam"], default="adam")
+    parser.add_argument("--print_freq", type=_positive_int, default=50, help="steps between reports (default 50)")
+    parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
+                        help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
+    parser.add_argument("--init_from", type=Path, metavar="RUN", help="start from the models of another run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on after the last day that --output_dir holds")
+    return parser
+
+
+def evaluation_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of every evaluation command."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    _add_data_arguments(parser)
+    parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
+    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
+    parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
+    return parser
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", type=Path, required=True, help="a log in RecFlow's layout")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
+    parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
+    parser.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
+    parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device the arguments ask for; CUDA when they ask for none and there is one.
+
+    Raises InputError when the device is unknown or not there, or --cuda contradicts --device.
+    """
+    if args.cuda is not None and args.device is not None:
+        raise InputError(f"--cuda={args.cuda} and --device={args.device} both name a device; give one of them")
+    name = args.device or (f"cuda:{args.cuda}" if args.cuda is not None else None)
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device={name}: unknown device; use cpu, cuda or cuda:K") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device={name}: unknown device; use cpu, cuda or cuda:K")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"{name}: there are {torch.cuda.device_count()} CUDA devices here; use --device=cpu")
+    return device
+
+
+def unknown_method(loss_type: str, package: str, path: list[str]) -> InputError:
+    """The error for a --loss_type without a branch in build_loss; it lists the methods of the loss package."""
+    methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(path)))
+    return InputError(f"--loss_type={loss_type}: no such method in {package}; choose one of: {methods}")
+
+
+def _positive_int(text: str) -> int:
+    return _checked(int(text), int(text) > 0, text, "a whole number above 0")
+
+
+def _non_negative_int(text: str) -> int:
+    return _checked(int(text), int(text) >= 0, text, "a whole number from 0")
+
+
+def _positive_float(text: str) -> float:
+    return _checked(float(text), 0 < float(text) < float("inf"), text, "a number above 0")
+
+
+def _tower_width(text: str) -> int:
+    return _checked(int(text), int(text) > 0 and int(text) % 4 == 0, text, "a multiple of 4")
+
+
+def _history_length(text: str) -> int:
+    return _checked(int(text), 0 < int(text) <= HISTORY_LENGTH, text, f"a whole number from 1 to {HISTORY_LENGTH}")
+
+
+def _days(text: str) -> list[str]:
+    return [day.strip() for day in text.split(",") if day.strip()]
+
+
+def _checked(value: T, holds: bool, text: str, wanted: str) -> T:
+    if not holds:
+        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+    return value

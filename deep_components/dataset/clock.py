@@ -1,0 +1,48 @@
+"""Wall-clock fields of timestamps in the log's own time zone, never the machine's."""
+
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+
+from deep_components.errors import InputError
+
+_QUARTER_HOUR = 900  # zone offsets change at multiples of it (since 1901, everywhere)
+_MIN_SECONDS, _MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
+
+
+def time_zone(name: str) -> ZoneInfo:
+    """The zone called ``name``; InputError when there is none."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError) as error:
+        raise InputError(f"--time_zone={name}: unknown time zone; use a name such as Asia/Shanghai") from error
+
+
+def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Encoded weekday 1..7 (Monday = 1), hour 1..24 and minute 1..60 of Unix times.
+
+    Args:
+        seconds: int64, any shape; times before 1970 are negative and encode by floor arithmetic.
+
+    Returns:
+        three uint8 arrays of the shape of ``seconds``.
+
+    Raises:
+        ValueError: a time outside 1900 .. 2200 (milliseconds given as seconds, most often).
+    """
+    if seconds.size and (seconds.min() < _MIN_SECONDS or seconds.max() >= _MAX_SECONDS):
+        raise ValueError("a time outside the years 1900 to 2200; is it in the unit that data/README.md names?")
+    buckets, inverse = np.unique(seconds // _QUARTER_HOUR, return_inverse=True)
+    offsets = np.array([_utc_offset(bucket * _QUARTER_HOUR, zone) for bucket in buckets.tolist()], np.int64)
+    local = seconds + (offsets[inverse].reshape(seconds.shape) if seconds.size else 0)
+    weekday = (local // 86_400 + 3) % 7 + 1  # 1970-01-01 was a Thursday
+    hour = local // 3_600 % 24 + 1
+    minute = local // 60 % 60 + 1
+    return weekday.astype(np.uint8), hour.astype(np.uint8), minute.astype(np.uint8)
+
+
+def _utc_offset(seconds: int, zone: ZoneInfo) -> int:
+    offset = datetime.fromtimestamp(seconds, UTC).astimezone(zone).utcoffset()
+    assert offset is not None
+    return int(offset.total_seconds())

@@ -1,0 +1,213 @@
+"""The columnar cache: a day of a log, encoded once for one cascade, memory-mapped afterwards.
+
+``cache_dir/<cascade>/<day>-<key>/`` holds one .npy file a column and ``meta.json``. The key is a digest of all that the
+content depends on (the source files' sizes and modification times, the id counts, the cascade's groups, the time zone
+and FORMAT_VERSION), so a stale cache is never opened. A folder is written under a temporary name and renamed; every
+column's SHA-256 is checked when it is opened, and a damaged folder is built anew.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, REQUEST_FIELDS, CascadeBatch, Features, Targets
+from deep_components.cascade import Cascade
+from deep_components.dataset import recflow
+from deep_components.dataset.clock import time_zone
+from deep_components.dataset.encoding import ColumnFiles, encode_day
+from deep_components.errors import InputError
+
+FORMAT_VERSION = 1
+DEFAULT_TIME_ZONE = "Asia/Shanghai"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DayCache:
+    """One opened day. ``columns`` are memory maps whose first dimension is the request, in file order.
+
+    ``repairs`` counts what was left out or repaired when the day was read (see data/README.md).
+    """
+
+    day: str
+    columns: Mapping[str, np.ndarray]
+    group: np.ndarray  # [N] int64
+    repairs: Mapping[str, int]
+    history_length: int = recflow.HISTORY_LENGTH  # L: this many of the last history positions are handed out
+
+    def __len__(self) -> int:
+        return len(self.columns["request_id"])
+
+    def batch(self, requests: np.ndarray) -> CascadeBatch:
+        """The requests at the given positions, all N items at once."""
+
+        def column(name: str) -> torch.Tensor:
+            return torch.from_numpy(self.columns[name][requests].astype(np.int64))
+
+        def stacked(prefix: str, fields: Sequence[str], last: int) -> torch.Tensor:
+            values = np.empty((len(requests), last, len(fields)), np.int64)
+            for place, field in enumerate(fields):
+                values[:, :, place] = self.columns[f"{prefix}.{field}"][requests][:, -last:]
+            return torch.from_numpy(values)
+
+        return CascadeBatch(
+            request_id=column("request_id"),
+            features=Features(
+                **{field: column(f"request.{field}") for field in REQUEST_FIELDS},
+                history=stacked("history", HISTORY_FIELDS, self.history_length),
+                history_mask=torch.from_numpy(self.columns["history.mask"][requests][:, -self.history_length :].copy()),
+                items=stacked("items", ITEM_FIELDS, len(self.group)),
+            ),
+            targets=Targets(
+                labels=column("items.label"),
+                mask=torch.from_numpy(self.columns["items.mask"][requests]),
+                group=torch.from_numpy(self.group),
+            ),
+        )
+
+
+def open_day(
+    data_dir: Path,
+    day: str,
+    cascade: Cascade,
+    cache_dir: Path | None = None,
+    zone: str = DEFAULT_TIME_ZONE,
+    history_length: int = recflow.HISTORY_LENGTH,
+) -> DayCache:
+    """The day's cache, built first when there is none, when its sources changed, or when it is damaged.
+
+    Args:
+        data_dir: a log in RecFlow's layout.
+        day: the file name of the day, e.g. 2024-01-13.
+        cascade: which item groups to take.
+        cache_dir: where caches lie; by default :func:`default_cache_dir`.
+        zone: the time zone of the log.
+        history_length: how many of the last history positions batches have.
+
+    Raises:
+        InputError: a source file is missing or cannot be used, or the cache cannot be written.
+    """
+    counts = recflow.read_id_counts(data_dir)
+    identity = _identity(data_dir, day, cascade, counts, zone)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    parent = (cache_dir or default_cache_dir(data_dir)) / cascade.name
+    folder = parent / f"{day}-{key}"
+    if folder.exists():
+        damage = _damage(folder)
+        if damage is None:
+            return _open_folder(folder, day, cascade, history_length)
+        logger.warning("%s: the cache is damaged (%s) and is built anew", folder, damage)
+        _remove_folder(folder)
+    _build_folder(folder, data_dir, day, cascade, counts, zone, identity)
+    for stale in parent.glob(f"{day}-*"):
+        if stale != folder:
+            _remove_folder(stale)
+    return _open_folder(folder, day, cascade, history_length)
+
+
+def default_cache_dir(data_dir: Path) -> Path:
+    """``data_dir/cache``; for a folder marked read-only, a folder of its own under the user's cache directory."""
+    writable = os.access(data_dir, os.W_OK) and data_dir.stat().st_mode & 0o222
+    if writable:
+        return data_dir / "cache"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "lcron" / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
+
+
+def _identity(data_dir: Path, day: str, cascade: Cascade, counts: Mapping[str, int], zone: str) -> dict[str, Any]:
+    sources = {}
+    for path in recflow.day_paths(data_dir, day):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: no such file; see data/README.md for the files a day consists of") from error
+        sources[path.parent.name] = [status.st_size, status.st_mtime_ns]
+    return {
+        "format": FORMAT_VERSION,
+        "sources": sources,
+        "id_counts": dict(counts),
+        "groups": [asdict(group) for group in cascade.groups],
+        "group_size": cascade.group_size,
+        "time_zone": zone,
+    }
+
+
+def _build_folder(
+    folder: Path,
+    data_dir: Path,
+    day: str,
+    cascade: Cascade,
+    counts: Mapping[str, int],
+    zone: str,
+    identity: Mapping[str, Any],
+) -> None:
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        repairs = encode_day(data_dir, day, cascade, counts, time_zone(zone), ColumnFiles(temporary))
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
+        }
+        meta = {"identity": identity, "repairs": repairs, "files": files}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process has built the same folder meanwhile: use that one
+                raise
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Rename first: no reader finds a folder half removed."""
+    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return  # another process was faster
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) -> DayCache:
+    meta = json.loads((folder / "meta.json").read_text())
+    columns = {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["files"]}
+    group = np.repeat(np.arange(len(cascade.groups)), cascade.group_size)
+    for repair, count in meta["repairs"].items():
+        if count:
+            logger.warning("%s: %s: %d", day, repair, count)
+    return DayCache(day, columns, group, meta["repairs"], history_length)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the folder, or None."""
+    try:
+        files = json.loads((folder / "meta.json").read_text())["files"]
+        for name, expected in files.items():
+            if (folder / name).stat().st_size != expected["size"]:
+                return f"{name} has another size"
+            if _sha256(folder / name) != expected["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,118 @@
+"""Evaluating a cascade: checkpoint -> scores of a test day -> metrics.json."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from deep_components import checkpoint
+from deep_components.arguments import DTYPES, choose_device
+from deep_components.cascade import Cascade
+from deep_components.dataset import recflow
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.days import test_day
+from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.loader import batches
+from deep_components.errors import InputError
+from deep_components.files import write_atomically
+from deep_components.metrics import cascade_metrics
+from deep_components.models import build_models
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def score_day(
+    models: Mapping[str, nn.Module], day: DayCache, batch_size: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Scores of every stage over every request of the day, in file order, in one pass.
+
+    Returns:
+        on the CPU: stage -> [R, N]; and "request_id" [R], "labels" [R, N], "mask" [R, N].
+    """
+    parts: dict[str, list[Tensor]] = {}
+    with tqdm(
+        total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        for batch in batches(day, np.arange(len(day)), batch_size, device):
+            columns = {stage: model(batch.features) for stage, model in models.items()}
+            columns |= {"request_id": batch.request_id, "labels": batch.targets.labels, "mask": batch.targets.mask}
+            for name, values in columns.items():
+                parts.setdefault(name, []).append(values.cpu())
+            bar.update(len(batch.request_id))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate the run in args.output_dir (evaluation_parser) and write metrics.json, and scores.npz if asked for.
+
+    Returns:
+        the content of metrics.json.
+    """
+    config = checkpoint.read_config(args.output_dir)
+    if config.get("setting") != cascade.name:
+        raise InputError(
+            f"{args.output_dir}: a {config.get('setting')} run; evaluate it with the command of that setting"
+        )
+    trained = argparse.Namespace(**config["arguments"])
+    counts = recflow.read_id_counts(args.data_dir)
+    if counts != config["id_counts"]:
+        raise InputError(
+            f"{args.data_dir}: its id counts differ from those of the run's data; evaluate on the same log"
+        )
+    device, dtype = choose_device(args), DTYPES[trained.dtype]
+    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
+    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, trained.seed)
+    for model in models.values():
+        model.to(device=device, dtype=dtype).eval()
+    checkpoint.load_models(args.output_dir, models)
+    name = test_day(args.data_dir, args.test_day)
+    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone, trained.seq_len)
+    scored = score_day(models, day, args.batch_size, device)
+    results = _results(cascade, scored, torch.from_numpy(day.group))
+    results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
+    results |= {"epochs": trained.epochs, "commit": config["commit"], "data": recflow.read_origin(args.data_dir)}
+    if results["data"] == "simulated":
+        results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
+    if trained.epochs and name in config["train_days"]:
+        results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
+        logger.warning("%s", results["warning_test_day"])
+    if args.save_scores:
+        arrays: dict[str, Any] = {key: value.numpy() for key, value in scored.items()}
+        arrays["data"] = np.array(results["data"])
+        write_atomically(args.output_dir / checkpoint.SCORES_FILE, lambda file: np.savez_compressed(file, **arrays))
+    checkpoint.write_json(args.output_dir / checkpoint.METRICS_FILE, results)
+    return results
+
+
+def _results(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> dict[str, Any]:
+    """Means over the requests where a metric is defined. InputError when a score is not finite."""
+    mask = scored["mask"]
+    for stage in cascade.stage_names:
+        broken = int((~scored[stage].isfinite() & mask).sum())
+        if broken:
+            raise InputError(
+                f"{stage}.safetensors gives {broken} scores that are not finite; train again with a lower --lr"
+            )
+    relevant = (group == 0).expand_as(mask) & mask
+    metrics = cascade_metrics(
+        {stage: scored[stage] for stage in cascade.stage_names},
+        scored["labels"],
+        mask,
+        relevant,
+        {stage.name: stage.keep for stage in cascade.stages},
+        cascade.num_relevant,
+    )
+    results: dict[str, Any] = {}
+    for name, values in metrics.items():
+        mean = values.nanmean().item()
+        results[name] = mean if np.isfinite(mean) else None
+    results["num_requests"] = len(mask)
+    results["num_requests_without_ground_truth"] = int((~relevant.any(dim=-1)).sum())
+    return results

@@ -1,0 +1,139 @@
+"""Cascade metrics, vectorised over requests.
+
+Arrays: scores and labels [R, N], mask [R, N] bool (False = missing item, which is as if it were not there), relevant
+[R, N] bool (the ground-truth items). Every metric is per request, [R]; NaN where it is not defined.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_REQUESTS_PER_CHUNK = 1024  # bounds the [R, N, N] pairs of Kendall's tau
+
+
+def kept(scores: Tensor, candidates: Tensor, relevant: Tensor, quota: int) -> Tensor:
+    """Which of the candidates a stage keeps: its ``quota`` best by score. [R, N] bool.
+
+    Ties are resolved against the ground truth, so that a constant score is not mistaken for a good one.
+
+    Args:
+        scores: [R, N].
+        candidates: [R, N] bool, the items that reach the stage.
+        relevant: [R, N] bool.
+        quota: number of items the stage keeps.
+    """
+    by_relevance = relevant.to(torch.uint8).argsort(dim=-1, stable=True)  # others first
+    by_score = torch.where(candidates, scores, -torch.inf).gather(-1, by_relevance)
+    order = by_relevance.gather(-1, by_score.argsort(dim=-1, descending=True, stable=True))
+    best = torch.zeros_like(candidates).scatter(-1, order[:, :quota], True)
+    return best & candidates
+
+
+def recall(scores: Tensor, mask: Tensor, relevant: Tensor, quota: int) -> Tensor:
+    """Recall@K@quota of one stage over all items present: the share of the K ground-truth items it keeps. [R]."""
+    return joint_recall([scores], mask, relevant, [quota])
+
+
+def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> Tensor:
+    """Recall of the whole cascade: each stage keeps its best ``quotas[i]`` of what the stages before it kept. [R].
+
+    Args:
+        scores: one [R, N] per stage, in serving order.
+        mask: [R, N] bool.
+        relevant: [R, N] bool.
+        quotas: one per stage.
+
+    Returns:
+        the share of the K ground-truth items that survive every stage; NaN for a request without any.
+    """
+    relevant = relevant & mask
+    alive = mask
+    for stage_scores, quota in zip(scores, quotas, strict=True):
+        alive = kept(stage_scores, alive, relevant, quota)
+    return (alive & relevant).sum(dim=-1).double() / relevant.sum(dim=-1)
+
+
+def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
+    """NDCG@k with linear gain: DCG = sum over ranks r <= k of label / log2(r + 1), divided by the ideal DCG. [R].
+
+    Tied scores share the mean gain of their ranks (McSherry and Najork, ECIR 2008; scikit-learn's ndcg_score).
+    A request whose ideal DCG is 0 gets 0; one without items is not defined (NaN).
+    """
+    num_items = scores.shape[-1]
+    gains = torch.where(mask, labels, 0).double()
+    discount = 1 / torch.log2(torch.arange(2, num_items + 2, device=scores.device, dtype=torch.float64))
+    discount[k:] = 0
+    ordered, order = torch.where(mask, scores, -torch.inf).sort(dim=-1, descending=True)
+    present = mask.gather(-1, order)
+    # Ranks with equal scores form a block; missing items, last, form blocks of their own and have no gain.
+    starts = torch.ones_like(present)
+    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) | ~present[:, 1:]
+    block = starts.long().cumsum(dim=-1) - 1  # [R, N]
+    zeros = torch.zeros_like(gains)
+    sizes = zeros.scatter_add(-1, block, torch.ones_like(gains))
+    mean_gain = zeros.scatter_add(-1, block, gains.gather(-1, order)) / sizes.clamp(min=1)
+    dcg = (mean_gain.gather(-1, block) * discount).sum(dim=-1)
+    lowest_last = torch.where(mask, labels.double(), -torch.inf).sort(dim=-1, descending=True).values
+    ideal = (torch.where(lowest_last.isfinite(), lowest_last, 0) * discount).sum(dim=-1)
+    value = torch.where(ideal == 0, 0, dcg / torch.where(ideal == 0, 1, ideal))
+    return value.masked_fill(~mask.any(dim=-1), torch.nan)
+
+
+def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Kendall's tau-b of scores and labels: (C - D) / sqrt((pairs untied in scores) (pairs untied in labels)). [R].
+
+    NaN where all scores, or all labels, of a request are equal.
+    """
+    parts = []
+    for first in range(0, len(scores), _REQUESTS_PER_CHUNK):
+        chunk = slice(first, first + _REQUESTS_PER_CHUNK)
+        pair = mask[chunk].unsqueeze(-1) & mask[chunk].unsqueeze(-2)
+        by_score = torch.where(pair, _signs(scores[chunk]), 0)
+        by_label = torch.where(pair, _signs(labels[chunk]), 0)
+        agreement = (by_score * by_label).sum(dim=(-1, -2))
+        untied = by_score.abs().sum(dim=(-1, -2)) * by_label.abs().sum(dim=(-1, -2))
+        parts.append(agreement / untied.sqrt())  # each unordered pair counts twice in all three sums
+    return torch.cat(parts) if parts else scores.new_zeros(0, dtype=torch.float64)
+
+
+def cascade_metrics(
+    scores: Mapping[str, Tensor],
+    labels: Tensor,
+    mask: Tensor,
+    relevant: Tensor,
+    quotas: Mapping[str, int],
+    num_relevant: int,
+) -> dict[str, Tensor]:
+    """All metrics of a cascade per request, under the names of the paper's tables.
+
+    Args:
+        scores: stage -> [R, N], in serving order.
+        labels: [R, N].
+        mask: [R, N] bool.
+        relevant: [R, N] bool.
+        quotas: stage -> items it keeps.
+        num_relevant: the K in the names and the cut of NDCG.
+
+    Returns:
+        ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``, ``<stage>_kendall_tau``;
+        [R] each.
+    """
+    last = list(quotas.values())[-1]
+    metrics = {
+        f"joint_recall@{num_relevant}@{last}": joint_recall(
+            [scores[stage] for stage in quotas], mask, relevant, list(quotas.values())
+        )
+    }
+    for stage, quota in quotas.items():
+        metrics[f"{stage}_recall@{num_relevant}@{quota}"] = recall(scores[stage], mask, relevant, quota)
+        metrics[f"{stage}_ndcg@{num_relevant}"] = ndcg(scores[stage], labels, mask, num_relevant)
+        metrics[f"{stage}_kendall_tau"] = kendall_tau(scores[stage], labels, mask)
+    return metrics
+
+
+def _signs(values: Tensor) -> Tensor:
+    """sign(v_m - v_n) for all pairs, [R, N, N] float64."""
+    return (values.unsqueeze(-1) > values.unsqueeze(-2)).double() - (
+        values.unsqueeze(-1) < values.unsqueeze(-2)
+    ).double()

@@ -1,0 +1,117 @@
+"""DIN, the ranking stage: attention of each item over the user's history (Zhou et al., KDD 2018)."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deep_components.batch import Features
+from deep_components.models.embedding import FieldEmbedding
+from deep_components.models.tower import tower
+
+ATTENTION_UNITS = 80
+PADDING_LOGIT = -(2.0**30) + 1.0
+
+# Hidden activations alive at a time, in numbers: small enough for a core's cache, large enough to keep it busy. A GPU
+# wants few large steps instead.
+_CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 27}
+
+
+class DIN(nn.Module):
+    """score = tower(user side, interest, item): interest is the attention-weighted sum of the history.
+
+    The attention logit of history position l for an item is Linear(80 -> 1)(ReLU(Linear(10d -> 80)(history_l, item's
+    first five fields))); padding positions get -2^30 + 1 before the softmax over all L positions. The tower is
+    [21d -> u -> u -> u/4 -> 1] with u = ``nn_units``.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, int], emb_dim: int = 8, nn_units: int = 128) -> None:
+        super().__init__()
+        self.embedding = FieldEmbedding(vocabulary, emb_dim)
+        self.behaviour_width = 5 * emb_dim
+        self.attention = tower([2 * self.behaviour_width, ATTENTION_UNITS, 1])
+        self.tower = tower([21 * emb_dim, nn_units, nn_units, nn_units // 4, 1])
+
+    def forward(self, features: Features) -> Tensor:
+        """Scores [B, N]."""
+        embedded = self.embedding(features)
+        interest = self.interest(embedded.history, features.history_mask, embedded.items)  # [B, N, 5d]
+        # The tower's first layer is linear: the user's part of it is the same for all items of a request.
+        first = cast(nn.Linear, self.tower[0])
+        user_width = embedded.user.shape[-1]
+        hidden = F.linear(embedded.user, first.weight[:, :user_width], first.bias).unsqueeze(1)  # [B, 1, u]
+        hidden = hidden + F.linear(torch.cat([interest, embedded.items], dim=-1), first.weight[:, user_width:])
+        return self.tower[1:](hidden).squeeze(-1)
+
+    def interest(self, history: Tensor, history_mask: Tensor, items: Tensor) -> Tensor:
+        """Attention-weighted history per item.
+
+        Args:
+            history: [B, L, 5d].
+            history_mask: [B, L] bool.
+            items: [B, N, 8d]; the first five fields take part.
+
+        Returns:
+            [B, N, 5d].
+        """
+        inner, outer = cast(nn.Linear, self.attention[0]), cast(nn.Linear, self.attention[2])
+        width = self.behaviour_width
+        history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, H]
+        item_part = F.linear(items[..., :width], inner.weight[:, width:])  # [B, N, H]
+        logits = attention_logits(history_part, item_part, outer.weight.squeeze(0)) + outer.bias  # [B, N, L]
+        weights = logits.masked_fill(~history_mask.unsqueeze(1), PADDING_LOGIT).softmax(dim=-1)
+        return weights @ history
+
+
+def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
+    """logits[b, n, l] = sum_h weight[h] * ReLU(history_part[b, l, h] + item_part[b, n, h]).
+
+    Linear(10d -> H) of a concatenation is the sum of its parts, so nothing of size B x N x L x 10d is made; the hidden
+    B x N x L x H activations are made a few requests at a time and made again in the backward pass instead of stored.
+
+    Args:
+        history_part: [B, L, H].
+        item_part: [B, N, H].
+        weight: [H].
+
+    Returns:
+        [B, N, L].
+    """
+    return _AttentionLogits.apply(history_part, item_part, weight)
+
+
+class _AttentionLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(history_part, item_part, weight)
+        logits = history_part.new_empty(item_part.shape[0], item_part.shape[1], history_part.shape[1])
+        for chunk in _request_chunks(history_part, item_part):
+            torch.matmul(_hidden(history_part[chunk], item_part[chunk]), weight, out=logits[chunk])
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        history_part, item_part, weight = ctx.saved_tensors
+        grad_history, grad_item = torch.empty_like(history_part), torch.empty_like(item_part)
+        grad_weight = torch.zeros_like(weight)
+        for chunk in _request_chunks(history_part, item_part):
+            hidden = _hidden(history_part[chunk], item_part[chunk])  # [b, N, L, H]
+            grad = grad_logits[chunk].unsqueeze(-1)  # [b, N, L, 1]
+            grad_weight += (hidden.flatten(0, 2).T @ grad.reshape(-1, 1)).squeeze(-1)
+            grad_hidden = (hidden > 0).to(grad.dtype).mul_(grad)  # times weight[h], taken out of the sums below
+            torch.sum(grad_hidden, dim=1, out=grad_history[chunk])
+            torch.sum(grad_hidden, dim=2, out=grad_item[chunk])
+        return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
+
+
+def _hidden(history_part: Tensor, item_part: Tensor) -> Tensor:
+    return (history_part.unsqueeze(1) + item_part.unsqueeze(2)).relu_()
+
+
+def _request_chunks(history_part: Tensor, item_part: Tensor) -> list[slice]:
+    per_request = history_part.shape[1] * history_part.shape[2] * item_part.shape[1]
+    step = max(1, _CHUNK_NUMBERS.get(history_part.device.type, 1 << 27) // max(per_request, 1))
+    return [slice(first, first + step) for first in range(0, len(history_part), step)]

@@ -1,0 +1,266 @@
+"""Training a cascade: scores of all stages -> one loss -> one backward pass -> one optimizer step.
+
+Names no method. Adam is elementwise and stages share nothing, so one optimizer over all parameters equals one per
+stage, and methods that train each stage by its own step are the sum of their losses.
+"""
+
+import argparse
+import json
+import logging
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from deep_components import checkpoint
+from deep_components.arguments import DTYPES, choose_device
+from deep_components.batch import CascadeBatch
+from deep_components.cascade import Cascade
+from deep_components.dataset import recflow
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.days import training_days
+from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.errors import InputError
+from deep_components.models import build_models
+
+ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
+FEW_STEPS = 50
+
+# Arguments that may differ between a run and its continuation.
+_FREE_ON_RESUME = (
+    "resume",
+    "output_dir",
+    "data_dir",
+    "cache_dir",
+    "device",
+    "cuda",
+    "print_freq",
+    "epochs",
+    "train_days",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Stage models, a loss and their optimizer; one call of :meth:`step` per batch."""
+
+    def __init__(self, models: Mapping[str, nn.Module], loss: nn.Module, lr: float) -> None:
+        self.models, self.loss = models, loss
+        parts = {**models, "loss": loss}
+        self.parameters = {
+            f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()
+        }
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+
+    def step(self, batch: CascadeBatch) -> dict[str, Tensor]:
+        """One optimizer step; returns the loss and its terms, detached and still on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        scores = [model(batch.features) for model in self.models.values()]
+        terms = self.loss(*scores, batch.targets)
+        terms["loss"].backward()
+        self.optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """All parameters and optimizer state as named tensors."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return {f"parameter/{name}": value.detach() for name, value in self.parameters.items()} | {
+            f"optimizer/{names[id(parameter)]}/{key}": value
+            for parameter, entries in self.optimizer.state.items()
+            for key, value in entries.items()
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The reverse of :meth:`state`. InputError when a parameter is missing or has another shape."""
+        for name, parameter in self.parameters.items():
+            value = state.get(f"parameter/{name}")
+            if value is None or value.shape != parameter.shape:
+                raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
+            parameter.copy_(value)
+            prefix = f"optimizer/{name}/"
+            entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if entries:
+                self.optimizer.state[parameter] = {
+                    # Adam counts its steps on the CPU; its moments lie with the parameter.
+                    key: value if key == "step" else value.to(parameter.device)
+                    for key, value in entries.items()
+                }
+
+
+class StepLog:
+    """train.jsonl: an object per step. Terms stay on the device until :meth:`flush`: a step waits for nothing."""
+
+    def __init__(self, path: Path, origin: str, kept_steps: int) -> None:
+        self.path, self.origin = path, origin
+        lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
+        path.write_text("".join(lines))
+        self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
+
+    def add(self, step: int, day: str, seconds: float, terms: dict[str, Tensor]) -> None:
+        self._waiting.append((step, day, seconds, terms))
+
+    def flush(self) -> float:
+        """Write what waits and return the last loss. InputError when a loss is not finite."""
+        if not self._waiting:
+            return math.nan
+        names = list(self._waiting[0][3])
+        values = torch.stack([torch.stack([terms[name].double() for name in names]) for *_, terms in self._waiting])
+        with self.path.open("a") as file:
+            for (step, day, seconds, _), row in zip(self._waiting, values.tolist(), strict=True):
+                terms = dict(zip(names, row, strict=True))
+                if not math.isfinite(terms["loss"]):
+                    raise InputError(
+                        f"step {step}, day {day}: the loss is {terms['loss']}, so training stops; lower --lr or "
+                        f"look at the terms in {self.path}"
+                    )
+                record = {"step": step, "day": day, **terms, "seconds": round(seconds, 6), "data": self.origin}
+                file.write(json.dumps(record) + "\n")
+        self._waiting.clear()
+        return float(values[-1, names.index("loss")])
+
+
+def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
+    """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
+    device, dtype = choose_device(args), DTYPES[args.dtype]
+    origin = recflow.read_origin(args.data_dir)
+    names = training_days(args.data_dir, args.train_days)
+    counts = recflow.read_id_counts(args.data_dir)
+    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
+    models = build_models(cascade, vocabulary, args.emb_dim, args.nn_units, args.seed)
+    if args.init_from is not None:
+        checkpoint.load_models(args.init_from, models)
+    for module in (*models.values(), loss):
+        module.to(device=device, dtype=dtype)
+    days = [
+        open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone, args.seq_len)
+        for name in (names if args.epochs else [])
+    ]
+    trainer = Trainer(models, loss, args.lr)
+    config = _config(cascade, args, device, origin, names, counts)
+    position = _start(args, trainer, config)
+    if origin == "simulated":
+        logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
+    torch.manual_seed(args.seed)
+    started, first = time.perf_counter(), position["step"]
+    position = _train_days(args, trainer, days, device, origin, position)
+    seconds = time.perf_counter() - started
+    requests = (position["step"] - first) * args.batch_size
+    checkpoint.save_models(args.output_dir, models, {"data": origin, "loss_type": args.loss_type})
+    logger.info(
+        "%s, seed %d: %d steps, %d requests in %.1f s (%.0f requests/s) on %s -> %s",
+        args.loss_type, args.seed, position["step"] - first, requests, seconds, requests / max(seconds, 1e-9), device,
+        args.output_dir,
+    )  # fmt: skip
+
+
+def _train_days(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    days: Sequence[DayCache],
+    device: torch.device,
+    origin: str,
+    position: dict[str, int],
+) -> dict[str, int]:
+    """Train from ``position`` (passes and days done, steps made) to the end; the state is saved after every day."""
+    log = StepLog(args.output_dir / checkpoint.STEP_LOG_FILE, origin, position["step"])
+    steps = [steps_of(day, args.batch_size) for day in days]
+    if args.epochs and 0 < args.epochs * sum(steps) < FEW_STEPS:
+        logger.warning(
+            "only %d training steps: the models will hardly learn; lower --batch_size", args.epochs * sum(steps)
+        )
+    done = position["epoch"] * len(days) + position["day"]
+    schedule = [(epoch, place) for epoch in range(args.epochs) for place in range(len(days))][done:]
+    total = sum(steps[place] for _, place in schedule) * args.batch_size
+    step = position["step"]
+    with tqdm(total=total, unit="req", desc=args.loss_type, disable=not sys.stderr.isatty()) as bar:
+        for epoch, place in schedule:
+            day = days[place]
+            order = training_order(day, args.seed, epoch, args.shuffle)[: steps[place] * args.batch_size]
+            for batch in batches(day, order, args.batch_size, device):
+                began = time.perf_counter()
+                terms = trainer.step(batch)
+                step += 1
+                log.add(step, day.day, time.perf_counter() - began, terms)
+                bar.update(args.batch_size)
+                if step % args.print_freq == 0:
+                    bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
+            log.flush()
+            next_epoch, next_day = divmod(epoch * len(days) + place + 1, len(days))
+            position = {"epoch": next_epoch, "day": next_day, "step": step}
+            checkpoint.save_state(args.output_dir / checkpoint.STATE_FILE, trainer.state(), position)
+    return position
+
+
+def _start(args: argparse.Namespace, trainer: Trainer, config: dict[str, Any]) -> dict[str, int]:
+    """Prepare the run's folder; the position to start from."""
+    run: Path = args.output_dir
+    position = {"epoch": 0, "day": 0, "step": 0}
+    if args.resume:
+        _check_same_run(run, config)
+        tensors, position = checkpoint.load_state(run / checkpoint.STATE_FILE)
+        trainer.restore(tensors)
+    else:
+        stale = [checkpoint.METRICS_FILE, checkpoint.SCORES_FILE, checkpoint.STATE_FILE]
+        for name in (*stale, *(f"{stage}.safetensors" for stage in trainer.models)):
+            (run / name).unlink(missing_ok=True)  # results of an earlier run must not stand beside this one's
+    checkpoint.write_json(run / checkpoint.CONFIG_FILE, config)
+    return position
+
+
+def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
+    """InputError unless the run in the folder was started with the same arguments and data."""
+    before = checkpoint.read_config(run)
+    for name, value in config["arguments"].items():
+        old = before.get("arguments", {}).get(name)
+        if name not in _FREE_ON_RESUME and old != value:
+            raise InputError(f"--resume: {run} was trained with --{name}={old}, not {value}; give the same arguments")
+    days = before.get("train_days", [])
+    if days != config["train_days"][: len(days)]:
+        raise InputError(f"--resume: {run} was trained on {', '.join(days)}; give the same days, or the same and more")
+
+
+def _config(
+    cascade: Cascade,
+    args: argparse.Namespace,
+    device: torch.device,
+    origin: str,
+    days: Sequence[str],
+    counts: Mapping[str, int],
+) -> dict[str, Any]:
+    return {
+        "setting": cascade.name,
+        "data": origin,
+        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())},
+        "train_days": list(days),
+        "id_counts": dict(counts),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The project's commit, with "-modified" where files differ from it; None outside a git checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,84 @@
+# Source this file: it sets PYTHON to an interpreter that has the project's packages.
+#
+# A named interpreter (PYTHON=/path/to/python bash two_stage/lcron.sh) or an active environment wins and is only checked.
+# Otherwise .venv is made in the project's folder, once, from requirements.txt; REQUIREMENTS names another file.
+
+_project=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+_requirements=$_project/${REQUIREMENTS:-requirements.txt}
+
+_say() { printf '%s\n' "$*" >&2; }
+
+_check_packages() { # interpreter
+    "$1" - "$_requirements" <<'PY'
+import importlib.metadata, pathlib, re, sys
+
+def names(path):
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            yield from names(path.parent / line[3:].strip())
+        elif line.strip() and not line.startswith("#"):
+            yield re.split(r"[=<>~! ]", line.strip(), maxsplit=1)[0]
+
+def missing(name):
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return False
+
+path = pathlib.Path(sys.argv[1])
+absent = [name for name in names(path) if missing(name)]
+if sys.version_info < (3, 11):
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}; the project needs 3.11 or later")
+if absent:
+    sys.exit(f"error: {sys.executable} lacks {', '.join(absent)}; run: {sys.executable} -m pip install -r '{path}'")
+PY
+}
+
+_find_python() {
+    local candidate
+    for candidate in python3.11 python3 python; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    _say "error: no Python 3.11 or later on the PATH; install one, or name it: PYTHON=/path/to/python"
+    return 2
+}
+
+_make_venv() { # folder
+    local base stamp lock=$1.lock
+    base=$(_find_python) || return
+    # The stamp names what was installed; it is written last, so an interrupted installation is taken up again.
+    stamp=$1/.installed-$(cat "$_project"/requirements*.txt "$_requirements" | cksum | tr -d ' ')
+    [ -e "$stamp" ] && return
+    exec 9>"$lock"
+    if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
+    if [ ! -e "$stamp" ]; then
+        _say "Installing the packages of ${_requirements##*/} into $1 (once; a few minutes)"
+        if ! "$1/bin/python" -c '' 2>/dev/null; then
+            "$base" -m venv "$1" >/dev/null 2>&1 || "$base" -m venv --clear --without-pip "$1" || return
+        fi
+        if "$1/bin/python" -m pip --version >/dev/null 2>&1; then
+            "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$_requirements" || return
+        else # a Python without ensurepip: its own pip installs into the new environment
+            "$base" -m pip --python "$1/bin/python" install --quiet --disable-pip-version-check -r "$_requirements" || return
+        fi
+        : >"$stamp"
+    fi
+    exec 9>&-
+}
+
+if [ -z "${PYTHON:-}" ] && [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    PYTHON=${VIRTUAL_ENV:-$CONDA_PREFIX}/bin/python
+fi
+if [ -n "${PYTHON:-}" ]; then
+    _check_packages "$PYTHON" || exit 2
+else
+    _make_venv "$_project/.venv" || exit 2
+    PYTHON=$_project/.venv/bin/python
+fi
+export PYTHON
+export PYTHONPATH=$_project${PYTHONPATH:+:$PYTHONPATH}

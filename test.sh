@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Environment, lint, types, tests. Arguments go to pytest: bash ./test.sh tests/loss -k lcron
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+REQUIREMENTS=requirements-test.txt
+source ./setup.sh
+
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"
