@@ -7,6 +7,7 @@
 #   --seeds=30,31    default: 30,31,32,33,34
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
 #   training, after the method's own hyper-parameters, so that they win.
+# UNTRAINED=no leaves out the untrained cascade.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 name=$1
@@ -66,7 +67,10 @@ runs=()
 for seed in ${seeds//,/ }; do
     for run in "untrained/seed$seed" "seed$seed"; do
         epochs=()
-        case $run in untrained/*) epochs=(--epochs=0) ;; esac # the same cascade before its first step
+        if [ "${run%%/*}" = untrained ]; then # the same cascade before its first step
+            [ "${UNTRAINED:-yes}" = yes ] || continue
+            epochs=(--epochs=0)
+        fi
         "$PYTHON" -m "$train" "${train_args[@]}" "${user_args[@]}" "${both_args[@]}" "${epochs[@]}" \
             --seed="$seed" --data_dir="$data_dir" --output_dir="$output_dir/$run"
         "$PYTHON" -m "$evaluate" "${both_args[@]}" "${test_args[@]}" \

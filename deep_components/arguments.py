@@ -2,11 +2,13 @@
 
 import argparse
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
 from deep_components.dataset.recflow import HISTORY_LENGTH
 from deep_components.errors import InputError
@@ -61,6 +63,74 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
 
 
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The methods' own options. None stands for "not given"; :func:`method_options` fills in the method's default."""
+    group = parser.add_argument_group("options of some methods")
+    group.add_argument("--tau", type=_positive_float, help="temperature of the sorting operator")
+    group.add_argument("--sort", choices=["neural_sort", "soft_sort"], help="sorting operator")
+    group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
+    group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
+    group.add_argument(
+        "--weighting", choices=["original", "paper"], help="of the terms: the code's, or the paper's Eq. 13"
+    )
+    group.add_argument("--label_ties", choices=["shared", "repeated"], help="how tied labels count")
+    group.add_argument("--end_to_end_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the end-to-end term")
+
+
+METHOD_OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
+
+
+def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
+    """The options a method takes: what the user gave, else the defaults; ``args`` gets the defaults filled in.
+
+    Raises InputError when the user gave an option the method does not take.
+    """
+    for name in METHOD_OPTIONS:
+        if getattr(args, name) is not None and name not in defaults:
+            taken = ", ".join(f"--{option}" for option in defaults) or "none"
+            raise InputError(
+                f"--{name} is not an option of {args.loss_type}; it takes of the methods' options: {taken}"
+            )
+    chosen = {
+        name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
+    }
+    vars(args).update(chosen)
+    return chosen
+
+
+def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -> dict[str, Any]:
+    """LCRON's options as its constructor takes them.
+
+    Raises InputError when they contradict each other or do not fit the cascade.
+    """
+    options = method_options(
+        args,
+        tau=50.0,
+        sort="neural_sort",
+        terms="both",
+        single_weight=None,
+        weighting="original",
+        label_ties=label_ties,
+        end_to_end_quotas=None,
+    )
+    if options["single_weight"] is not None and (options["terms"] != "both" or options["weighting"] == "paper"):
+        raise InputError(
+            "--single_weight fixes the single-stage weights of --terms=both --weighting=original; "
+            "leave it out, or the other two"
+        )
+    quotas = options["end_to_end_quotas"]
+    if quotas is not None:
+        if options["terms"] == "single":
+            raise InputError("--end_to_end_quotas belongs to the end-to-end term, which --terms=single leaves out")
+        if len(quotas) != len(cascade.stages) or not all(0 < quota <= cascade.num_items for quota in quotas):
+            raise InputError(
+                f"--end_to_end_quotas={','.join(map(str, quotas))}: give one number from 1 to {cascade.num_items} for "
+                f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
+            )
+        options["end_to_end_quotas"] = dict(zip(cascade.stage_names, quotas, strict=True))
+    return options
+
+
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device the arguments ask for; CUDA when they ask for none and there is one.
 
@@ -82,10 +152,10 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def unknown_method(loss_type: str, package: str, path: list[str]) -> InputError:
+def unknown_method(loss_type: str, package_path: Iterable[str]) -> InputError:
     """The error for a --loss_type without a branch in build_loss; it lists the methods of the loss package."""
-    methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(path)))
-    return InputError(f"--loss_type={loss_type}: no such method in {package}; choose one of: {methods}")
+    methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package_path)))
+    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {methods}")
 
 
 def _positive_int(text: str) -> int:
@@ -106,6 +176,10 @@ def _tower_width(text: str) -> int:
 
 def _history_length(text: str) -> int:
     return _checked(int(text), 0 < int(text) <= HISTORY_LENGTH, text, f"a whole number from 1 to {HISTORY_LENGTH}")
+
+
+def _quotas(text: str) -> list[int]:
+    return [_positive_int(part) for part in text.split(",")]
 
 
 def _days(text: str) -> list[str]:

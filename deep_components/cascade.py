@@ -10,10 +10,14 @@ LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so 
 
 @dataclass(frozen=True)
 class Stage:
-    """One ranker of the cascade: it keeps its best ``keep`` of the items that reach it."""
+    """One ranker of the cascade: it keeps its best ``keep`` of the items that reach it.
+
+    ``exposed_groups``: when it served, it saw the items of its cascade's first so many groups; None = all of them.
+    """
 
     name: str
     keep: int
+    exposed_groups: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,27 @@ class Cascade:
     def stage_names(self) -> tuple[str, ...]:
         return tuple(stage.name for stage in self.stages)
 
+    @property
+    def quotas(self) -> dict[str, int]:
+        """Stage -> the number of items it keeps."""
+        return {stage.name: stage.keep for stage in self.stages}
+
+    @property
+    def exposed_groups(self) -> dict[str, int]:
+        """Stage -> the number of groups, from the best, whose items it saw when it served."""
+        return {stage.name: stage.exposed_groups or len(self.groups) for stage in self.stages}
+
+    @property
+    def icc_cuts(self) -> dict[str, int]:
+        """Stage -> where ICC cuts it: at its quota, but the last stage at the quota of the one before it, as the
+        original does."""
+        cuts = self.quotas
+        names = self.stage_names
+        return cuts | {names[-1]: cuts[names[-2]]}
+
 
 TWO_STAGE = Cascade(
-    stages=(Stage("retrieval", keep=30), Stage("rank", keep=20)),
+    stages=(Stage("retrieval", keep=30), Stage("rank", keep=20, exposed_groups=2)),
     groups=(
         Group("rank_pos", index_field="rank_index"),
         Group("rank_neg", position=23),
@@ -66,7 +88,11 @@ TWO_STAGE = Cascade(
 )
 
 THREE_STAGE = Cascade(
-    stages=(Stage("retrieval", keep=40), Stage("prerank", keep=30), Stage("rank", keep=20)),
+    stages=(
+        Stage("retrieval", keep=40),
+        Stage("prerank", keep=30, exposed_groups=4),
+        Stage("rank", keep=20, exposed_groups=2),
+    ),
     groups=(
         Group("rerank_pos", index_field="rerank_index"),
         Group("rerank_neg", position=22),

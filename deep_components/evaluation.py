@@ -106,7 +106,7 @@ def _results(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> d
         scored["labels"],
         mask,
         relevant,
-        {stage.name: stage.keep for stage in cascade.stages},
+        cascade.quotas,
         cascade.num_relevant,
     )
     results: dict[str, Any] = {}

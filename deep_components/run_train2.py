@@ -5,34 +5,59 @@ import sys
 
 from torch import nn
 
-from deep_components.arguments import training_parser, unknown_method
-from deep_components.cascade import TWO_STAGE
+from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
+from deep_components.cascade import TWO_STAGE as CASCADE
 from deep_components.cli import run_command
 from deep_components.loss import two_stage
-from deep_components.loss.sorting import neural_sort, soft_sort
+from deep_components.loss.sorting import SORTING_OPERATORS
+from deep_components.loss.two_stage.arf import ARF
+from deep_components.loss.two_stage.arf_v2 import ARFv2
+from deep_components.loss.two_stage.bce import BCE
+from deep_components.loss.two_stage.fs_lambdaloss import FSLambdaLoss
+from deep_components.loss.two_stage.fs_ranknet import FSRankNet
+from deep_components.loss.two_stage.icc import ICC
 from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.loss.two_stage.rankflow import RankFlow
+from deep_components.loss.two_stage.sorting import SortingCrossEntropy
 from deep_components.training import train_cascade
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The arguments of a two-stage training run."""
     parser = training_parser("Train a two-stage cascade (retrieval: DSSM, rank: DIN).")
-    parser.add_argument("--tau", type=float, default=50.0, help="temperature of the sorting operator (default 50)")
-    parser.add_argument("--sort", choices=["neural_sort", "soft_sort"], default="neural_sort", help="sorting operator")
+    add_method_options(parser)
     return parser.parse_args(argv)
 
 
 def build_loss(args: argparse.Namespace) -> nn.Module:
     """The loss of ``args.loss_type``: loss(retrieval, rank, targets) -> {"loss": ..., named terms}."""
-    if args.loss_type == "lcron":
-        sort = {"neural_sort": neural_sort, "soft_sort": soft_sort}[args.sort]
-        return LCRON(TWO_STAGE.num_relevant, tau=args.tau, sort=sort)
-    raise unknown_method(args.loss_type, two_stage.__name__, list(two_stage.__path__))
+    if args.loss_type == "bce":
+        return BCE(CASCADE.exposed_groups, **method_options(args))
+    elif args.loss_type == "icc":
+        return ICC(CASCADE.icc_cuts, **method_options(args))
+    elif args.loss_type == "rankflow":
+        return RankFlow(CASCADE.quotas, **method_options(args))
+    elif args.loss_type == "fs_ranknet":
+        return FSRankNet(**method_options(args))
+    elif args.loss_type == "fs_lambdaloss":
+        return FSLambdaLoss(**method_options(args))
+    elif args.loss_type == "arf":
+        return ARF(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
+    elif args.loss_type == "arf_v2":
+        return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
+    elif args.loss_type == "lcron":
+        options = lcron_options(args, CASCADE, label_ties="shared")
+        return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[args.sort]})
+    elif args.loss_type == "sorting":
+        options = method_options(args, tau=50.0, sort="neural_sort")
+        return SortingCrossEntropy(args.tau, SORTING_OPERATORS[args.sort])
+    else:
+        raise unknown_method(args.loss_type, two_stage.__path__)
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    train_cascade(TWO_STAGE, args, build_loss(args))
+    train_cascade(CASCADE, args, build_loss(args))
 
 
 if __name__ == "__main__":

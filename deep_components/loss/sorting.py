@@ -44,6 +44,9 @@ def soft_sort(scores: Tensor, mask: Tensor, tau: float) -> Tensor:
     return _masked_softmax(logits / tau, mask)
 
 
+SORTING_OPERATORS = {"neural_sort": neural_sort, "soft_sort": soft_sort}
+
+
 def label_permutation(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The label matrix Y: row j = the item that is j-th by label; tied items share their block of rows equally.
 
@@ -63,6 +66,11 @@ def label_permutation(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tenso
     row = torch.arange(labels.shape[-1], device=labels.device).unsqueeze(-1)  # [N, 1]
     inside = (row >= better.unsqueeze(-2)) & (row < (better + tied).unsqueeze(-2)) & pair
     return torch.where(inside, 1 / tied.unsqueeze(-2).to(dtype), 0)
+
+
+def repeat_ties(label_rows: Tensor) -> Tensor:
+    """1 where ``label_rows`` > 1e-3, else 0: each of n tied items counts in each of their n rows, n times in all."""
+    return (label_rows > 1e-3).to(label_rows.dtype)
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:

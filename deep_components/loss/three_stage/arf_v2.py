@@ -1,0 +1,55 @@
+"""ARF-v2 for a cascade of three stages (Adaptive Neural Ranking Framework, Wang et al., WWW 2024)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deep_components.loss.functional import (
+    Targets,
+    masked_mean,
+    num_ground_truth,
+    selection_cross_entropy,
+    selection_probability,
+    sorting_cross_entropy,
+    split_rows,
+)
+from deep_components.loss.sorting import label_permutation, neural_sort
+
+
+class ARFv2(nn.Module):
+    """Sum over stages of log w + G / (2 w^2) + R, with a trainable w for each stage.
+
+    With P the relaxed permutation of a stage, m its quota, Y the label matrix and gt, rest = rows 1..K and the other
+    rows of Y summed:
+
+    * G = mean over the n * n entries of -log(P + eps) Y: the whole order;
+    * R = mean over items of -log(top_m(P) + eps) gt - log(rest_m(P) + eps) rest.
+
+    Args:
+        quotas: stage -> m, the items it keeps.
+        num_relevant: upper limit of K, the request's ground-truth items.
+        tau: temperature of NeuralSort.
+    """
+
+    def __init__(self, quotas: Mapping[str, int], num_relevant: int, tau: float = 200.0) -> None:
+        super().__init__()
+        self.quotas, self.num_relevant, self.tau = dict(quotas), num_relevant, tau
+        self.weight = nn.ParameterDict(
+            [(stage, nn.Parameter(torch.ones(()))) for stage in ("retrieval", "prerank", "rank")]
+        )
+
+    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Scores [B, N] of the stages -> ``loss`` and its detached terms."""
+        mask, scores = targets.mask, {"retrieval": retrieval, "prerank": prerank, "rank": rank}
+        label_rows = label_permutation(targets.labels, mask, rank.dtype)
+        truth = split_rows(label_rows, num_ground_truth(targets, self.num_relevant))
+        loss, terms = rank.new_zeros(()), dict[str, Tensor]()
+        for stage, weight in self.weight.items():
+            permutation = neural_sort(scores[stage], mask, self.tau)
+            whole_order = sorting_cross_entropy(permutation, label_rows, mask)
+            chosen = selection_probability(permutation, torch.full_like(mask.sum(dim=-1), self.quotas[stage]))
+            relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
+            loss = loss + masked_mean(weight.log().expand_as(rank), mask) + whole_order / (2 * weight**2) + relaxed
+            terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

@@ -1,0 +1,17 @@
+"""Evaluate a three-stage run: checkpoint -> metrics.json."""
+
+import sys
+
+from deep_components.arguments import evaluation_parser
+from deep_components.cascade import THREE_STAGE
+from deep_components.cli import run_command
+from deep_components.evaluation import evaluate_cascade
+
+
+def main(argv: list[str]) -> None:
+    args = evaluation_parser("Evaluate a three-stage run on a test day.").parse_args(argv)
+    evaluate_cascade(THREE_STAGE, args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

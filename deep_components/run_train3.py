@@ -1,0 +1,64 @@
+"""Train the three-stage cascade: arguments -> build_loss -> train -> checkpoint."""
+
+import argparse
+import sys
+
+from torch import nn
+
+from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
+from deep_components.cascade import THREE_STAGE as CASCADE
+from deep_components.cli import run_command
+from deep_components.loss import three_stage
+from deep_components.loss.sorting import SORTING_OPERATORS
+from deep_components.loss.three_stage.arf import ARF
+from deep_components.loss.three_stage.arf_v2 import ARFv2
+from deep_components.loss.three_stage.bce import BCE
+from deep_components.loss.three_stage.fs_lambdaloss import FSLambdaLoss
+from deep_components.loss.three_stage.fs_ranknet import FSRankNet
+from deep_components.loss.three_stage.icc import ICC
+from deep_components.loss.three_stage.lcron import LCRON
+from deep_components.loss.three_stage.rankflow import RankFlow
+from deep_components.loss.three_stage.sorting import SortingCrossEntropy
+from deep_components.training import train_cascade
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The arguments of a three-stage training run."""
+    parser = training_parser("Train a three-stage cascade (retrieval: DSSM, prerank: MLP, rank: DIN).")
+    add_method_options(parser)
+    return parser.parse_args(argv)
+
+
+def build_loss(args: argparse.Namespace) -> nn.Module:
+    """The loss of ``args.loss_type``: loss(retrieval, prerank, rank, targets) -> {"loss": ..., named terms}."""
+    if args.loss_type == "bce":
+        return BCE(CASCADE.exposed_groups, **method_options(args))
+    elif args.loss_type == "icc":
+        return ICC(CASCADE.icc_cuts, **method_options(args))
+    elif args.loss_type == "rankflow":
+        return RankFlow(CASCADE.quotas, **method_options(args))
+    elif args.loss_type == "fs_ranknet":
+        return FSRankNet(**method_options(args))
+    elif args.loss_type == "fs_lambdaloss":
+        return FSLambdaLoss(**method_options(args))
+    elif args.loss_type == "arf":
+        return ARF(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
+    elif args.loss_type == "arf_v2":
+        return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
+    elif args.loss_type == "lcron":
+        options = lcron_options(args, CASCADE, label_ties="repeated")
+        return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[args.sort]})
+    elif args.loss_type == "sorting":
+        options = method_options(args, tau=50.0, sort="neural_sort")
+        return SortingCrossEntropy(args.tau, SORTING_OPERATORS[args.sort])
+    else:
+        raise unknown_method(args.loss_type, three_stage.__path__)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    train_cascade(CASCADE, args, build_loss(args))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,4 @@
+#!/usr/bin/env bash
+# All eight methods and one table of them (the paper's Table 2). Arguments are passed on to every method's script.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/../run_all.sh" two_stage "$@"

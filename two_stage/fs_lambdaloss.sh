@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# FS-LambdaLoss: every stage learns the full order, pairs weighted.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh" fs_lambdaloss \
+    --loss_type=fs_lambdaloss --lr=0.01 --batch_size=1024 -- "$@"
