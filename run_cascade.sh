@@ -7,6 +7,7 @@
 #   --seeds=30,31    default: 30,31,32,33,34
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
 #   training, after the method's own hyper-parameters, so that they win.
+#   --resume goes on where a run has a saved state, and starts the others.
 # UNTRAINED=no leaves out the untrained cascade.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
@@ -20,7 +21,7 @@ while [ "$1" != -- ]; do
 done
 shift
 
-data_dir='' output_dir='' seeds=30,31,32,33,34 user_args=() test_args=() both_args=()
+data_dir='' output_dir='' seeds=30,31,32,33,34 resume='' user_args=() test_args=() both_args=()
 while [ $# -gt 0 ]; do
     option=${1%%=*}
     case $option in
@@ -37,6 +38,11 @@ while [ $# -gt 0 ]; do
         --seeds | --seed) seeds=${1#*=} ;;
         --test_day | --save_scores) test_args+=("$1") ;;
         --cache_dir | --time_zone | --cuda | --device) both_args+=("$1") ;;
+        --resume) resume=yes ;;
+        --help | -h)
+            sed -n '/^# Train and evaluate/,/^$/s/^# \{0,1\}//p' "$root/run_cascade.sh"
+            exit 0
+            ;;
         *) user_args+=("$1") ;;
     esac
     shift
@@ -66,12 +72,14 @@ output_dir=${output_dir:-$root/runs/$setting/$name/$(basename -- "$data_dir")}
 runs=()
 for seed in ${seeds//,/ }; do
     for run in "untrained/seed$seed" "seed$seed"; do
-        epochs=()
+        extra=()
         if [ "${run%%/*}" = untrained ]; then # the same cascade before its first step
             [ "${UNTRAINED:-yes}" = yes ] || continue
-            epochs=(--epochs=0)
+            extra=(--epochs=0)
+        elif [ "$resume" ] && [ -e "$output_dir/$run/training_state.safetensors" ]; then
+            extra=(--resume)
         fi
-        "$PYTHON" -m "$train" "${train_args[@]}" "${user_args[@]}" "${both_args[@]}" "${epochs[@]}" \
+        "$PYTHON" -m "$train" "${train_args[@]}" "${user_args[@]}" "${both_args[@]}" "${extra[@]}" \
             --seed="$seed" --data_dir="$data_dir" --output_dir="$output_dir/$run"
         "$PYTHON" -m "$evaluate" "${both_args[@]}" "${test_args[@]}" \
             --data_dir="$data_dir" --output_dir="$output_dir/$run"

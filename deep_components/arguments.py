@@ -12,6 +12,7 @@ from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
 from deep_components.dataset.recflow import HISTORY_LENGTH
 from deep_components.errors import InputError
+from deep_components.loss.sorting import SORTING_OPERATORS
 
 T = TypeVar("T")
 
@@ -23,9 +24,10 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--loss_type", required=True, help="the method; a file of deep_components/loss has its name")
     _add_data_arguments(parser)
+    parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
     parser.add_argument("--train_days", type=_days, help="day,day,... (default: all days but the last; on RecFlow "
                         "2024-01-13 .. 2024-02-03)")  # fmt: skip
-    parser.add_argument("--seed", type=_non_negative_int, default=30, help="fixes everything on a CPU (default 30)")
+    parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests a step (default 1024)")
     parser.add_argument("--epochs", type=_non_negative_int, default=1,
@@ -48,6 +50,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every evaluation command."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     _add_data_arguments(parser)
+    parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
@@ -58,7 +61,6 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="a log in RecFlow's layout")
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
-    parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
     parser.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
     parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
 
@@ -67,7 +69,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     """The methods' own options. None stands for "not given"; :func:`method_options` fills in the method's default."""
     group = parser.add_argument_group("options of some methods")
     group.add_argument("--tau", type=_positive_float, help="temperature of the sorting operator")
-    group.add_argument("--sort", choices=["neural_sort", "soft_sort"], help="sorting operator")
+    group.add_argument("--sort", choices=sorted(SORTING_OPERATORS), help="sorting operator")
     group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
     group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
     group.add_argument(
@@ -164,6 +166,10 @@ def _positive_int(text: str) -> int:
 
 def _non_negative_int(text: str) -> int:
     return _checked(int(text), int(text) >= 0, text, "a whole number from 0")
+
+
+def _seed(text: str) -> int:
+    return _checked(int(text), 0 <= int(text) < 1 << 63, text, "a whole number from 0 to 2^63 - 1")
 
 
 def _positive_float(text: str) -> float:

@@ -102,3 +102,5 @@ THREE_STAGE = Cascade(
     ),
     name="three_stage",
 )
+
+SETTINGS = {cascade.name: cascade for cascade in (TWO_STAGE, THREE_STAGE)}

@@ -18,6 +18,10 @@ METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.npz"
 STEP_LOG_FILE = "train.jsonl"
 
+_METADATA = "run"
+_CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
+_CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, atomically."""
@@ -39,10 +43,22 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def save_models(run: Path, models: Mapping[str, nn.Module], note: Mapping[str, str]) -> None:
-    """Write ``<stage>.safetensors`` for every stage; ``note`` goes into the files' metadata."""
-    for stage, model in models.items():
-        _save(run / f"{stage}.safetensors", dict(model.state_dict()), note)
+def read_training(run: Path) -> dict[str, Any]:
+    """A run's config.json, which must hold what evaluating or continuing the training needs. InputError if not."""
+    path, config = run / CONFIG_FILE, read_config(run)
+    for field, kind in _CONFIG_FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise InputError(f"{path}: field {field} is missing or damaged; train again")
+    for name in _CONFIG_ARGUMENTS:
+        if name not in config["arguments"]:
+            raise InputError(f"{path}: field arguments lacks {name}; train again")
+    return config
+
+
+def save_models(run: Path, states: Mapping[str, Mapping[str, Tensor]], note: Mapping[str, str]) -> None:
+    """Write ``<stage>.safetensors`` from every stage's state dict; ``note`` goes into the files' metadata."""
+    for stage, state in states.items():
+        _save(run / f"{stage}.safetensors", dict(state), note)
 
 
 def load_models(run: Path, models: Mapping[str, nn.Module]) -> None:
@@ -52,7 +68,7 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> None:
     """
     for stage, model in models.items():
         path = run / f"{stage}.safetensors"
-        tensors, _ = _load(path)
+        tensors, _ = load_tensors(path)
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         for name in sorted(expected.keys() | tensors.keys()):
             found = tuple(tensors[name].shape) if name in tensors else None
@@ -66,32 +82,35 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> None:
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], position: Mapping[str, int]) -> None:
     """Write all that training needs to go on, in one file: named tensors and the position reached."""
-    _save(path, dict(tensors), {"position": json.dumps(dict(position))})
+    _save(path, dict(tensors), {"position": dict(position)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
-    tensors, metadata = _load(path)
+    tensors, metadata = load_tensors(path)
     try:
-        return tensors, json.loads(metadata["position"])
-    except (KeyError, ValueError) as error:
+        return tensors, {name: int(metadata["position"][name]) for name in ("epoch", "day", "step")}
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the state of a training run; train again without --resume") from error
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
     on_cpu = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     try:
         with atomic_path(path) as temporary:
-            save_file(on_cpu, temporary, metadata=dict(metadata))
+            # One entry: safetensors writes several in random order.
+            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a safetensors file. InputError when it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error

@@ -14,7 +14,9 @@ from deep_components.cli import run_command
 from deep_components.errors import InputError
 
 # Arguments in which runs of one method may differ.
-_NOT_THE_METHOD = ("seed", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "epochs", "loss_type")
+_NOT_THE_METHOD = ("seed", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "loss_type")
+# Arguments that an untrained cascade depends on.
+_UNTRAINED = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from", "data_dir")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,10 @@ class Run:
     @property
     def arguments(self) -> dict[str, Any]:
         """What makes the method: the arguments but the seed and where things lie."""
-        return {key: value for key, value in self.config["arguments"].items() if key not in _NOT_THE_METHOD}
+        arguments = self.config["arguments"]
+        if self.results["epochs"] == 0:
+            return {key: arguments.get(key) for key in _UNTRAINED}
+        return {key: value for key, value in arguments.items() if key not in _NOT_THE_METHOD}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -45,16 +50,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises InputError when there is none, one is damaged, or they differ in setting, data or test day.
     """
-    paths = {path.resolve(): path for folder in folders for path in sorted(folder.rglob(checkpoint.METRICS_FILE))}
-    if not paths:
-        raise InputError(f"{', '.join(map(str, folders))}: no {checkpoint.METRICS_FILE}; evaluate the runs first")
-    runs = []
-    for path in paths.values():
-        try:
-            results = json.loads(path.read_text())
-            runs.append(Run(path.parent, checkpoint.read_config(path.parent), results))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        inside = {path.resolve(): path for path in sorted(folder.rglob(checkpoint.METRICS_FILE))}
+        if not inside:
+            raise InputError(f"{folder}: no {checkpoint.METRICS_FILE}; evaluate the runs first")
+        paths |= inside
+    runs = [_read_run(path) for path in paths.values()]
     for field in ("setting", "data", "test_day"):
         values = {run.results.get(field): run.folder for run in runs}
         if len(values) > 1:
@@ -63,12 +65,23 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def _read_run(path: Path) -> Run:
+    try:
+        results, config = json.loads(path.read_text()), checkpoint.read_config(path.parent)
+    except (OSError, ValueError) as error:  # an InputError is a ValueError
+        raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
+    needed = {"setting", "data", "test_day", "loss_type", "epochs", "seed", "num_requests"}
+    if not isinstance(results, dict) or not results.keys() >= needed or not isinstance(config.get("arguments"), dict):
+        raise InputError(f"{path}: not the results of a run; evaluate the run again")
+    return Run(path.parent, config, results)
+
+
 def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The runs by method; untrained cascades come last. Runs of one loss whose arguments differ are told apart by those
     arguments."""
     by_loss: dict[str, list[Run]] = {}
     for run in runs:
-        by_loss.setdefault(run.results["loss_type"] if run.results["epochs"] else "untrained", []).append(run)
+        by_loss.setdefault("untrained" if run.results["epochs"] == 0 else run.results["loss_type"], []).append(run)
     named: dict[str, list[Run]] = {}
     for loss, group in sorted(by_loss.items(), key=lambda item: item[0] == "untrained"):
         differing = sorted(
@@ -76,7 +89,15 @@ def methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
         )
         for run in group:
             details = ", ".join(f"{key}={run.arguments.get(key)}" for key in differing)
-            named.setdefault(f"{loss} ({details})" if details else loss, []).append(run)
+            method = named.setdefault(f"{loss} ({details})" if details else loss, [])
+            if loss == "untrained" and run.results["seed"] in [other.results["seed"] for other in method]:
+                continue  # the same cascade, evaluated beside several methods
+            method.append(run)
+    for name, members in named.items():
+        seeds = [run.results["seed"] for run in members if run.results["seed"] is not None]  # imported models have none
+        if len(set(seeds)) < len(seeds):
+            folders = ", ".join(str(run.folder) for run in members)
+            raise InputError(f"{name}: a seed stands twice in {folders}; name each run once")
     return named
 
 

@@ -55,7 +55,7 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     Returns:
         the content of metrics.json.
     """
-    config = checkpoint.read_config(args.output_dir)
+    config = checkpoint.read_training(args.output_dir)
     if config.get("setting") != cascade.name:
         raise InputError(
             f"{args.output_dir}: a {config.get('setting')} run; evaluate it with the command of that setting"
@@ -68,21 +68,27 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
         )
     device, dtype = choose_device(args), DTYPES[trained.dtype]
     vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, trained.seed)
+    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, seed=0)
     for model in models.values():
         model.to(device=device, dtype=dtype).eval()
     checkpoint.load_models(args.output_dir, models)
     name = test_day(args.data_dir, args.test_day)
-    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone, trained.seq_len)
+    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
     scored = score_day(models, day, args.batch_size, device)
     results = _results(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
-    results |= {"epochs": trained.epochs, "commit": config["commit"], "data": recflow.read_origin(args.data_dir)}
+    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": recflow.read_origin(args.data_dir)}
+    if config["data"] not in (results["data"], "unknown"):  # unknown: imported models
+        raise InputError(
+            f"{args.output_dir}: trained on {config['data']} data, but {args.data_dir} is "
+            f"{results['data']}; evaluate on the same log"
+        )
     if results["data"] == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
     if trained.epochs and name in config["train_days"]:
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
+    (args.output_dir / checkpoint.SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
     if args.save_scores:
         arrays: dict[str, Any] = {key: value.numpy() for key, value in scored.items()}
         arrays["data"] = np.array(results["data"])

@@ -9,6 +9,14 @@ from typing import Any, BinaryIO
 from deep_components.errors import InputError
 
 
+def make_folder(path: Path) -> None:
+    """Make ``path`` and its parents unless they are there. InputError when that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made a folder ({error.strerror}); name another one") from error
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` to write to; renamed to ``path`` when the block ends without an error.

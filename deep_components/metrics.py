@@ -12,22 +12,29 @@ from torch import Tensor
 _REQUESTS_PER_CHUNK = 1024  # bounds the [R, N, N] pairs of Kendall's tau
 
 
-def kept(scores: Tensor, candidates: Tensor, relevant: Tensor, quota: int) -> Tensor:
-    """Which of the candidates a stage keeps: its ``quota`` best by score. [R, N] bool.
+def survival(scores: Tensor, alive: Tensor, quota: int) -> Tensor:
+    """How much of each item a stage keeps that keeps its ``quota`` best by score: 1, 0, or a share where scores tie.
 
-    Ties are resolved against the ground truth, so that a constant score is not mistaken for a good one.
+    Items that tie at the cut share the places left, each in proportion to what reached the stage of it, as in the mean
+    over all orders of the tied items: a constant score gives chance, and neither the items' places nor their labels
+    matter.
 
     Args:
         scores: [R, N].
-        candidates: [R, N] bool, the items that reach the stage.
-        relevant: [R, N] bool.
+        alive: [R, N] float64, how much of each item reaches the stage; 0 for a missing item.
         quota: number of items the stage keeps.
+
+    Returns:
+        [R, N] float64; sums to min(quota, what is alive).
     """
-    by_relevance = relevant.to(torch.uint8).argsort(dim=-1, stable=True)  # others first
-    by_score = torch.where(candidates, scores, -torch.inf).gather(-1, by_relevance)
-    order = by_relevance.gather(-1, by_score.argsort(dim=-1, descending=True, stable=True))
-    best = torch.zeros_like(candidates).scatter(-1, order[:, :quota], True)
-    return best & candidates
+    ordered, order = torch.where(alive > 0, scores, -torch.inf).sort(dim=-1, descending=True)
+    weight = alive.gather(-1, order)
+    block = _tied_blocks(ordered, weight > 0)
+    total = torch.zeros_like(weight).scatter_add(-1, block, weight)  # of each block
+    before = (total.cumsum(dim=-1) - total).gather(-1, block)
+    total = total.gather(-1, block)
+    share = ((quota - before) / torch.where(total > 0, total, 1)).clamp(0, 1)
+    return torch.zeros_like(weight).scatter(-1, order, weight * share)
 
 
 def recall(scores: Tensor, mask: Tensor, relevant: Tensor, quota: int) -> Tensor:
@@ -48,10 +55,10 @@ def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quota
         the share of the K ground-truth items that survive every stage; NaN for a request without any.
     """
     relevant = relevant & mask
-    alive = mask
+    alive = mask.double()
     for stage_scores, quota in zip(scores, quotas, strict=True):
-        alive = kept(stage_scores, alive, relevant, quota)
-    return (alive & relevant).sum(dim=-1).double() / relevant.sum(dim=-1)
+        alive = survival(stage_scores, alive, quota)
+    return (alive * relevant).sum(dim=-1) / relevant.sum(dim=-1)
 
 
 def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -65,11 +72,7 @@ def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
     discount = 1 / torch.log2(torch.arange(2, num_items + 2, device=scores.device, dtype=torch.float64))
     discount[k:] = 0
     ordered, order = torch.where(mask, scores, -torch.inf).sort(dim=-1, descending=True)
-    present = mask.gather(-1, order)
-    # Ranks with equal scores form a block; missing items, last, form blocks of their own and have no gain.
-    starts = torch.ones_like(present)
-    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) | ~present[:, 1:]
-    block = starts.long().cumsum(dim=-1) - 1  # [R, N]
+    block = _tied_blocks(ordered, mask.gather(-1, order))  # missing items, last, have no gain
     zeros = torch.zeros_like(gains)
     sizes = zeros.scatter_add(-1, block, torch.ones_like(gains))
     mean_gain = zeros.scatter_add(-1, block, gains.gather(-1, order)) / sizes.clamp(min=1)
@@ -130,6 +133,15 @@ def cascade_metrics(
         metrics[f"{stage}_ndcg@{num_relevant}"] = ndcg(scores[stage], labels, mask, num_relevant)
         metrics[f"{stage}_kendall_tau"] = kendall_tau(scores[stage], labels, mask)
     return metrics
+
+
+def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
+    """Number of the block of equal scores that each place belongs to, from 0; a missing item is a block of its own.
+
+    Both arguments are [R, N] in descending order of score."""
+    starts = torch.ones_like(present)
+    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]) | ~present[:, 1:]
+    return starts.long().cumsum(dim=-1) - 1
 
 
 def _signs(values: Tensor) -> Tensor:

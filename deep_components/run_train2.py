@@ -50,7 +50,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
         return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[args.sort]})
     elif args.loss_type == "sorting":
         options = method_options(args, tau=50.0, sort="neural_sort")
-        return SortingCrossEntropy(args.tau, SORTING_OPERATORS[args.sort])
+        return SortingCrossEntropy(**options | {"sort": SORTING_OPERATORS[args.sort]})
     else:
         raise unknown_method(args.loss_type, two_stage.__path__)
 

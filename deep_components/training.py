@@ -31,6 +31,7 @@ from deep_components.dataset.days import training_days
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError
+from deep_components.files import make_folder
 from deep_components.models import build_models
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
@@ -69,8 +70,9 @@ class Trainer:
         scores = [model(batch.features) for model in self.models.values()]
         terms = self.loss(*scores, batch.targets)
         terms["loss"].backward()
+        values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
         self.optimizer.step()
-        return {name: term.detach() for name, term in terms.items()}
+        return values
 
     def state(self) -> dict[str, Tensor]:
         """All parameters and optimizer state as named tensors."""
@@ -122,8 +124,8 @@ class StepLog:
                 terms = dict(zip(names, row, strict=True))
                 if not math.isfinite(terms["loss"]):
                     raise InputError(
-                        f"step {step}, day {day}: the loss is {terms['loss']}, so training stops; lower --lr or "
-                        f"look at the terms in {self.path}"
+                        f"step {step}, day {day}: the loss is {terms['loss']} (its terms: "
+                        f"{', '.join(f'{name}={value:.4g}' for name, value in terms.items())}); lower --lr"
                     )
                 record = {"step": step, "day": day, **terms, "seconds": round(seconds, 6), "data": self.origin}
                 file.write(json.dumps(record) + "\n")
@@ -139,14 +141,15 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     counts = recflow.read_id_counts(args.data_dir)
     vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
     models = build_models(cascade, vocabulary, args.emb_dim, args.nn_units, args.seed)
-    if args.init_from is not None:
-        checkpoint.load_models(args.init_from, models)
     for module in (*models.values(), loss):
         module.to(device=device, dtype=dtype)
+    if args.init_from is not None:
+        checkpoint.load_models(args.init_from, models)
     days = [
         open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone, args.seq_len)
         for name in (names if args.epochs else [])
     ]
+    steps = [steps_of(day, args.batch_size) for day in days]
     trainer = Trainer(models, loss, args.lr)
     config = _config(cascade, args, device, origin, names, counts)
     position = _start(args, trainer, config)
@@ -154,10 +157,11 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
         logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
     torch.manual_seed(args.seed)
     started, first = time.perf_counter(), position["step"]
-    position = _train_days(args, trainer, days, device, origin, position)
+    position = _train_days(args, trainer, days, steps, device, origin, position)
     seconds = time.perf_counter() - started
     requests = (position["step"] - first) * args.batch_size
-    checkpoint.save_models(args.output_dir, models, {"data": origin, "loss_type": args.loss_type})
+    states = {stage: model.state_dict() for stage, model in models.items()}
+    checkpoint.save_models(args.output_dir, states, {"data": origin, "loss_type": args.loss_type})
     logger.info(
         "%s, seed %d: %d steps, %d requests in %.1f s (%.0f requests/s) on %s -> %s",
         args.loss_type, args.seed, position["step"] - first, requests, seconds, requests / max(seconds, 1e-9), device,
@@ -169,19 +173,22 @@ def _train_days(
     args: argparse.Namespace,
     trainer: Trainer,
     days: Sequence[DayCache],
+    steps: Sequence[int],
     device: torch.device,
     origin: str,
     position: dict[str, int],
 ) -> dict[str, int]:
-    """Train from ``position`` (passes and days done, steps made) to the end; the state is saved after every day."""
+    """Train from ``position`` (pass, its days done, steps made) to the end; the state is saved after every day.
+
+    ``steps`` are those of each day.
+    """
     log = StepLog(args.output_dir / checkpoint.STEP_LOG_FILE, origin, position["step"])
-    steps = [steps_of(day, args.batch_size) for day in days]
     if args.epochs and 0 < args.epochs * sum(steps) < FEW_STEPS:
         logger.warning(
             "only %d training steps: the models will hardly learn; lower --batch_size", args.epochs * sum(steps)
         )
-    done = position["epoch"] * len(days) + position["day"]
-    schedule = [(epoch, place) for epoch in range(args.epochs) for place in range(len(days))][done:]
+    done = (position["epoch"], position["day"])
+    schedule = [(epoch, place) for epoch in range(args.epochs) for place in range(len(days)) if (epoch, place) >= done]
     total = sum(steps[place] for _, place in schedule) * args.batch_size
     step = position["step"]
     with tqdm(total=total, unit="req", desc=args.loss_type, disable=not sys.stderr.isatty()) as bar:
@@ -197,8 +204,7 @@ def _train_days(
                 if step % args.print_freq == 0:
                     bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
             log.flush()
-            next_epoch, next_day = divmod(epoch * len(days) + place + 1, len(days))
-            position = {"epoch": next_epoch, "day": next_day, "step": step}
+            position = {"epoch": epoch, "day": place + 1, "step": step}
             checkpoint.save_state(args.output_dir / checkpoint.STATE_FILE, trainer.state(), position)
     return position
 
@@ -206,22 +212,30 @@ def _train_days(
 def _start(args: argparse.Namespace, trainer: Trainer, config: dict[str, Any]) -> dict[str, int]:
     """Prepare the run's folder; the position to start from."""
     run: Path = args.output_dir
+    make_folder(run)
     position = {"epoch": 0, "day": 0, "step": 0}
     if args.resume:
         _check_same_run(run, config)
         tensors, position = checkpoint.load_state(run / checkpoint.STATE_FILE)
         trainer.restore(tensors)
     else:
-        stale = [checkpoint.METRICS_FILE, checkpoint.SCORES_FILE, checkpoint.STATE_FILE]
-        for name in (*stale, *(f"{stage}.safetensors" for stage in trainer.models)):
-            (run / name).unlink(missing_ok=True)  # results of an earlier run must not stand beside this one's
+        (run / checkpoint.STATE_FILE).unlink(missing_ok=True)
+    # Results of an earlier training must not stand beside this one's.
+    for name in (checkpoint.METRICS_FILE, checkpoint.SCORES_FILE, *(f"{s}.safetensors" for s in trainer.models)):
+        (run / name).unlink(missing_ok=True)
     checkpoint.write_json(run / checkpoint.CONFIG_FILE, config)
     return position
 
 
 def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
     """InputError unless the run in the folder was started with the same arguments and data."""
-    before = checkpoint.read_config(run)
+    before = checkpoint.read_training(run)
+    if (before["data"], before["id_counts"]) != (config["data"], config["id_counts"]):
+        raise InputError(f"--resume: {run} was trained on other data (origin or id counts differ); give the same log")
+    if (before["arguments"]["epochs"] or 0) > config["arguments"]["epochs"]:
+        raise InputError(
+            f"--resume: {run} was started with --epochs={before['arguments']['epochs']}; give as many or more"
+        )
     for name, value in config["arguments"].items():
         old = before.get("arguments", {}).get(name)
         if name not in _FREE_ON_RESUME and old != value:

@@ -7,7 +7,7 @@ import numpy as np
 
 from deep_components.errors import InputError
 
-_QUARTER_HOUR = 900  # zone offsets change at multiples of it (since 1901, everywhere)
+_QUARTER_HOUR = 900  # nearly all changes of an offset lie at multiples of it
 _MIN_SECONDS, _MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
 
 
@@ -15,7 +15,7 @@ def time_zone(name: str) -> ZoneInfo:
     """The zone called ``name``; InputError when there is none."""
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError) as error:
+    except (ZoneInfoNotFoundError, OSError, ValueError) as error:  # OSError: a folder of zones, such as Asia
         raise InputError(f"--time_zone={name}: unknown time zone; use a name such as Asia/Shanghai") from error
 
 
@@ -34,12 +34,19 @@ def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndar
     if seconds.size and (seconds.min() < _MIN_SECONDS or seconds.max() >= _MAX_SECONDS):
         raise ValueError("a time outside the years 1900 to 2200; is it in the unit that data/README.md names?")
     buckets, inverse = np.unique(seconds // _QUARTER_HOUR, return_inverse=True)
-    offsets = np.array([_utc_offset(bucket * _QUARTER_HOUR, zone) for bucket in buckets.tolist()], np.int64)
-    local = seconds + (offsets[inverse].reshape(seconds.shape) if seconds.size else 0)
+    first, last = (_utc_offsets(buckets * _QUARTER_HOUR + place, zone) for place in (0, _QUARTER_HOUR - 1))
+    offsets = first[inverse].reshape(seconds.shape)
+    changing = (first != last)[inverse].reshape(seconds.shape)  # within the quarter: look these up one by one
+    offsets[changing] = _utc_offsets(seconds[changing], zone)
+    local = seconds + offsets
     weekday = (local // 86_400 + 3) % 7 + 1  # 1970-01-01 was a Thursday
     hour = local // 3_600 % 24 + 1
     minute = local // 60 % 60 + 1
     return weekday.astype(np.uint8), hour.astype(np.uint8), minute.astype(np.uint8)
+
+
+def _utc_offsets(seconds: np.ndarray, zone: ZoneInfo) -> np.ndarray:
+    return np.array([_utc_offset(time, zone) for time in seconds.tolist()], np.int64)
 
 
 def _utc_offset(seconds: int, zone: ZoneInfo) -> int:

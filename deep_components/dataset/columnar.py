@@ -197,8 +197,10 @@ def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) 
 def _damage(folder: Path) -> str | None:
     """What is wrong with the folder, or None."""
     try:
-        files = json.loads((folder / "meta.json").read_text())["files"]
-        for name, expected in files.items():
+        meta = json.loads((folder / "meta.json").read_text())
+        if not isinstance(meta["repairs"], dict):
+            return "meta.json has no counts of repairs"
+        for name, expected in meta["files"].items():
             if (folder / name).stat().st_size != expected["size"]:
                 return f"{name} has another size"
             if _sha256(folder / name) != expected["sha256"]:

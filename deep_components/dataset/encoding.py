@@ -263,10 +263,10 @@ class _Encoder:
 def _stack(
     path: Path, what: str, ids: Sequence[int], arrays: Sequence[PickledArray | None], limit: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``limit`` rows of each array, zero-padded at the end; at least ``width`` columns.
+    """The first ``limit`` rows of each array, zero-padded at the end; the first ``width`` columns.
 
     Returns:
-        (values [b, limit, >= width] int64, present [b, limit] bool).
+        (values [b, limit, width] int64, present [b, limit] bool).
     """
     counts = np.zeros(len(arrays), np.int64)
     pieces: list[bytes] = []
@@ -288,7 +288,7 @@ def _stack(
     present = np.arange(limit) < counts[:, None]
     values = np.zeros((len(arrays), limit, columns or width), np.int64)
     values[present] = np.frombuffer(b"".join(pieces), np.int64).reshape(-1, columns or width)
-    return values, present
+    return values[:, :, :width], present
 
 
 def _integer_rows(path: Path, what: str, array: PickledArray, limit: int, columns: int) -> bytes:

@@ -38,6 +38,8 @@ def batches(day: DayCache, order: np.ndarray, batch_size: int, device: torch.dev
     The next batch is assembled by a thread while the current one is used; for a GPU in pinned memory, so that its copy
     does not hold up the computation.
     """
+    if not len(order):
+        return
     pieces = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
     def assemble(requests: np.ndarray) -> CascadeBatch:
@@ -45,9 +47,9 @@ def batches(day: DayCache, order: np.ndarray, batch_size: int, device: torch.dev
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(assemble, pieces[0]) if pieces else None
+        pending = pool.submit(assemble, pieces[0])
         for following in [*pieces[1:], None]:
-            assert pending is not None
             batch = pending.result()
-            pending = pool.submit(assemble, following) if following is not None else None
+            if following is not None:
+                pending = pool.submit(assemble, following)
             yield batch.to(device)

@@ -15,6 +15,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -212,29 +213,36 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
 
 def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
     """For each record batch a function that reads one of its columns as int64."""
+    with _readable(path), pa.memory_map(str(path)) as source:
+        schema = pa.ipc.open_file(source).schema
+        readers = {}
+        for name in columns:
+            if name not in schema.names:
+                raise InputError(f"{path}: column {name} is missing; fetch the file again")
+            if not pa.types.is_integer(schema.field(name).type):
+                raise InputError(
+                    f"{path}: column {name} holds {schema.field(name).type}, not integers; fetch the file again"
+                )
+            options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name)])
+            readers[name] = pa.ipc.open_file(source, options=options)
+        for index in range(readers[columns[0]].num_record_batches):
+            yield partial(_integers, path, readers, index)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says in one sentence why ``path`` cannot be read."""
     try:
-        with pa.memory_map(str(path)) as source:
-            schema = pa.ipc.open_file(source).schema
-            readers = {}
-            for name in columns:
-                if name not in schema.names:
-                    raise InputError(f"{path}: column {name} is missing; fetch the file again")
-                if not pa.types.is_integer(schema.field(name).type):
-                    raise InputError(
-                        f"{path}: column {name} holds {schema.field(name).type}, not integers; fetch the file again"
-                    )
-                options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name)])
-                readers[name] = pa.ipc.open_file(source, options=options)
-            for index in range(readers[columns[0]].num_record_batches):
-                yield partial(_integers, path, readers, index)
+        yield
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; see data/README.md for the files expected") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable Feather (Arrow IPC) file ({error}); fetch the file again") from error
 
 
 def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> np.ndarray:
-    column = readers[name].get_batch(index).column(0)
+    with _readable(path):
+        column = readers[name].get_batch(index).column(0)
     if column.null_count:
         raise InputError(f"{path}: column {name} has {column.null_count} missing values; fetch the file again")
     return column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)

@@ -8,6 +8,7 @@ name before it is looked up. Arrays are not even built by numpy: the pickle's ar
 
 import math
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from deep_components.errors import InputError
 
 _SAFE_DTYPE_KINDS = "iufb"
+_TYPE_STRING = re.compile(r"[iufb]\d{1,2}")  # as numpy pickles them; np.dtype itself would parse far more
 
 # What a damaged pickle can make the unpickler raise.
 _DAMAGED = (
@@ -43,6 +45,10 @@ class PickledArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     data: bytes
+
+    def __init__(self) -> None:
+        """One zero of no dimension, until the state comes."""
+        self.shape, self.dtype, self.data = (), np.dtype(np.int64), bytes(8)
 
     def __setstate__(self, state: Any) -> None:
         """Take numpy's state (version, shape, dtype, is_fortran, bytes). Raises ValueError when it does not fit."""
@@ -97,8 +103,8 @@ class _Name:
 
 
 def _dtype(code: Any, *_: Any) -> _PickledDtype:
-    if not isinstance(code, str):
-        raise ValueError("a dtype that is not named")
+    if not isinstance(code, str) or not _TYPE_STRING.fullmatch(code):
+        raise ValueError("an array whose elements are not numbers")
     described = _PickledDtype()
     described.dtype = np.dtype(code)
     return described
@@ -131,6 +137,11 @@ def _no_call(*_: Any) -> Any:
     raise ValueError("a type that is called")
 
 
+def _empty_bytes() -> bytes:
+    """Protocols 0 to 2 write b"" as a call of bytes."""
+    return b""
+
+
 def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
@@ -142,9 +153,11 @@ _PERMITTED: dict[tuple[str, str], _Name] = {
     ("collections", "OrderedDict"): _Name(_empty_dict),
     ("_codecs", "encode"): _Name(_latin1_bytes),
 }
-for _module in ("builtins", "__builtin__"):  # the factories a defaultdict may name; they are never called
-    for _factory in ("dict", "list", "int", "float", "set", "str"):
+# The factories a defaultdict may name; they are never called. Protocols 0 to 2 write int as long, str as unicode.
+for _module in ("builtins", "__builtin__"):
+    for _factory in ("dict", "list", "int", "long", "float", "set", "str", "unicode"):
         _PERMITTED[_module, _factory] = _Name(_no_call)
+    _PERMITTED[_module, "bytes"] = _Name(_empty_bytes)
 for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
     _PERMITTED[f"{_core}.multiarray", "_reconstruct"] = _Name(_empty_array)
     _PERMITTED[f"{_core}.multiarray", "scalar"] = _Name(_scalar)

@@ -134,7 +134,7 @@ def soft_top_k(scores: Tensor, mask: Tensor, k: int, temperature: float) -> Tens
     Returns:
         [B, N], 0 for missing items.
     """
-    ordered = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True).values
+    ordered = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).values
     place = mask.sum(dim=-1, keepdim=True).clamp(max=k) - 1
     threshold = ordered.gather(-1, place.clamp(min=0))
     threshold = torch.where(place >= 0, threshold, 0)
@@ -175,8 +175,11 @@ def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
     clean, group = present(scores, targets.mask), targets.group
     penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # [B, N, N], of m before n
     ordered = pairs(targets.mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
-    of_group = [ordered & (group == index).unsqueeze(-1) for index in group.unique()[:-1]]
-    return torch.stack([masked_mean(penalty, chosen) for chosen in of_group]).sum() if of_group else clean.sum() * 0
+    # The mean over the pairs of an item's group stands at each of its places: their sum takes it once a group.
+    same = (group.unsqueeze(-1) == group).to(penalty.dtype)  # [N, N]
+    total = torch.where(ordered, penalty, 0).sum(dim=(0, 2)) @ same  # [N]
+    count = ordered.sum(dim=(0, 2)).to(penalty.dtype) @ same
+    return (total / count.clamp(min=1) / same.sum(dim=-1)).sum()
 
 
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:

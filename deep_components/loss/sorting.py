@@ -38,7 +38,7 @@ def soft_sort(scores: Tensor, mask: Tensor, tau: float) -> Tensor:
     """
     scores = present(scores, mask)
     # Missing items sort last, whatever stands in their place; their rows are masked below.
-    order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True)
+    order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     ordered = scores.gather(-1, order)
     logits = -(ordered.unsqueeze(-1) - scores.unsqueeze(-2)).abs()
     return _masked_softmax(logits / tau, mask)
@@ -69,7 +69,7 @@ def label_permutation(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def repeat_ties(label_rows: Tensor) -> Tensor:
-    """1 where ``label_rows`` > 1e-3, else 0: each of n tied items counts in each of their n rows, n times in all."""
+    """1 where ``label_rows`` > 1e-3, else 0: each of n tied items, n < 1000, counts in each of their n rows."""
     return (label_rows > 1e-3).to(label_rows.dtype)
 
 

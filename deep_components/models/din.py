@@ -1,6 +1,6 @@
 """DIN, the ranking stage: attention of each item over the user's history (Zhou et al., KDD 2018)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ PADDING_LOGIT = -(2.0**30) + 1.0
 
 # Hidden activations alive at a time, in numbers: small enough for a core's cache, large enough to keep it busy. A GPU
 # wants few large steps instead.
-_CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 27}
+_CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 class DIN(nn.Module):
@@ -87,8 +87,8 @@ class _AttentionLogits(torch.autograd.Function):
     def forward(ctx: Any, history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(history_part, item_part, weight)
         logits = history_part.new_empty(item_part.shape[0], item_part.shape[1], history_part.shape[1])
-        for chunk in _request_chunks(history_part, item_part):
-            torch.matmul(_hidden(history_part[chunk], item_part[chunk]), weight, out=logits[chunk])
+        for chunk, hidden in _hidden_chunks(history_part, item_part):
+            torch.matmul(hidden.relu_(), weight, out=logits[chunk])
         return logits
 
     @staticmethod
@@ -96,22 +96,26 @@ class _AttentionLogits(torch.autograd.Function):
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         history_part, item_part, weight = ctx.saved_tensors
         grad_history, grad_item = torch.empty_like(history_part), torch.empty_like(item_part)
-        grad_weight = torch.zeros_like(weight)
-        for chunk in _request_chunks(history_part, item_part):
-            hidden = _hidden(history_part[chunk], item_part[chunk])  # [b, N, L, H]
-            grad = grad_logits[chunk].unsqueeze(-1)  # [b, N, L, 1]
-            grad_weight += (hidden.flatten(0, 2).T @ grad.reshape(-1, 1)).squeeze(-1)
-            grad_hidden = (hidden > 0).to(grad.dtype).mul_(grad)  # times weight[h], taken out of the sums below
-            torch.sum(grad_hidden, dim=1, out=grad_history[chunk])
-            torch.sum(grad_hidden, dim=2, out=grad_item[chunk])
+        for chunk, hidden in _hidden_chunks(history_part, item_part):
+            # Where a hidden unit is active, the logit's gradient passes; the factor weight[h] comes in at the end.
+            # All in place and in the numbers' own type: on a CPU comparisons to bool are several times slower.
+            passed = hidden.gt_(0).mul_(grad_logits[chunk].unsqueeze(-1))
+            torch.sum(passed, dim=1, out=grad_history[chunk])
+            torch.sum(passed, dim=2, out=grad_item[chunk])
+        # ReLU(x) = x where active, and x is the sum of its parts: so is the gradient of the weight.
+        grad_weight = (history_part * grad_history).sum(dim=(0, 1)) + (item_part * grad_item).sum(dim=(0, 1))
         return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
 
 
-def _hidden(history_part: Tensor, item_part: Tensor) -> Tensor:
-    return (history_part.unsqueeze(1) + item_part.unsqueeze(2)).relu_()
-
-
-def _request_chunks(history_part: Tensor, item_part: Tensor) -> list[slice]:
-    per_request = history_part.shape[1] * history_part.shape[2] * item_part.shape[1]
-    step = max(1, _CHUNK_NUMBERS.get(history_part.device.type, 1 << 27) // max(per_request, 1))
-    return [slice(first, first + step) for first in range(0, len(history_part), step)]
+def _hidden_chunks(history_part: Tensor, item_part: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some requests at a time: which, and their pre-activations [b, N, L, H], in memory that the next ones reuse."""
+    batch, length, units = history_part.shape
+    num_items = item_part.shape[1]
+    limit = _CHUNK_NUMBERS.get(history_part.device.type, _CHUNK_NUMBERS["cpu"])
+    size = max(1, limit // max(num_items * length * units, 1))
+    memory = history_part.new_empty(min(size, batch), num_items, length, units)
+    for first in range(0, batch, size):
+        chunk = slice(first, min(first + size, batch))
+        hidden = memory[: chunk.stop - first]
+        torch.add(history_part[chunk].unsqueeze(1), item_part[chunk].unsqueeze(2), out=hidden)
+        yield chunk, hidden
