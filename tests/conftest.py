@@ -1,0 +1,18 @@
+"""Fixtures and settings that several test modules share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# Matrices in tests are so small that threads only wait for one another: up to thirty times slower on busy cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden numbers; tests that need it skip in a clone that lacks it."""
+    folder = Path(__file__).parents[1].parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: the golden numbers are not part of the public project")
+    return folder

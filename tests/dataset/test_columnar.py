@@ -1,0 +1,372 @@
+"""The columnar cache: when it is used, when it is built anew, and what lies on disk meanwhile."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deep_components.batch import CascadeBatch
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Group
+from deep_components.dataset import columnar, recflow
+from deep_components.dataset.columnar import DayCache, default_cache_dir, open_day
+from deep_components.dataset.encoding import ColumnFiles
+from deep_components.errors import InputError
+from tests.dataset.synthetic import COUNTS, DAY, random_log, write_log
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_log(tmp_path / "log")
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The days that are encoded during the test."""
+    encoded: list[str] = []
+    encode_day = columnar.encode_day
+
+    def counting(data_dir: Path, day: str, *rest: Any) -> dict[str, int]:
+        encoded.append(day)
+        return encode_day(data_dir, day, *rest)
+
+    monkeypatch.setattr(columnar, "encode_day", counting)
+    yield encoded
+
+
+def folder_of(parent: Path, cascade: str = "two_stage") -> Path:
+    """The one folder of the cascade's cache, with nothing beside it."""
+    (folder,) = (parent / cascade).iterdir()
+    return folder
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
+
+
+def everything(day: DayCache) -> dict[str, np.ndarray]:
+    return {name: np.array(values) for name, values in day.columns.items()}
+
+
+def check_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    assert set(first) == set(second)
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, second[name], err_msg=name, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------- contents
+
+
+def test_columns_are_memory_maps_of_the_smallest_types(root: Path) -> None:
+    day = open_day(root, DAY, THREE_STAGE)
+    assert len(day) == 12 and day.day == DAY
+    types = {  # the largest index is count + 1
+        "user": np.uint8,  # 255
+        "device": np.uint16,  # 256
+        "gender": np.uint8,
+        "age": np.uint8,
+        "province": np.uint8,
+        "video": np.uint32,  # 65536
+        "author": np.uint16,  # 65535
+        "category_two": np.uint16,
+        "category_one": np.uint8,
+        "upload_type": np.uint8,
+        "weekday": np.uint8,
+        "hour": np.uint8,
+        "minute": np.uint8,
+        "label": np.int16,
+        "mask": np.bool_,
+        "request_id": np.int64,
+    }
+    for name, column in day.columns.items():
+        assert isinstance(column, np.memmap) and not column.flags.writeable, name
+        assert column.dtype == types[name.rpartition(".")[2]], name
+        places = {"request": (), "request_id": (), "history": (50,), "items": (50,)}[name.partition(".")[0]]
+        assert column.shape == (12, *places), name
+    assert day.group.tolist() == [group for group in range(5) for _ in range(10)]
+    for field, count in (("user", "user_id"), ("device", "device_id")):
+        assert day.columns[f"request.{field}"].max() == COUNTS[count] + 1
+    assert day.columns["items.video"].max() == 65_536 and day.columns["items.author"].max() == 65_535
+
+
+def tensors(batch: CascadeBatch) -> list[Any]:
+    found: list[Any] = []
+
+    def keep(tensor: Any) -> Any:
+        found.append(tensor)
+        return tensor
+
+    batch.apply(keep)
+    return found
+
+
+def test_a_batch_holds_copies_of_the_requests_asked_for(root: Path) -> None:
+    day = open_day(root, DAY, TWO_STAGE)
+    before = everything(day)
+    whole = tensors(day.batch(np.arange(len(day))))
+    order = np.array([11, 0, 5, 5])
+    for tensor, all_of_it in zip(tensors(day.batch(order)), whole, strict=True):
+        is_group = len(all_of_it) != len(day)
+        np.testing.assert_array_equal(tensor, all_of_it if is_group else all_of_it[order])
+        if not is_group:
+            tensor.zero_()
+    check_same(before, everything(day))
+    check_same(before, everything(open_day(root, DAY, TWO_STAGE)))
+    assert [len(tensor) for tensor in tensors(day.batch(np.zeros(0, np.int64)))] == [0] * 14 + [40]
+
+
+# ---------------------------------------------------------------------------------------------- reuse
+
+
+def test_a_cache_is_used_again(root: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    first = everything(open_day(root, DAY, TWO_STAGE))
+    folder = folder_of(root / "cache")
+    assert folder.name.startswith(f"{DAY}-")
+    before = state(folder)
+    check_same(first, everything(open_day(root, DAY, TWO_STAGE, history_length=3)))
+    assert state(folder) == before and builds == [DAY]
+    assert not caplog.records
+
+
+def test_two_cascades_and_two_days_lie_side_by_side(root: Path, builds: list[str]) -> None:
+    write_log(root, random_log(5, seed=1), "2024-01-16")
+    for _ in range(2):
+        assert len(open_day(root, DAY, TWO_STAGE)) == 12
+        assert len(open_day(root, "2024-01-16", TWO_STAGE)) == 5
+        assert open_day(root, DAY, THREE_STAGE).columns["items.label"].shape == (12, 50)
+    assert builds == [DAY, "2024-01-16", DAY]
+    assert len(list((root / "cache" / "two_stage").iterdir())) == 2
+
+
+def changed_log(root: Path) -> None:
+    write_log(root, random_log(12, seed=9))
+
+
+def touched(place: int) -> Callable[[Path], None]:
+    def touch(root: Path) -> None:
+        path = recflow.day_paths(root, DAY)[place]
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+    return touch
+
+
+def more_users(root: Path) -> None:
+    recflow.write_id_counts(root, COUNTS | {"user_id": 255})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [changed_log, touched(0), touched(1), touched(2), more_users],
+    ids=["another log", "all_stage", "request_id_dict", "seq_effective_50_dict", "id_cnt"],
+)
+def test_a_changed_source_gives_a_new_cache_and_removes_the_old(
+    root: Path, builds: list[str], change: Callable[[Path], None]
+) -> None:
+    old_day = open_day(root, DAY, TWO_STAGE)
+    old = folder_of(root / "cache")
+    old_columns = everything(old_day)
+    change(root)
+    new = everything(open_day(root, DAY, TWO_STAGE))
+    assert folder_of(root / "cache") != old
+    assert builds == [DAY, DAY]
+    if change is changed_log:
+        assert not np.array_equal(new["items.video"], old_columns["items.video"])
+    if change is more_users:
+        assert new["request.user"].dtype == np.uint16
+    check_same(old_columns, everything(old_day))  # who has it open goes on reading the old one
+
+
+def test_a_change_of_what_is_asked_for_gives_a_new_cache(root: Path, builds: list[str]) -> None:
+    def hours(zone: str) -> list[int]:
+        return open_day(root, DAY, TWO_STAGE, zone=zone).columns["request.hour"].tolist()
+
+    assert hours("Asia/Shanghai") != hours("UTC")
+    later = (*TWO_STAGE.groups[:3], Group("prerank_neg", position=26))
+    labels = open_day(root, DAY, dataclasses.replace(TWO_STAGE, groups=later)).columns["items.label"]
+    assert (labels[:, 30:] == 4).all()
+    small = dataclasses.replace(TWO_STAGE, group_size=4)
+    assert open_day(root, DAY, small).columns["items.label"].shape == (12, 16)
+    columnar.FORMAT_VERSION += 1
+    try:
+        open_day(root, DAY, small)
+    finally:
+        columnar.FORMAT_VERSION -= 1
+    assert len(builds) == 5
+    folder_of(root / "cache")
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def without(folder: Path, entry: str) -> None:
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta[entry]
+    path.write_text(json.dumps(meta))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a flipped bit": lambda folder: flip(folder / "items.video.npy"),
+    "a flipped bit in a mask": lambda folder: flip(folder / "history.mask.npy"),
+    "a cut column": lambda folder: os.truncate(folder / "request.user.npy", 130),
+    "a longer column": lambda folder: (folder / "request.user.npy").write_bytes(bytes(1000)),
+    "a missing column": lambda folder: (folder / "items.label.npy").unlink(),
+    "no meta.json": lambda folder: (folder / "meta.json").unlink(),
+    "an empty meta.json": lambda folder: (folder / "meta.json").write_bytes(b""),
+    "meta.json that is a list": lambda folder: (folder / "meta.json").write_bytes(b"[]"),
+    "meta.json without the files": lambda folder: without(folder, "files"),
+    "meta.json without the repairs": lambda folder: without(folder, "repairs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_built_anew(root: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    sound = everything(open_day(root, DAY, TWO_STAGE))
+    folder = folder_of(root / "cache")
+    DAMAGE[damage](folder)
+    with caplog.at_level(logging.WARNING):
+        check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(folder) in caplog.text and "built anew" in caplog.text
+    assert folder_of(root / "cache") == folder
+    caplog.clear()
+    check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
+    assert not caplog.records
+
+
+def test_what_was_left_out_is_counted_and_logged_each_time(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = recflow.history_path(root, DAY)
+    path.write_bytes(b"\x80\x02}.")  # an empty dict
+    for _ in range(2):
+        caplog.clear()
+        day = open_day(root, DAY, TWO_STAGE)
+        (message,) = caplog.messages
+        assert message.startswith(DAY) and "seq_effective_50_dict" in message and message.endswith(": 12")
+        assert sorted(day.repairs.values()) == [0, 0, 0, 12]
+    assert not day.columns["history.mask"].any()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_an_interrupted_build_leaves_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    write = ColumnFiles.write
+
+    def interrupted(files: ColumnFiles, name: str, *rest: Any) -> None:
+        write(files, name, *rest)
+        if name == "items.author":
+            assert (files.folder / "request.user.npy").exists()
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ColumnFiles, "write", interrupted)
+        with pytest.raises(error):
+            open_day(root, DAY, TWO_STAGE)
+    assert list((root / "cache" / "two_stage").iterdir()) == []
+    assert len(open_day(root, DAY, TWO_STAGE)) == 12
+
+
+def test_a_build_that_was_killed_is_not_opened(root: Path, builds: list[str]) -> None:
+    sound = everything(open_day(root, DAY, TWO_STAGE))
+    folder = folder_of(root / "cache")
+    killed = folder.with_name(f".{folder.name}.0123.tmp")
+    folder.rename(killed)
+    (killed / "meta.json").unlink()
+    check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
+    assert builds == [DAY, DAY]
+
+
+# ---------------------------------------------------------------------------------------------- where it lies
+
+
+def test_the_cache_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert default_cache_dir(root) == root / "cache"
+    open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "a" / "b")
+    folder_of(tmp_path / "a" / "b")
+    assert not (root / "cache").exists()
+
+    root.chmod(0o555)
+    try:
+        elsewhere = default_cache_dir(root)
+        assert elsewhere.is_relative_to(tmp_path / "user" / "lcron")
+        other = write_log(tmp_path / "other")
+        other.chmod(0o555)
+        assert default_cache_dir(other) != elsewhere
+        other.chmod(0o755)
+        monkeypatch.chdir(tmp_path)
+        assert default_cache_dir(Path("log")) == elsewhere
+        open_day(root, DAY, TWO_STAGE)
+        assert not (root / "cache").exists()
+        folder_of(elsewhere)
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert default_cache_dir(root) == tmp_path / "home" / ".cache" / "lcron" / elsewhere.name
+    finally:
+        root.chmod(0o755)
+
+
+def test_a_cache_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/two_stage.*cannot be written.*--cache_dir"):
+        open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "file")
+
+
+def test_a_wrong_time_zone_or_day(root: Path) -> None:
+    with pytest.raises(InputError, match="--time_zone=Mars"):
+        open_day(root, DAY, TWO_STAGE, zone="Mars")
+    with pytest.raises(InputError, match=r"2024-01-17.feather: no such file"):
+        open_day(root, "2024-01-17", TWO_STAGE)
+    recflow.id_count_path(root).unlink()
+    with pytest.raises(InputError, match=r"id_cnt.pkl: no such file"):
+        open_day(root, DAY, TWO_STAGE)
+
+
+# ---------------------------------------------------------------------------------------------- two processes
+
+
+def build_with_the_other(root: Path, name: str) -> tuple[int, int]:
+    """Open the day in one of two processes, none of which is done before the other has encoded it too."""
+    encode_day = columnar.encode_day
+
+    def encode_and_wait(*arguments: Any) -> dict[str, int]:
+        repairs = encode_day(*arguments)
+        (root / f"{name}.encoded").touch()
+        limit = time.monotonic() + 60
+        while len(list(root.glob("*.encoded"))) < 2:
+            assert time.monotonic() < limit, "the other process does not build"
+            time.sleep(0.005)
+        return repairs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columnar, "encode_day", encode_and_wait)
+        day = open_day(root, DAY, TWO_STAGE)
+        return int(day.columns["items.video"].sum()), len(day)
+
+
+def test_two_processes_build_the_same_day_at_once(root: Path, tmp_path: Path) -> None:
+    script = "import sys, pathlib; from tests.dataset.test_columnar import build_with_the_other as build;"
+    script += "print(*build(pathlib.Path(sys.argv[1]), 'other'))"
+    arguments = [sys.executable, "-c", script, str(root)]
+    with subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as other:
+        ours = build_with_the_other(root, "this")
+        theirs, _ = other.communicate(timeout=60)
+    assert other.returncode == 0
+    alone = open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "alone")
+    assert ours == tuple(map(int, theirs.split())) == (alone.columns["items.video"].sum(), 12)
+    assert folder_of(root / "cache").name == folder_of(tmp_path / "alone").name

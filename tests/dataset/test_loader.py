@@ -1,0 +1,200 @@
+"""Batches of a day: which requests, in which order, and what the thread that assembles them does."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deep_components.batch import CascadeBatch
+from deep_components.cascade import TWO_STAGE
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.errors import InputError
+from tests.dataset.synthetic import DAY, random_log, write_log
+
+CPU = torch.device("cpu")
+REQUESTS = 23
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> DayCache:
+    return open_day(write_log(tmp_path_factory.mktemp("log"), random_log(REQUESTS)), DAY, TWO_STAGE)
+
+
+def tensors(batch: CascadeBatch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    batch.apply(keep)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- order
+
+
+def named(day: str, requests: int) -> DayCache:
+    return DayCache(day, {"request_id": np.arange(requests)}, np.zeros(0, np.int64), {})
+
+
+def test_without_shuffling_the_order_is_the_file_s() -> None:
+    assert training_order(named(DAY, 5), seed=3, epoch=1, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_order_is_a_permutation_that_seed_epoch_and_day_name() -> None:
+    def order(seed: int = 30, epoch: int = 0, day: str = DAY) -> tuple[int, ...]:
+        return tuple(training_order(named(day, 200), seed, epoch, shuffle=True).tolist())
+
+    assert sorted(order()) == list(range(200))
+    np.random.seed(5)  # noqa: NPY002 (a global generator must not matter)
+    torch.manual_seed(5)
+    assert order() == order()
+    others = [order(seed=31), order(epoch=1), order(day="2024-01-16"), order(seed=0, epoch=30), order(seed=1, epoch=29)]
+    assert len({order(), *others}) == 6
+    assert order() != tuple(range(200))
+
+
+def test_whole_batches_are_counted() -> None:
+    assert [steps_of(named(DAY, requests), 10) for requests in (10, 19, 20, 29)] == [1, 1, 2, 2]
+    for requests in (0, 9):
+        with pytest.raises(InputError, match=rf"{DAY} has {requests} requests.*--batch_size=10"):
+            steps_of(named(DAY, requests), 10)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, REQUESTS - 1, REQUESTS, REQUESTS + 1])
+def test_every_request_comes_once_and_the_last_batch_may_be_smaller(day: DayCache, batch_size: int) -> None:
+    order = training_order(day, seed=1, epoch=0, shuffle=True)
+    found = list(batches(day, order, batch_size, CPU))
+    sizes = [len(batch.request_id) for batch in found]
+    assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and 0 < sizes[-1] <= batch_size and sum(sizes) == REQUESTS
+    ids = torch.cat([batch.request_id for batch in found])
+    np.testing.assert_array_equal(ids, day.columns["request_id"][order])
+    assert len(set(ids.tolist())) == REQUESTS
+
+
+def test_batches_are_those_of_the_day(day: DayCache) -> None:
+    order = training_order(day, seed=2, epoch=0, shuffle=True)
+    for place, batch in enumerate(batches(day, order, 5, CPU)):
+        expected = day.batch(order[5 * place : 5 * place + 5])
+        for ours, theirs in zip(tensors(batch), tensors(expected), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert place == 4
+
+
+def test_batches_go_to_the_device_asked_for(day: DayCache) -> None:
+    batch = next(batches(day, np.arange(3), 2, torch.device("meta")))
+    assert {tensor.device.type for tensor in tensors(batch)} == {"meta"}
+
+
+def test_no_requests_give_no_batches(day: DayCache) -> None:
+    assert list(batches(day, np.zeros(0, np.int64), 4, CPU)) == []
+
+
+# ---------------------------------------------------------------------------------------------- the thread
+
+
+class Watched:
+    """Stands for a day: notes which requests are asked for, by which thread, and fails from one on."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.threads: set[threading.Thread] = set()
+        self.fails_at = fails_at
+
+    def batch(self, requests: np.ndarray) -> Any:
+        first = int(requests[0])
+        self.threads.add(threading.current_thread())
+        if first == self.fails_at:
+            raise OSError("the disk is gone")
+        self.asked.append(first)
+        return Assembled(first)
+
+    def wait(self, asked: list[int]) -> None:
+        """Until just these have been asked for; a moment more to see that nothing else is."""
+        limit = time.monotonic() + 10
+        while self.asked != asked and time.monotonic() < limit:
+            time.sleep(0.002)
+        time.sleep(0.02)
+        assert self.asked == asked
+
+    def ended(self) -> bool:
+        return bool(self.threads) and not any(thread.is_alive() for thread in self.threads)
+
+
+class Assembled:
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def to(self, device: torch.device) -> int:
+        assert device == CPU
+        return self.first
+
+
+def run(day: Watched, requests: int) -> Any:
+    """The batches of one request each."""
+    stand_in: Any = day
+    return batches(stand_in, np.arange(requests), 1, CPU)
+
+
+def test_one_batch_is_assembled_ahead_of_its_use_by_another_thread() -> None:
+    day = Watched()
+    found = run(day, 5)
+    day.wait([])
+    for place in range(5):
+        assert next(found) == place
+        day.wait(list(range(min(place + 2, 5))))
+    assert next(found, None) is None
+    assert threading.current_thread() not in day.threads and day.ended()
+
+
+def test_an_error_of_the_thread_comes_through_after_the_batches_before_it() -> None:
+    day = Watched(fails_at=3)
+    found = run(day, 6)
+    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
+    assert day.ended() and day.asked == [0, 1, 2]
+    assert next(found, None) is None
+
+
+def test_the_thread_ends_with_a_loop_that_is_left_early() -> None:
+    day = Watched()
+    for place in run(day, 100):
+        if place == 2:
+            break
+    else:
+        raise AssertionError("the loop was not left")
+    limit = time.monotonic() + 10
+    while not day.ended() and time.monotonic() < limit:
+        time.sleep(0.002)
+    assert day.ended() and len(day.asked) <= 4
+
+
+def test_an_error_of_the_user_ends_the_thread() -> None:
+    day = Watched()
+    found = run(day, 100)
+    with pytest.raises(RuntimeError):
+        for _ in found:
+            raise RuntimeError
+    found.close()
+    assert day.ended()
+
+
+def test_a_real_day_can_be_removed_while_it_is_read(tmp_path: Path) -> None:
+    """Memory maps stay readable: a second run with other settings may remove the cache under the first."""
+    opened = open_day(write_log(tmp_path, random_log(6)), DAY, TWO_STAGE)
+    found = batches(opened, np.arange(6), 2, CPU)
+    next(found)
+    (folder,) = (tmp_path / "cache" / "two_stage").iterdir()
+    for path in folder.iterdir():
+        path.unlink()
+    assert sum(len(batch.request_id) for batch in found) == 4

@@ -1,0 +1,361 @@
+"""What the methods' options do, which of them are refused, and that every script's hyper-parameters are accepted."""
+
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deep_components.errors import InputError
+from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, neural_sort
+from tests.loss.methods import NUM_GROUPS, SETTINGS, STAGES, WEIGHTS, Batch, build, serving_batch, set_weights, step
+from tests.loss.methods import weights_of as weights_in
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("arf", "arf_v2", "bce", "fs_lambdaloss", "fs_ranknet", "icc", "lcron", "rankflow", "sorting")
+each_setting = pytest.mark.parametrize("setting", STAGES)
+
+
+def lcron(setting: str, *flags: str) -> nn.Module:
+    """LCRON in float64 with every weight away from 1."""
+    loss = build(setting, "--loss_type=lcron", *flags).double()
+    return set_weights(loss, {name: WEIGHTS[name] for name in weights_in(loss)})
+
+
+def value(loss: nn.Module, batch: Batch) -> float:
+    return step(loss, batch).loss.item()
+
+
+def single_and_end_to_end(setting: str, batch: Batch) -> tuple[dict[str, float], float]:
+    """S_i by stage and E, as the loss without options reports them; test_properties holds those to the formulas."""
+    terms = step(lcron(setting), batch).terms
+    return {stage: terms[stage].item() for stage in STAGES[setting]}, terms["end_to_end"].item()
+
+
+def same(number: float) -> object:
+    return pytest.approx(number, rel=1e-12)
+
+
+# ---- LCRON's terms and their weights ---------------------------------------------------------------------------------
+
+
+@each_setting
+def test_by_default_the_end_to_end_term_has_weight_one_and_the_logarithm_is_natural(setting: str) -> None:
+    batch, loss = serving_batch(setting), lcron(setting)
+    single, end_to_end = single_and_end_to_end(setting, batch)
+    expected = end_to_end + sum(s / (2 * WEIGHTS[stage] ** 2) + math.log(WEIGHTS[stage]) for stage, s in single.items())
+    assert weights_in(loss).keys() == set(STAGES[setting])
+    assert value(loss, batch) == same(expected)
+
+
+@each_setting
+def test_terms_end_to_end_is_the_end_to_end_term_alone(setting: str) -> None:
+    batch, loss = serving_batch(setting), lcron(setting, "--terms=end_to_end")
+    _, end_to_end = single_and_end_to_end(setting, batch)
+    assert weights_in(loss) == {}
+    assert value(loss, batch) == same(end_to_end)
+    assert not set(STAGES[setting]) & step(loss, batch).terms.keys()
+
+
+@each_setting
+def test_terms_single_leaves_out_the_end_to_end_term(setting: str) -> None:
+    batch, loss = serving_batch(setting), lcron(setting, "--terms=single")
+    single, _ = single_and_end_to_end(setting, batch)
+    expected = sum(s / (2 * WEIGHTS[stage] ** 2) + math.log(WEIGHTS[stage]) for stage, s in single.items())
+    assert weights_in(loss).keys() == set(STAGES[setting])
+    assert value(loss, batch) == same(expected)
+    assert "end_to_end" not in step(loss, batch).terms
+
+
+@each_setting
+@pytest.mark.parametrize("weight", [0.01, 0.1, 0.5, 1, 2, 3, 4, 5])
+def test_single_weight_fixes_the_weight_of_the_single_stage_terms(setting: str, weight: float) -> None:
+    batch, loss = serving_batch(setting), lcron(setting, f"--single_weight={weight}")
+    single, end_to_end = single_and_end_to_end(setting, batch)
+    assert weights_in(loss) == {}
+    assert value(loss, batch) == same(end_to_end + weight * sum(single.values()))
+
+
+@each_setting
+def test_weighting_paper_is_equation_13(setting: str) -> None:
+    batch, loss = serving_batch(setting), lcron(setting, "--weighting=paper")
+    single, end_to_end = single_and_end_to_end(setting, batch)
+    weights = weights_in(loss)
+    assert weights.keys() == {"end_to_end", *STAGES[setting]}
+    alpha = weights["end_to_end"]
+    expected = end_to_end / (2 * alpha**2) + math.log2(math.prod(weights.values()))
+    expected += sum(s / (2 * weights[stage] ** 2) for stage, s in single.items())
+    result = step(loss, batch)
+    assert result.loss.item() == same(expected)
+    slope = -end_to_end / alpha**3 + 1 / (alpha * math.log(2))
+    assert result.weight_grads["end_to_end"].item() == same(slope)
+
+
+@each_setting
+def test_weighting_paper_goes_with_either_half(setting: str) -> None:
+    batch = serving_batch(setting)
+    single, end_to_end = single_and_end_to_end(setting, batch)
+    alpha = WEIGHTS["end_to_end"]
+    only_end_to_end = lcron(setting, "--weighting=paper", "--terms=end_to_end")
+    assert weights_in(only_end_to_end).keys() == {"end_to_end"}
+    assert value(only_end_to_end, batch) == same(end_to_end / (2 * alpha**2) + math.log2(alpha))
+    only_single = lcron(setting, "--weighting=paper", "--terms=single")
+    assert weights_in(only_single).keys() == set(STAGES[setting])
+    expected = sum(s / (2 * WEIGHTS[stage] ** 2) + math.log2(WEIGHTS[stage]) for stage, s in single.items())
+    assert value(only_single, batch) == same(expected)
+
+
+# ---- what goes into the terms ----------------------------------------------------------------------------------------
+
+
+def rows_of_labels(batch: Batch, label_ties: str) -> Tensor:
+    rows = label_permutation(batch.targets.labels, batch.targets.mask, torch.float64)
+    return (rows > 1e-3).double() if label_ties == "repeated" else rows
+
+
+def truth(batch: Batch, label_ties: str) -> tuple[Tensor, Tensor]:
+    """gt and rest: rows 1..10 and the others, summed."""
+    rows = rows_of_labels(batch, label_ties)
+    return rows[:, :10].sum(dim=1), rows[:, 10:].sum(dim=1)
+
+
+def top_and_rest(permutation: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    total = permutation.sum(dim=1) + 1e-6
+    return permutation[:, :k].sum(dim=1) / total, permutation[:, k:].sum(dim=1) / total
+
+
+def end_to_end_term(permutations: list[Tensor], quotas: list[int], batch: Batch, label_ties: str) -> float:
+    gt, _ = truth(batch, label_ties)
+    survives, never_dropped = torch.ones_like(gt), torch.ones_like(gt)
+    for permutation, quota in zip(permutations, quotas, strict=True):
+        top, rest = top_and_rest(permutation, quota)
+        survives, never_dropped = survives * top, never_dropped * (1 - rest)
+    values = -(survives + 1e-6).log() * gt - (1 - never_dropped + 1e-6).log() * (1 - gt).clamp(0, 1)
+    return values.mean().item()
+
+
+def single_term(permutation: Tensor, batch: Batch, label_ties: str) -> float:
+    (gt, not_gt), (top, rest) = truth(batch, label_ties), top_and_rest(permutation, 10)
+    return (-(top + 1e-6).log() * gt - (rest + 1e-6).log() * not_gt).mean().item()
+
+
+@each_setting
+@pytest.mark.parametrize("label_ties", ["shared", "repeated"])
+@pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
+@pytest.mark.parametrize("tau", [1.0, 50.0, 1000.0])
+def test_sort_tau_and_label_ties(setting: str, label_ties: str, sort: str, tau: float) -> None:
+    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
+    terms = step(lcron(setting, f"--sort={sort}", f"--tau={tau}", f"--label_ties={label_ties}"), batch).terms
+    permutations = {stage: operator(scores, batch.targets.mask, tau) for stage, scores in batch.scores.items()}
+    for stage, permutation in permutations.items():
+        assert terms[stage].item() == same(single_term(permutation, batch, label_ties))
+    expected = end_to_end_term(list(permutations.values()), [10] * len(permutations), batch, label_ties)
+    assert terms["end_to_end"].item() == same(expected)
+
+
+@each_setting
+def test_repeated_ties_weigh_each_of_ten_tied_negatives_ten_times(setting: str) -> None:
+    batch = serving_batch(setting)
+    gt, rest = truth(batch, "repeated")
+    assert gt[:, :10].unique().tolist() == [1]
+    assert rest[:, 10:].unique().tolist() == [10]
+    shared_gt, shared_rest = truth(batch, "shared")
+    torch.testing.assert_close(shared_gt, gt)
+    torch.testing.assert_close(10 * shared_rest, rest)
+
+
+@pytest.mark.parametrize(("setting", "default"), [("two_stage", "shared"), ("three_stage", "repeated")])
+def test_ties_are_repeated_by_default_in_three_stages_only(setting: str, default: str) -> None:
+    batch = serving_batch(setting)
+    assert value(lcron(setting), batch) == value(lcron(setting, f"--label_ties={default}"), batch)
+    other = {"shared": "repeated", "repeated": "shared"}[default]
+    assert value(lcron(setting), batch) != value(lcron(setting, f"--label_ties={other}"), batch)
+
+
+@pytest.mark.parametrize(
+    ("setting", "quotas"), [("two_stage", [30, 20]), ("two_stage", [12, 40]), ("three_stage", [40, 30, 20])]
+)
+def test_end_to_end_quotas_replace_k_in_the_end_to_end_term_only(setting: str, quotas: list[int]) -> None:
+    batch, flag = serving_batch(setting), "--end_to_end_quotas=" + ",".join(map(str, quotas))
+    terms = step(lcron(setting, flag), batch).terms
+    permutations = [neural_sort(scores, batch.targets.mask, 50.0) for scores in batch.scores.values()]
+    ties = "repeated" if setting == "three_stage" else "shared"
+    assert terms["end_to_end"].item() == same(end_to_end_term(permutations, quotas, batch, ties))
+    single, end_to_end = single_and_end_to_end(setting, batch)
+    assert {stage: terms[stage].item() for stage in single} == same(single)  # type: ignore[arg-type]
+    assert terms["end_to_end"].item() != same(end_to_end)
+
+
+@each_setting
+@pytest.mark.parametrize(("name", "tau"), [("arf", 200.0), ("arf_v2", 200.0), ("lcron", 50.0), ("sorting", 50.0)])
+def test_default_temperatures(setting: str, name: str, tau: float) -> None:
+    batch = serving_batch(setting)
+    default, given, other = (
+        value(build(setting, f"--loss_type={name}", *flags), batch)
+        for flags in ((), (f"--tau={tau}",), (f"--tau={tau / 2}",))
+    )
+    assert default == given != other
+
+
+@each_setting
+@pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
+def test_sorting_alone(setting: str, sort: str) -> None:
+    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
+    terms = step(build(setting, "--loss_type=sorting", f"--sort={sort}", "--tau=2"), batch).terms
+    labels = rows_of_labels(batch, "shared")
+    for stage, scores in batch.scores.items():
+        expected = (-(operator(scores, batch.targets.mask, 2.0) + 1e-6).log() * labels).mean().item()
+        assert terms[stage].item() == same(expected)
+    assert terms["loss"].item() == same(sum(terms[stage].item() for stage in STAGES[setting]))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+TAKES = {
+    "bce": (),
+    "icc": (),
+    "rankflow": (),
+    "fs_ranknet": (),
+    "fs_lambdaloss": (),
+    "arf": ("tau",),
+    "arf_v2": ("tau",),
+    "lcron": ("tau", "sort", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas"),
+    "sorting": ("tau", "sort"),
+}
+GIVEN = {
+    "tau": "50",
+    "sort": "neural_sort",
+    "terms": "both",
+    "single_weight": "1",
+    "weighting": "original",
+    "label_ties": "shared",
+    "end_to_end_quotas": "30,20",
+}
+
+
+def refusal(setting: str, *flags: str) -> str:
+    with pytest.raises(InputError) as error:
+        build(setting, *flags)
+    return str(error.value)
+
+
+@each_setting
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name in TAKES for option in GIVEN if option not in TAKES[name]]
+)
+def test_an_option_the_method_does_not_take(setting: str, name: str, option: str) -> None:
+    message = refusal(setting, f"--loss_type={name}", f"--{option}={GIVEN[option]}")
+    assert f"--{option}" in message
+    assert name in message
+    for taken in TAKES[name] or ("none",):
+        assert taken in message
+
+
+@each_setting
+@pytest.mark.parametrize("name", ["lcorn", "LCRON", "", "run_train2"])
+def test_an_unknown_method_lists_the_methods(setting: str, name: str) -> None:
+    message = refusal(setting, f"--loss_type={name}")
+    assert f"--loss_type={name}" in message
+    assert message.endswith("choose one of: " + ", ".join(METHODS))
+
+
+@each_setting
+@pytest.mark.parametrize("other", ["--terms=single", "--terms=end_to_end", "--weighting=paper"])
+def test_single_weight_contradicts_other_options(setting: str, other: str) -> None:
+    message = refusal(setting, "--loss_type=lcron", "--single_weight=2", other)
+    assert "--single_weight" in message
+    assert "--terms=both" in message
+    assert "--weighting=original" in message
+
+
+@each_setting
+def test_quotas_without_the_end_to_end_term(setting: str) -> None:
+    quotas = ",".join(["10"] * len(STAGES[setting]))
+    message = refusal(setting, "--loss_type=lcron", "--terms=single", f"--end_to_end_quotas={quotas}")
+    assert "--end_to_end_quotas" in message
+    assert "--terms=single" in message
+
+
+@each_setting
+@pytest.mark.parametrize("wrong", ["too few", "too many", "beyond the items"])
+def test_quotas_that_do_not_fit_the_cascade(setting: str, wrong: str) -> None:
+    stages, items = STAGES[setting], 10 * NUM_GROUPS[setting]
+    quotas = {
+        "too few": [10] * (len(stages) - 1),
+        "too many": [10] * (len(stages) + 1),
+        "beyond the items": [items + 1] * len(stages),
+    }[wrong]
+    flag = "--end_to_end_quotas=" + ",".join(map(str, quotas))
+    message = refusal(setting, "--loss_type=lcron", flag)
+    assert flag in message
+    assert f"from 1 to {items}" in message
+    assert ", ".join(stages) in message
+
+
+@each_setting
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--tau=0", "--tau=-1", "--tau=nan", "--tau=inf", "--tau=x", "--sort=quick_sort", "--terms=none"),
+        *("--single_weight=-1", "--single_weight=nan", "--weighting=uniform", "--label_ties=broken"),
+        *("--end_to_end_quotas=", "--end_to_end_quotas=30,", "--end_to_end_quotas=30,x", "--end_to_end_quotas=0,20"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_the_command_line(
+    setting: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        build(setting, "--loss_type=lcron", flag)
+    assert exit_code.value.code == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+SCRIPTS = [
+    script
+    for setting in STAGES
+    for script in sorted((ROOT / setting).glob("*.sh"))
+    if script.name not in ("run.sh", "all.sh")
+]
+
+
+def script_arguments(script: Path) -> tuple[str, list[str]]:
+    """NAME and the hyper-parameters of a script: what stands between NAME and ``--``."""
+    command = re.search(r'run\.sh" (.*?) -- "\$@"', script.read_text().replace("\\\n", " "), flags=re.DOTALL)
+    assert command, f'{script}: not of the form: source run.sh NAME ... -- "$@"'
+    name, *arguments = shlex.split(command[1])
+    return name, arguments
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.stem}")
+def test_a_script_parses_builds_and_trains(script: Path) -> None:
+    setting = script.parent.name
+    name, arguments = script_arguments(script)
+    assert name == script.stem
+    assert all(argument.startswith("--") and "=" in argument for argument in arguments)
+    args = SETTINGS[setting].parse_args([*arguments, "--data_dir=D", "--output_dir=O"])
+    assert (args.lr, args.batch_size) == (0.01, 1024)  # spec, section 5
+    assert step(build(setting, *arguments), serving_batch(setting, dtype=torch.float32)).loss.isfinite()
+
+
+@each_setting
+def test_every_method_of_the_main_table_has_a_script_of_its_name(setting: str) -> None:
+    methods = {script.stem: script_arguments(script)[1] for script in SCRIPTS if script.parent.name == setting}
+    for name in set(METHODS) - {"sorting"}:
+        assert f"--loss_type={name}" in methods[name]
+
+
+def test_the_variants_of_the_paper_have_scripts() -> None:
+    """Tables 3, 4, 7, 8, appendix E.1 and Eq. 13, as the specification's section 4 lists them."""
+    losses = {script.stem: set(script_arguments(script)[1]) for script in SCRIPTS if script.parent.name == "two_stage"}
+    wanted = [{"--terms=single"}, {"--terms=end_to_end"}, {"--sort=soft_sort", "--loss_type=lcron"}]
+    wanted += [{"--loss_type=sorting", "--sort=neural_sort"}, {"--loss_type=sorting", "--sort=soft_sort"}]
+    wanted += [{"--end_to_end_quotas=30,20"}, {"--weighting=paper"}]
+    wanted += [{f"--single_weight={c}"} for c in ("0.01", "0.1", "0.5", "1", "2", "3", "4", "5")]
+    wanted += [{"--loss_type=lcron", f"--tau={tau}"} for tau in (1, 20, 50, 100, 200, 1000)]
+    for flags in wanted:
+        assert any(flags <= given for given in losses.values()), flags

@@ -1,0 +1,153 @@
+"""The commands' arguments: defaults of the paper, refused values, the choice of a device."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deep_components import run_train2
+from deep_components.arguments import choose_device, evaluation_parser, training_parser
+from deep_components.errors import InputError
+from deep_components.loss import two_stage
+
+REQUIRED = ["--loss_type=lcron", "--data_dir=D", "--output_dir=O"]
+
+
+def device_arguments(device: str | None = None, cuda: int | None = None) -> argparse.Namespace:
+    return argparse.Namespace(device=device, cuda=cuda)
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    args = run_train2.parse_args(REQUIRED)
+    # Spec, sections 3 to 5.
+    expected: dict[str, Any] = {"lr": 0.01, "batch_size": 1024, "epochs": 1, "seed": 30}
+    expected |= {"emb_dim": 8, "nn_units": 128, "seq_len": 50}
+    expected |= {"optimizer": "adam", "dtype": "float32", "shuffle": True}
+    expected |= {"time_zone": "Asia/Shanghai", "train_days": None, "init_from": None, "resume": False}
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert (args.loss_type, args.data_dir, args.output_dir) == ("lcron", Path("D"), Path("O"))
+    run_train2.build_loss(args)  # fills in the method's own defaults
+    assert (args.tau, args.sort, args.weighting, args.label_ties) == (50.0, "neural_sort", "original", "shared")
+
+
+def test_given_values_arrive() -> None:
+    args = run_train2.parse_args([*REQUIRED, "--train_days=2024-01-13, 2024-01-14,", "--no-shuffle", "--tau", "2.5"])
+    assert args.train_days == ["2024-01-13", "2024-01-14"]
+    assert args.shuffle is False
+    assert args.tau == 2.5
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--lr=x"),
+        *("--batch_size=0", "--batch_size=-1", "--batch_size=1.5", "--epochs=-1", "--seed=-1", "--cuda=-1"),
+        *("--emb_dim=0", "--nn_units=0", "--nn_units=6", "--seq_len=0", "--seq_len=51", "--print_freq=0"),
+        *("--dtype=float16", "--optimizer=sgd", "--sort=bubble", "--learning=0.1", "stray"),
+        "--batch=16",  # no abbreviations: a new flag must not change what an old command means
+        *("--tau=0", "--tau=-1", "--tau=nan", "--tau=inf", "--end_to_end_quotas=0,1", "--end_to_end_quotas="),
+    ],
+)
+def test_refused_values_exit_with_2(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_code:
+        run_train2.parse_args([*REQUIRED, flag])
+    assert exit_code.value.code == 2
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_seed_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        run_train2.parse_args([*REQUIRED, f"--seed={2**64}"])
+
+
+@pytest.mark.parametrize("left_out", REQUIRED)
+def test_required_arguments(left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_train2.parse_args([flag for flag in REQUIRED if flag != left_out])
+    assert left_out.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parser", [training_parser("training"), evaluation_parser("evaluation")])
+def test_help_can_be_printed(parser: argparse.ArgumentParser) -> None:
+    text = parser.format_help()
+    assert str(parser.description) in text
+    for action in parser._actions:
+        assert action.option_strings[0] in text
+
+
+def test_evaluation_arguments() -> None:
+    args = evaluation_parser("evaluation").parse_args(["--data_dir=D", "--output_dir=O"])
+    assert (args.test_day, args.save_scores, args.batch_size) == (None, False, 1024)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
+def test_the_named_device(name: str) -> None:
+    assert choose_device(device_arguments(device=name)).type == "cpu"
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_default_device(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert choose_device(device_arguments()).type == ("cuda" if count else "cpu")
+
+
+def test_cuda_devices_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device(device_arguments(cuda=1)) == torch.device("cuda:1")
+    assert choose_device(device_arguments(device="cuda:1")) == torch.device("cuda:1")
+    assert choose_device(device_arguments(device="cuda")).type == "cuda"
+    with pytest.raises(InputError, match="there are 2 CUDA devices"):
+        choose_device(device_arguments(cuda=2))
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "mps", "cpu,cuda"])
+def test_unknown_devices(name: str) -> None:
+    with pytest.raises(InputError, match=r"unknown device; use cpu, cuda or cuda:K"):
+        choose_device(device_arguments(device=name))
+
+
+def test_two_devices_contradict() -> None:
+    with pytest.raises(InputError, match="--cuda=0 and --device=cpu"):
+        choose_device(device_arguments(device="cpu", cuda=0))
+
+
+def test_no_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for args in (device_arguments(cuda=0), device_arguments(device="cuda")):
+        with pytest.raises(InputError, match="there are 0 CUDA devices here; use --device=cpu"):
+            choose_device(args)
+
+
+def test_an_unknown_method_names_the_known_ones() -> None:
+    args = run_train2.parse_args(["--loss_type=nonsense", *REQUIRED[1:]])
+    with pytest.raises(InputError, match=r"--loss_type=nonsense: .* choose one of: .*\blcron\b"):
+        run_train2.build_loss(args)
+
+
+def test_every_file_of_the_loss_package_has_a_branch() -> None:
+    for path in sorted(Path(two_stage.__path__[0]).glob("[a-z]*.py")):
+        run_train2.build_loss(run_train2.parse_args([f"--loss_type={path.stem}", *REQUIRED[1:]]))
+
+
+def test_an_option_of_another_method_is_refused() -> None:
+    args = run_train2.parse_args(["--loss_type=bce", *REQUIRED[1:], "--tau=20"])
+    with pytest.raises(InputError, match="--tau is not an option of bce"):
+        run_train2.build_loss(args)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--single_weight=1", "--terms=end_to_end"],
+        ["--single_weight=1", "--weighting=paper"],
+        ["--end_to_end_quotas=30,20", "--terms=single"],
+        ["--end_to_end_quotas=30"],
+        ["--end_to_end_quotas=30,41"],
+    ],
+)
+def test_options_that_contradict_each_other(flags: list[str]) -> None:
+    with pytest.raises(InputError, match=r"--(single_weight|end_to_end_quotas)"):
+        run_train2.build_loss(run_train2.parse_args([*REQUIRED, *flags]))

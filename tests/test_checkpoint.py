@@ -1,0 +1,145 @@
+"""Checkpoints: what is written comes back exactly; what does not fit is a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from deep_components import checkpoint
+from deep_components.errors import InputError
+
+
+def models(seed: int, width: int = 3) -> dict[str, nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {"retrieval": nn.Linear(2, width), "rank": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, width))}
+
+
+def states(stages: dict[str, nn.Module]) -> dict[str, dict[str, torch.Tensor]]:
+    return {stage: model.state_dict() for stage, model in stages.items()}
+
+
+def same(one: dict[str, nn.Module], other: dict[str, nn.Module]) -> bool:
+    return all(
+        torch.equal(value, other[stage].state_dict()[name])
+        for stage, model in one.items()
+        for name, value in model.state_dict().items()
+    )
+
+
+def test_models_come_back(tmp_path: Path) -> None:
+    ours, theirs = models(0), models(1)
+    assert not same(ours, theirs)
+    checkpoint.save_models(tmp_path / "run", states(ours), {"data": "simulated", "loss_type": "lcron"})
+    checkpoint.load_models(tmp_path / "run", theirs)
+    assert same(ours, theirs)
+    for stage in ours:
+        with safe_open(tmp_path / "run" / f"{stage}.safetensors", framework="pt") as file:
+            metadata = str(file.metadata())
+        assert "simulated" in metadata and "lcron" in metadata
+
+
+def test_the_same_models_give_the_same_bytes(tmp_path: Path) -> None:
+    note = {"data": "simulated", "loss_type": "lcron", "more": "x", "and": "y"}
+    for run in range(3):
+        checkpoint.save_models(tmp_path / str(run), states(models(0)), note)
+    for stage in models(0):
+        assert len({(tmp_path / str(run) / f"{stage}.safetensors").read_bytes() for run in range(3)}) == 1
+
+
+def test_loading_casts_to_the_models_type(tmp_path: Path) -> None:
+    ours = models(0)
+    checkpoint.save_models(tmp_path, states(ours), {})
+    theirs = {stage: model.double() for stage, model in models(1).items()}
+    checkpoint.load_models(tmp_path, theirs)
+    assert all(p.dtype == torch.float64 for model in theirs.values() for p in model.parameters())
+    assert same({stage: model.double() for stage, model in ours.items()}, theirs)
+
+
+def test_another_shape(tmp_path: Path) -> None:
+    checkpoint.save_models(tmp_path, states(models(0)), {})
+    with pytest.raises(InputError, match=r"retrieval.*bias has shape \(3,\), but the model wants \(4,\).*--emb_dim"):
+        checkpoint.load_models(tmp_path, models(0, width=4))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_another_set_of_parameters(change: str, tmp_path: Path) -> None:
+    checkpoint.save_models(tmp_path, states(models(0)), {})
+    tensors = dict(models(0)["retrieval"].state_dict())
+    if change == "missing":
+        del tensors["bias"]
+    else:
+        tensors["stranger"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "retrieval.safetensors")
+    with pytest.raises(InputError, match=r"parameter (bias|stranger) has shape"):
+        checkpoint.load_models(tmp_path, models(0))
+
+
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"retrieval.safetensors: no such file"):
+        checkpoint.load_models(tmp_path, models(0))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "folder"])
+def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
+    checkpoint.save_models(tmp_path, states(models(0)), {})
+    path = tmp_path / "rank.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"empty": b"", "cut": whole[:-5], "garbage": b"\xff" * len(whole)}[damage])
+    with pytest.raises(InputError, match=r"rank.safetensors: not a readable checkpoint"):
+        checkpoint.load_models(tmp_path, models(0))
+
+
+def test_the_state_comes_back(tmp_path: Path) -> None:
+    tensors = {"parameter/a": torch.arange(6.0).view(2, 3), "optimizer/a/step": torch.tensor(3.0)}
+    position = {"epoch": 1, "day": 2, "step": 3}
+    checkpoint.save_state(tmp_path / "state", tensors, position)
+    loaded, where = checkpoint.load_state(tmp_path / "state")
+    assert where == position
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_a_state_without_a_position(tmp_path: Path) -> None:
+    save_file({"parameter/a": torch.zeros(1)}, tmp_path / "state")
+    with pytest.raises(InputError, match="not the state of a training run"):
+        checkpoint.load_state(tmp_path / "state")
+
+
+def test_a_transposed_parameter_is_written_by_value(tmp_path: Path) -> None:
+    value = torch.arange(6.0).view(2, 3).T
+    checkpoint.save_state(tmp_path / "state", {"a": value}, {"epoch": 0, "day": 0, "step": 0})
+    assert torch.equal(checkpoint.load_state(tmp_path / "state")[0]["a"], value)
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    content = {"arguments": {"lr": 0.1, "days": ["a"], "none": None}, "text": "ä"}
+    checkpoint.write_json(tmp_path / "run" / checkpoint.CONFIG_FILE, content)
+    assert checkpoint.read_config(tmp_path / "run") == content
+
+
+def test_json_without_nan(tmp_path: Path) -> None:
+    checkpoint.write_json(tmp_path / "file", {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.write_json(tmp_path / "file", {"a": float("nan")})
+    assert json.loads((tmp_path / "file").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
+def test_a_damaged_config(text: str, tmp_path: Path) -> None:
+    (tmp_path / checkpoint.CONFIG_FILE).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"config.json: not "):
+        checkpoint.read_config(tmp_path)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not the folder of a training run"):
+        checkpoint.read_config(tmp_path)

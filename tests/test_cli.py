@@ -1,0 +1,52 @@
+"""Exit codes and sentences of the commands."""
+
+import sys
+
+import pytest
+
+from deep_components.cli import progress, run_command
+from deep_components.errors import InputError
+
+
+def test_success_gives_0_and_the_arguments_arrive(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[list[str]] = []
+    assert run_command(seen.append, ["--a=1", "b"]) == 0
+    assert seen == [["--a=1", "b"]]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_by_default_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--flag"])
+    seen: list[list[str]] = []
+    run_command(seen.append)
+    assert seen == [["--flag"]]
+
+
+def test_a_mistake_is_one_sentence_and_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken(_: list[str]) -> None:
+        raise InputError("data: no such folder; make it")
+
+    assert run_command(mistaken, []) == 2
+    assert capsys.readouterr() == ("", "error: data: no such folder; make it\n")
+
+
+def test_an_interruption_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted, []) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, OSError])
+def test_our_own_defects_keep_their_traceback(error: type[Exception]) -> None:
+    def broken(_: list[str]) -> None:
+        raise error("defect")
+
+    with pytest.raises(error, match="defect"):
+        run_command(broken, [])
+
+
+def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), "counting", "number")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")

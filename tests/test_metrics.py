@@ -1,0 +1,307 @@
+"""Metrics against the paper's code, scikit-learn, SciPy, hand-made cases, and their properties."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from scipy.stats import kendalltau
+from sklearn.metrics import ndcg_score
+from torch import Tensor
+
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
+from deep_components.metrics import cascade_metrics, joint_recall, kendall_tau, ndcg, recall, survival
+
+quick = settings(deadline=None, max_examples=60)
+
+
+def tensor(values: object, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+class Request(NamedTuple):
+    """One request, [1, N] each."""
+
+    scores: dict[str, Tensor]
+    labels: Tensor
+    mask: Tensor
+    relevant: Tensor
+
+
+QUOTAS = {"first": 5, "second": 3}
+
+
+def metrics_of(request: Request) -> dict[str, Tensor]:
+    return cascade_metrics(*request, quotas=QUOTAS, num_relevant=4)
+
+
+@st.composite
+def requests(draw: st.DrawFn, distinct: bool = False, masked: bool = True) -> Request:
+    """Up to 12 items; scores on a coarse grid, so that ties are common, or all distinct."""
+    size = draw(st.integers(1, 12))
+
+    def scores() -> Tensor:
+        if distinct:
+            return tensor([draw(st.permutations(range(size)))])
+        return torch.from_numpy(draw(arrays(np.float32, (1, size), elements=st.integers(-2, 2))))
+
+    def flags() -> Tensor:
+        return torch.from_numpy(draw(arrays(np.bool_, (1, size))))
+
+    labels = torch.from_numpy(draw(arrays(np.int64, (1, size), elements=st.integers(0, 4))))
+    mask = flags() if masked else torch.ones(1, size, dtype=torch.bool)
+    return Request({"first": scores(), "second": scores()}, labels, mask, flags())
+
+
+def rearranged(request: Request, order: Tensor) -> Request:
+    """The request with its items in the given order; items may be left out."""
+    return Request(
+        {stage: scores[:, order] for stage, scores in request.scores.items()},
+        *(values[:, order] for values in request[1:]),
+    )
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, values in actual.items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-12, atol=1e-12, equal_nan=True, msg=name)
+
+
+# ---- against other computations --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cascade", [TWO_STAGE, THREE_STAGE], ids=lambda cascade: cascade.name)
+def test_golden(cascade: Cascade, golden: Path) -> None:
+    with np.load(golden / "metrics.npz") as arrays_of:
+        prefix = f"{cascade.name}/complete/"
+        case = {key.removeprefix(prefix): arrays_of[key] for key in arrays_of if key.startswith(prefix)}
+    scores = {stage: torch.from_numpy(case[f"logits/{stage}"]) for stage in cascade.stage_names}
+    mask = torch.from_numpy(case["mask"]).bool()
+    relevant = (torch.arange(cascade.num_items) < cascade.group_size).expand_as(mask)
+    quotas = {stage.name: stage.keep for stage in cascade.stages}
+    actual = cascade_metrics(scores, torch.from_numpy(case["labels"]), mask, relevant, quotas, cascade.num_relevant)
+    np.testing.assert_allclose(actual["joint_recall@10@20"], case["joint_recall@10@20"], rtol=0, atol=1e-6)
+    for stage, quota in quotas.items():
+        for name in (f"recall@10@{quota}", "ndcg@10", "kendall_tau"):
+            assert actual[f"{stage}_{name}"].mean().item() == pytest.approx(case[f"{name}/{stage}"], abs=1e-6), name
+
+
+@quick
+@given(requests(masked=False), st.integers(1, 12))
+def test_ndcg_equals_scikit_learn(request: Request, k: int) -> None:
+    scores = request.scores["first"]
+    if scores.shape[1] == 1:
+        return  # not defined by scikit-learn
+    expected = ndcg_score(request.labels.numpy(), scores.numpy(), k=k)
+    assert ndcg(scores, request.labels, request.mask, k).item() == pytest.approx(expected, abs=1e-12)
+
+
+@quick
+@given(requests(masked=False))
+def test_kendall_tau_equals_scipy(request: Request) -> None:
+    scores = request.scores["first"]
+    expected = kendalltau(scores.numpy()[0], request.labels.numpy()[0]).statistic if scores.shape[1] > 1 else np.nan
+    actual = kendall_tau(scores, request.labels, request.mask).item()
+    assert actual == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def test_kendall_tau_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(7, 9, generator=generator)
+    labels = torch.randint(0, 5, (7, 9), generator=generator)
+    monkeypatch.setattr("deep_components.metrics._REQUESTS_PER_CHUNK", 3)
+    actual = kendall_tau(scores, labels, torch.ones(7, 9, dtype=torch.bool))
+    expected = [kendalltau(scores[row], labels[row]).statistic for row in range(7)]
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
+    assert kendall_tau(scores[:0], labels[:0], torch.ones(0, 9, dtype=torch.bool)).shape == (0,)
+
+
+@quick
+@given(requests(distinct=True))
+def test_joint_recall_equals_a_simulated_cascade(request: Request) -> None:
+    alive = [item for item in range(request.mask.shape[1]) if request.mask[0, item]]
+    truth = {item for item in alive if request.relevant[0, item]}
+    for stage, quota in QUOTAS.items():
+        alive = sorted(alive, key=lambda item, stage=stage: -request.scores[stage][0, item].item())[:quota]  # type: ignore[misc]
+    expected = len(truth & set(alive)) / len(truth) if truth else np.nan
+    actual = joint_recall(list(request.scores.values()), request.mask, request.relevant, list(QUOTAS.values()))
+    assert actual.item() == pytest.approx(expected, nan_ok=True)
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+FOUR = torch.ones(1, 4, dtype=torch.bool)
+FIRST_TWO = tensor([[1, 1, 0, 0]], torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "quotas", "expected"),
+    [
+        pytest.param([4, 3, 2, 1], [4, 3, 2, 1], [2, 2], 1.0, id="both stages right"),
+        pytest.param([4, 1, 3, 2], [1, 9, 2, 9], [2, 1], 0.0, id="the second stage loses what the first kept"),
+        pytest.param([4, 1, 3, 2], [3, 9, 2, 9], [2, 1], 0.5, id="what the first stage lost does not come back"),
+        pytest.param([1, 2, 3, 4], [4, 3, 2, 1], [2, 2], 0.0, id="the first stage loses all"),
+        pytest.param([1, 2, 3, 4], [4, 3, 2, 1], [3, 1], 0.5, id="one survives both"),
+        pytest.param([1, 2, 3, 4], [1, 2, 3, 4], [4, 4], 1.0, id="nothing is dropped"),
+        pytest.param([1, 2, 3, 4], [1, 2, 3, 4], [9, 9], 1.0, id="quotas above the number of items"),
+        pytest.param([0, 0, 0, 0], [4, 3, 2, 1], [2, 2], 0.5, id="a constant first stage"),
+        pytest.param([4, 3, 2, 1], [0, 0, 0, 0], [3, 1], 1 / 3, id="a constant second stage"),
+        pytest.param([4, 3, 2, 1], [0, 0, 0, 0], [3, 2], 2 / 3, id="a constant second stage that keeps two of three"),
+    ],
+)
+def test_joint_recall_by_hand(first: list[int], second: list[int], quotas: list[int], expected: float) -> None:
+    recalled = joint_recall([tensor([first]), tensor([second])], FOUR, FIRST_TWO, quotas)
+    assert recalled.tolist() == pytest.approx([expected])
+
+
+def test_ndcg_by_hand() -> None:
+    # Items in the order of the scores have labels 1, 3, 2; cut at 2: DCG = 1 + 3 / log2(3), ideal = 3 + 2 / log2(3).
+    value = ndcg(tensor([[1.0, 2.0, 0.5]]), tensor([[3, 1, 2]], torch.int64), FOUR[:, :3], k=2)
+    assert value.item() == pytest.approx((1 + 3 / np.log2(3)) / (3 + 2 / np.log2(3)), abs=1e-12)
+
+
+def test_survival_takes_the_best_of_what_is_alive() -> None:
+    scores, alive = tensor([[1.0, 9.0, 3.0, 2.0]]), tensor([[1.0, 0.0, 1.0, 1.0]])
+    assert survival(scores, alive, quota=2).tolist() == [[0, 0, 1, 1]]
+    assert survival(scores, alive, quota=4).equal(alive.double())
+
+
+def test_tied_items_share_the_places_left() -> None:
+    tied = tensor([[5.0, 1.0, 1.0, 1.0]])
+    assert survival(tied, torch.ones(1, 4, dtype=torch.float64), quota=2)[0].tolist() == pytest.approx(
+        [1, *[1 / 3] * 3]
+    )
+    # What is half gone takes half a place: 1 + 0.5 + 0.5 are before the cut, 0.5 of the next block's 1 is left.
+    alive = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)
+    shares = survival(tensor([[4.0, 3.0, 2.0, 1.0, 1.0]]), alive, quota=2)
+    assert shares[0].tolist() == pytest.approx([1, 0.5, 0.5, 0, 0])
+    assert survival(tensor([[4.0, 3.0, 1.0, 1.0, 0.0]]), alive, quota=2)[0].tolist() == pytest.approx(
+        [1, 0.5, 0.25, 0.25, 0]
+    )
+
+
+def test_requests_do_not_mix() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = {stage: torch.randn(5, 8, generator=generator) for stage in QUOTAS}
+    labels = torch.randint(0, 4, (5, 8), generator=generator)
+    mask, relevant = (torch.rand(5, 8, generator=generator) < 0.6 for _ in range(2))
+    together = metrics_of(Request(scores, labels, mask, relevant))
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = Request({stage: values[one] for stage, values in scores.items()}, labels[one], mask[one], relevant[one])
+        assert_same({name: values[one] for name, values in together.items()}, metrics_of(alone))
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(requests(), st.sampled_from([np.nan, np.inf, -np.inf, 7.0]), st.sampled_from([-(2**62), 0, 2**62]))
+def test_masked_is_removed(request: Request, score: float, label: int) -> None:
+    hidden = request._replace(
+        scores={stage: values.masked_fill(~request.mask, score) for stage, values in request.scores.items()},
+        labels=request.labels.masked_fill(~request.mask, label),
+    )
+    present = request.mask[0].nonzero().squeeze(-1)
+    if len(present):
+        assert_same(metrics_of(hidden), metrics_of(rearranged(request, present)))
+    else:
+        assert all(values.isnan().all() for values in metrics_of(hidden).values())
+
+
+@quick
+@given(requests(), st.randoms(use_true_random=False))
+def test_permuting_the_items_changes_nothing(request: Request, random: "np.random.Generator") -> None:
+    order = list(range(request.mask.shape[1]))
+    random.shuffle(order)
+    assert_same(metrics_of(rearranged(request, torch.tensor(order))), metrics_of(request))
+
+
+@quick
+@given(requests(), st.integers(1, 6))
+def test_tied_recall_is_the_mean_over_all_orders_of_the_tied(request: Request, quota: int) -> None:
+    """Some places are hidden, so that at most five are ordered in every way."""
+    mask = request.mask & (torch.arange(request.mask.shape[1]) < 5)
+    scores, places = request.scores["first"], range(min(5, request.mask.shape[1]))
+    shared = recall(scores, mask, request.relevant, quota)
+    nudges = torch.zeros_like(scores, dtype=torch.float64)
+    recalls = []
+    for order in itertools.permutations(places):
+        nudges[0, list(order)] = 1e-6 * torch.arange(len(order), dtype=torch.float64)
+        recalls.append(recall(scores.double() + nudges, mask, request.relevant, quota))
+    torch.testing.assert_close(shared, torch.stack(recalls).mean(dim=0), equal_nan=True)
+
+
+@quick
+@given(requests(), st.integers(1, 12))
+def test_constant_scores_give_chance(request: Request, quota: int) -> None:
+    constant = recall(torch.zeros_like(request.scores["first"]), request.mask, request.relevant, quota)
+    if (request.mask & request.relevant).any():
+        assert constant.item() == pytest.approx(min(quota / int(request.mask.sum()), 1))
+
+
+@quick
+@given(requests())
+def test_recall_is_the_cascade_of_one_stage_and_only_falls_with_more_stages(request: Request) -> None:
+    values = metrics_of(request)
+    joint, alone = values["joint_recall@4@3"], values["first_recall@4@5"]
+    assert not (joint > alone + 1e-12).any()
+    if (request.mask & request.relevant).any():
+        assert 0 <= joint.item() <= alone.item() <= 1
+    else:
+        assert joint.isnan() and alone.isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_only_the_order_of_the_scores_counts(scale: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    base = torch.stack([torch.randperm(10, generator=generator) for _ in range(3)]).float()
+    labels = torch.randint(0, 5, (3, 10), generator=generator)
+    ones = torch.ones(3, 10, dtype=torch.bool)
+    relevant = torch.rand(3, 10, generator=generator) < 0.5
+    scaled = Request(dict.fromkeys(QUOTAS, base * scale), labels, ones, relevant)
+    assert_same(metrics_of(scaled), metrics_of(scaled._replace(scores=dict.fromkeys(QUOTAS, base))))
+
+
+def test_without_ground_truth_recall_is_not_defined() -> None:
+    nothing = torch.zeros_like(FOUR)
+    scores = tensor([[4.0, 3.0, 2.0, 1.0]])
+    assert recall(scores, FOUR, nothing, 2).isnan().all()
+    assert recall(scores, ~FIRST_TWO, FIRST_TWO, 2).isnan().all()  # all of the ground truth is missing
+    assert joint_recall([scores, scores], FOUR, nothing, [3, 2]).isnan().all()
+
+
+@pytest.mark.parametrize("metric", [ndcg, lambda scores, labels, mask, _: kendall_tau(scores, labels, mask)])
+def test_all_masked_is_not_defined(metric: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
+    labels = tensor([[1, 2, 3, 4]], torch.int64)
+    assert metric(tensor([[1.0, 2.0, 3.0, torch.nan]]), labels, torch.zeros_like(FOUR), 10).isnan().all()
+
+
+def test_equal_labels() -> None:
+    scores, ones = tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4, dtype=torch.int64)
+    assert kendall_tau(scores, ones, FOUR).isnan().all()
+    assert kendall_tau(torch.zeros_like(scores), tensor([[1, 2, 3, 4]], torch.int64), FOUR).isnan().all()
+    assert ndcg(scores, ones, FOUR, 10).tolist() == [1.0]
+    assert ndcg(scores, 0 * ones, FOUR, 10).tolist() == [0.0]
+
+
+def test_names_of_the_tables() -> None:
+    ones = torch.ones(1, 40, dtype=torch.bool)
+    scores = dict.fromkeys(TWO_STAGE.stage_names, torch.rand(1, 40))
+    quotas = {stage.name: stage.keep for stage in TWO_STAGE.stages}
+    names = list(cascade_metrics(scores, torch.zeros(1, 40, dtype=torch.int64), ones, ones, quotas, 10))
+    assert names == [
+        "joint_recall@10@20",
+        "retrieval_recall@10@30",
+        "retrieval_ndcg@10",
+        "retrieval_kendall_tau",
+        "rank_recall@10@20",
+        "rank_ndcg@10",
+        "rank_kendall_tau",
+    ]

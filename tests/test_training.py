@@ -1,0 +1,640 @@
+"""Training: reproducible to the byte, resumable, every flag takes effect, Adam with dense semantics."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deep_components import run_train2
+from deep_components.arguments import METHOD_OPTIONS, training_parser
+from deep_components.batch import CascadeBatch
+from deep_components.cascade import TWO_STAGE
+from deep_components.cli import run_command
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.loader import batches
+from deep_components.dataset.recflow import read_id_counts
+from deep_components.errors import InputError
+from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.models import build_models
+from deep_components.training import Trainer
+from tests.helpers import (
+    BATCH_SIZE,
+    DAYS,
+    REQUESTS_PER_DAY,
+    STAGES,
+    config,
+    contents,
+    evaluate,
+    leftovers,
+    logged_steps,
+    one_thread,
+    parameters,
+    same_parameters,
+    small_log,
+    train,
+    training_arguments,
+)
+
+MODEL_FILES = tuple(f"{stage}.safetensors" for stage in STAGES)
+STATE_FILE = "training_state.safetensors"
+STEPS_PER_DAY = REQUESTS_PER_DAY // BATCH_SIZE
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="session")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def other_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_log(tmp_path_factory, seed=1)
+
+
+@pytest.fixture(scope="session")
+def baseline(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the small defaults."""
+    return train(log, tmp_path_factory.mktemp("baseline"))
+
+
+def assert_trained_alike(one: Path, other: Path) -> None:
+    """The same parameters, losses and further course."""
+    assert logged_steps(one) == logged_steps(other)
+    assert same_parameters(one, other)
+    ours, theirs = load_file(one / STATE_FILE), load_file(other / STATE_FILE)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes training stop as by Ctrl-C in the given step, counted from 1; 0 lets it go on."""
+    step, made = Trainer.step, 0
+
+    def stop_in(number: int) -> None:
+        nonlocal made
+        made = 0
+
+        def counted(self: Trainer, batch: CascadeBatch) -> dict[str, Tensor]:
+            nonlocal made
+            made += 1
+            if made == number:
+                raise KeyboardInterrupt
+            return step(self, batch)
+
+        monkeypatch.setattr(Trainer, "step", counted)
+
+    yield stop_in
+
+
+# ---- reproducible ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes(log: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)  # whatever the process did before
+    first = train(log, tmp_path / "first")
+    torch.manual_seed(2)
+    second = train(log, tmp_path / "second", f"--cache_dir={tmp_path / 'cold cache'}")
+    for run in (first, second):
+        evaluate(log, run, "--save_scores")
+    names = (*MODEL_FILES, STATE_FILE, "metrics.json", "scores.npz")
+    assert contents(first, *names) == contents(second, *names)
+    assert logged_steps(first) == logged_steps(second)
+
+
+def test_the_same_seed_gives_the_same_run_with_a_cold_or_a_warm_cache(
+    log: Path, baseline: Path, tmp_path: Path
+) -> None:
+    cache = f"--cache_dir={tmp_path / 'cache'}"
+    cold = train(log, tmp_path / "cold", cache)
+    warm = train(log, tmp_path / "warm", cache)
+    assert_trained_alike(cold, baseline)
+    assert_trained_alike(warm, baseline)
+
+
+def test_another_seed_gives_another_initial_cascade_and_another_order(log: Path, tmp_path: Path) -> None:
+    runs = [train(log, tmp_path / f"{seed}", f"--seed={seed}", "--epochs=0") for seed in (30, 31)]
+    ours, theirs = (parameters(run) for run in runs)
+    assert all(not np.array_equal(ours[name], theirs[name]) for name in ours)
+    one, two = (
+        train(log, tmp_path / f"from 30 by {seed}", f"--seed={seed}", f"--init_from={runs[0]}") for seed in (30, 31)
+    )
+    assert logged_steps(one)[0]["loss"] != logged_steps(two)[0]["loss"]
+
+
+def test_each_epoch_has_its_own_order(log: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path, "--epochs=2", "--lr=1e-30")  # nothing is learned, so the loss tells the batch
+    losses = [step["loss"] for step in logged_steps(run)]
+    assert losses[: len(losses) // 2] != losses[len(losses) // 2 :]
+
+
+# ---- resumed ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def two_epochs(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(log, tmp_path_factory.mktemp("two-epochs"), "--epochs=2")
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 8])
+def test_resumed_after_an_interruption(
+    step: int, log: Path, two_epochs: Path, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    arguments = training_arguments(log, tmp_path, "--epochs=2", "--print_freq=1")
+    interrupt(step)
+    assert run_command(run_train2.main, arguments) == 130
+    assert len(logged_steps(tmp_path)) == step - 1  # steps of the broken day are made again and must not stand twice
+    assert not (tmp_path / MODEL_FILES[0]).exists()
+    interrupt(0)
+    assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
+    assert_trained_alike(tmp_path, two_epochs)
+    assert [record["step"] for record in logged_steps(tmp_path)] == list(range(1, 4 * STEPS_PER_DAY + 1))
+    assert leftovers(tmp_path) == []
+
+
+def test_resumed_twice(log: Path, two_epochs: Path, tmp_path: Path, interrupt: Callable[[int], None]) -> None:
+    arguments = training_arguments(log, tmp_path, "--epochs=2")
+    interrupt(4)
+    assert run_command(run_train2.main, arguments) == 130
+    interrupt(4)
+    assert run_command(run_train2.main, [*arguments, "--resume"]) == 130
+    interrupt(0)
+    assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
+    assert_trained_alike(tmp_path, two_epochs)
+
+
+def test_more_epochs(log: Path, two_epochs: Path, tmp_path: Path) -> None:
+    train(log, tmp_path, "--epochs=1")
+    train(log, tmp_path, "--epochs=2", "--resume")
+    assert_trained_alike(tmp_path, two_epochs)
+
+
+def test_more_days(log: Path, baseline: Path, tmp_path: Path) -> None:
+    train(log, tmp_path, f"--train_days={DAYS[0]}")
+    train(log, tmp_path, f"--train_days={DAYS[0]},{DAYS[1]}", "--resume")
+    assert config(tmp_path)["train_days"] == list(DAYS[:2])
+    assert_trained_alike(tmp_path, baseline)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(log: Path, baseline: Path, tmp_path: Path) -> None:
+    train(log, tmp_path)
+    train(log, tmp_path, "--resume")
+    assert_trained_alike(tmp_path, baseline)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_fewer_epochs_are_refused(epochs: int, log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path, "--epochs=2")
+    before = config(tmp_path)
+    with pytest.raises(InputError, match="--resume"):
+        train(log, tmp_path, f"--epochs={epochs}", "--resume")
+    assert config(tmp_path) == before
+
+
+def test_resuming_removes_the_results_of_the_shorter_run(log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path, "--epochs=1")
+    evaluate(log, tmp_path, "--save_scores")
+    train(log, tmp_path, "--epochs=2", "--resume")
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "scores.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--seed=31", "--lr=0.02", "--batch_size=8", "--emb_dim=8", "--nn_units=32", "--seq_len=6", "--tau=20"),
+        *("--dtype=float64", "--no-shuffle", "--time_zone=UTC", "--sort=soft_sort", f"--train_days={DAYS[1]}"),
+    ],
+)
+def test_resuming_with_other_arguments_is_refused(flag: str, log: Path, baseline: Path) -> None:
+    names = (*MODEL_FILES, STATE_FILE, "config.json", "train.jsonl")
+    before = contents(baseline, *names)
+    with pytest.raises(InputError, match="--resume"):
+        train(log, baseline, flag, "--resume")
+    assert contents(baseline, *names) == before
+
+
+def test_resuming_on_other_data_is_refused(baseline: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(InputError, match=r"--resume: .*id counts"):
+        train(small_log(tmp_path_factory, users=31), baseline, "--resume")
+
+
+@pytest.mark.parametrize("missing", ["config.json", STATE_FILE])
+def test_nothing_to_resume(missing: str, log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(InputError, match=missing):
+        train(log, tmp_path, "--resume")
+
+
+def test_interrupted_before_the_first_day_ended(log: Path, tmp_path: Path, interrupt: Callable[[int], None]) -> None:
+    interrupt(2)
+    assert run_command(run_train2.main, training_arguments(log, tmp_path)) == 130
+    interrupt(0)
+    with pytest.raises(InputError, match="no such file; train first"):
+        train(log, tmp_path, "--resume")
+
+
+def test_a_damaged_state(log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path)
+    path = tmp_path / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        train(log, tmp_path, "--resume")
+
+
+# ---- started again, or from another run ------------------------------------------------------------------------------
+
+
+def test_epochs_0_writes_the_untrained_cascade(log: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path, "--epochs=0", "--seed=5")
+    models = build_models(TWO_STAGE, vocabulary(log), emb_dim=4, nn_units=16, seed=5)
+    for stage, model in models.items():
+        written = load_file(run / f"{stage}.safetensors")
+        assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
+    assert logged_steps(run) == []
+    assert config(run)["arguments"]["epochs"] == 0
+
+
+def test_a_run_that_starts_again_removes_old_results_first(
+    log: Path, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    train(log, tmp_path)
+    evaluate(log, tmp_path, "--save_scores")
+    interrupt(1)
+    assert run_command(run_train2.main, training_arguments(log, tmp_path, "--seed=31")) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "train.jsonl"}
+    assert logged_steps(tmp_path) == []
+
+
+def test_init_from(log: Path, baseline: Path, tmp_path: Path) -> None:
+    copy = train(log, tmp_path / "copy", f"--init_from={baseline}", "--epochs=0", "--seed=99")
+    assert same_parameters(copy, baseline)
+    further = train(log, tmp_path / "further", f"--init_from={baseline}")
+    assert not same_parameters(further, baseline)
+    assert config(further)["arguments"]["init_from"] == str(baseline)
+
+
+def test_init_from_in_float64_is_exact(log: Path, tmp_path: Path) -> None:
+    double = train(log, tmp_path / "double", "--dtype=float64")
+    copy = train(log, tmp_path / "copy", "--dtype=float64", f"--init_from={double}", "--epochs=0")
+    assert same_parameters(copy, double)
+
+
+def test_init_from_a_folder_without_models(log: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        train(log, tmp_path / "run", f"--init_from={tmp_path}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_models_of_another_size(log: Path, baseline: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--emb_dim"):
+        train(log, tmp_path / "run", f"--init_from={baseline}", "--emb_dim=8")
+
+
+# ---- steps and what is written about them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [13, 20, 40])
+def test_the_partial_batch_of_a_day_is_dropped(batch_size: int, log: Path, tmp_path: Path) -> None:
+    steps = logged_steps(train(log, tmp_path, f"--batch_size={batch_size}"))
+    whole = REQUESTS_PER_DAY // batch_size
+    assert [step["day"] for step in steps] == [DAYS[0]] * whole + [DAYS[1]] * whole
+    assert [step["step"] for step in steps] == list(range(1, 2 * whole + 1))
+
+
+def test_a_day_smaller_than_a_batch(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_command(run_train2.main, training_arguments(log, tmp_path, "--batch_size=41"))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert f"day {DAYS[0]} has 40 requests, fewer than --batch_size=41" in error
+    assert "Traceback" not in error
+    assert not any((tmp_path / name).exists() for name in MODEL_FILES)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_refused_run_leaves_the_old_one(log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path)
+    evaluate(log, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError):
+        train(log, tmp_path, "--batch_size=41")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_step_log(baseline: Path) -> None:
+    records = [json.loads(line) for line in (baseline / "train.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * STEPS_PER_DAY
+    terms = {"end_to_end", *STAGES, "weight.retrieval", "weight.rank"}
+    for record in records:
+        assert set(record) == {"step", "day", "loss", "seconds", "data"} | terms
+        assert record["seconds"] > 0
+        # L = E + sum_i S_i / (2 w_i^2) + log(prod_i w_i)
+        expected = record["end_to_end"]
+        for stage in STAGES:
+            weight = record[f"weight.{stage}"]
+            expected += record[stage] / (2 * weight**2) + np.log(weight)
+        assert record["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_loss_falls(log: Path, tmp_path: Path) -> None:
+    losses = [step["loss"] for step in logged_steps(train(log, tmp_path, "--epochs=6", "--emb_dim=8"))]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.1
+
+
+def test_the_config_holds_every_argument(log: Path, baseline: Path) -> None:
+    written = config(baseline)
+    args = run_train2.parse_args(training_arguments(log, baseline))
+    run_train2.build_loss(args)
+    expected = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    assert written["arguments"] == expected
+    assert written["setting"] == "two_stage"
+    assert written["train_days"] == list(DAYS[:2])
+    assert written["versions"].keys() >= {"python", "torch", "numpy"}
+    assert written["versions"]["torch"] == torch.__version__
+    assert "commit" in written
+    assert written["device"] == "cpu"
+
+
+def test_the_origin_of_the_data_stands_in_every_file(log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path)
+    results = evaluate(log, tmp_path, "--save_scores")
+    assert config(tmp_path)["data"] == results["data"] == "simulated"
+    assert "SIMULATED" in results["warning"]
+    assert {step["data"] for step in logged_steps(tmp_path)} == {"simulated"}
+    with np.load(tmp_path / "scores.npz") as scores:
+        assert scores["data"] == "simulated"
+    for name in MODEL_FILES:
+        with safe_open(tmp_path / name, framework="pt") as file:
+            assert "simulated" in str(file.metadata())
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_loss_that_is_not_finite_stops_the_run(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_command(run_train2.main, training_arguments(log, tmp_path, "--lr=1e30", "--print_freq=1"))
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "step 2, day 2024-01-13: the loss is nan" in error
+    assert "--lr" in error
+    assert "Traceback" not in error
+    assert [step["step"] for step in logged_steps(tmp_path)] == [1]
+    assert not any((tmp_path / name).exists() for name in (*MODEL_FILES, STATE_FILE))
+
+
+def test_the_output_folder_is_a_file(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InputError):
+        train(log, tmp_path / "file", "--epochs=0")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("flag", ["--train_days=2024-02-01", "--train_days=,", "--time_zone=Nowhere/Land"])
+def test_refused_before_anything_is_written(flag: str, log: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        train(log, tmp_path / "run", flag, f"--cache_dir={tmp_path / 'cache'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_data_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        train(tmp_path / "nowhere", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- every flag takes effect -----------------------------------------------------------------------------------------
+
+# Flags that lead to other parameters when they alone change.
+CHANGES_PARAMETERS = {
+    "loss_type": "bce",
+    "train_days": DAYS[0],
+    "seed": "31",
+    "lr": "0.02",
+    "batch_size": "20",
+    "epochs": "2",
+    "seq_len": "6",
+    "time_zone": "UTC",
+    "tau": "20",
+    "sort": "soft_sort",
+    "terms": "end_to_end",
+    "single_weight": "2",
+    "weighting": "paper",
+    "label_ties": "repeated",
+    "end_to_end_quotas": "30,20",
+}
+# The others; each has a test of its own, named here.
+TESTED_BELOW = {
+    "data_dir": "test_flag_data_dir",
+    "output_dir": "test_flag_output_dir_and_cache_dir",
+    "cache_dir": "test_flag_output_dir_and_cache_dir",
+    "emb_dim": "test_flags_of_the_size",
+    "nn_units": "test_flags_of_the_size",
+    "dtype": "test_flag_dtype",
+    "optimizer": "test_trainer_is_adam_with_dense_semantics",  # the one choice there is
+    "print_freq": "test_flag_print_freq",
+    "shuffle": "test_flag_shuffle",
+    "init_from": "test_init_from",
+    "resume": "test_resumed_after_an_interruption",
+    "cuda": "test_flags_of_the_device",
+    "device": "test_flags_of_the_device",
+}
+
+
+def test_every_flag_is_tested() -> None:
+    shared = {action.dest for action in training_parser("")._actions} - {"help"}
+    assert shared | set(METHOD_OPTIONS) == CHANGES_PARAMETERS.keys() | TESTED_BELOW.keys()
+    assert all(test in globals() for test in TESTED_BELOW.values())
+
+
+@pytest.mark.parametrize("flag", CHANGES_PARAMETERS)
+def test_flag_changes_the_parameters(flag: str, log: Path, baseline: Path, tmp_path: Path) -> None:
+    value = CHANGES_PARAMETERS[flag]
+    run = train(log, tmp_path, f"--{flag}={value}")
+    assert config(run)["arguments"][flag] != config(baseline)["arguments"].get(flag)
+    assert not same_parameters(run, baseline)
+
+
+def test_flag_data_dir(other_log: Path, baseline: Path, tmp_path: Path) -> None:
+    assert not same_parameters(train(other_log, tmp_path), baseline)
+
+
+def test_flag_output_dir_and_cache_dir(log: Path, baseline: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path / "deep" / "down", f"--cache_dir={tmp_path / 'cache'}", "--epochs=1")
+    assert {path.name for path in run.iterdir()} == {path.name for path in baseline.iterdir()}
+    assert len(list((tmp_path / "cache").rglob("meta.json"))) == 2  # the days trained on
+
+
+def test_flags_of_the_size(log: Path, tmp_path: Path) -> None:
+    shapes = {name: value.shape for name, value in parameters(train(log, tmp_path, "--epochs=0")).items()}
+    wider = parameters(train(log, tmp_path, "--epochs=0", "--emb_dim=12"))
+    taller = parameters(train(log, tmp_path, "--epochs=0", "--nn_units=24"))
+    for stage in STAGES:
+        rows = shapes[f"{stage}/embedding.user"][0]
+        assert wider[f"{stage}/embedding.user"].shape == (rows, 12)
+        assert taller[f"{stage}/embedding.user"].shape == (rows, 4)
+    assert wider["rank/tower.0.weight"].shape == (16, 21 * 12)
+    assert taller["rank/tower.0.weight"].shape == (24, 21 * 4)
+
+
+def test_flag_dtype(log: Path, baseline: Path, tmp_path: Path) -> None:
+    double, single = parameters(train(log, tmp_path, "--dtype=float64")), parameters(baseline)
+    assert {value.dtype for value in double.values()} == {np.dtype(np.float64)}
+    assert {value.dtype for value in single.values()} == {np.dtype(np.float32)}
+    name = "rank/tower.0.weight"
+    assert not np.array_equal(double[name], double[name].astype(np.float32))  # it was computed in float64
+    with np.load(evaluated_scores(log, tmp_path)) as scores:
+        assert scores["rank"].dtype == np.float64
+
+
+def evaluated_scores(log: Path, run: Path) -> Path:
+    evaluate(log, run, "--save_scores")
+    return run / "scores.npz"
+
+
+def test_flag_shuffle(log: Path, baseline: Path, tmp_path: Path) -> None:
+    assert not same_parameters(train(log, tmp_path / "run", "--no-shuffle"), baseline)
+    # In file order the same initial models see the same batches, whatever the seed.
+    one, two = (
+        train(log, tmp_path / f"{seed}", "--no-shuffle", f"--init_from={baseline}", f"--seed={seed}")
+        for seed in (30, 31)
+    )
+    assert_trained_alike(one, two)
+
+
+@pytest.mark.parametrize(("print_freq", "written"), [("1", 3), ("2", 2), ("50", 2)])
+def test_flag_print_freq(
+    print_freq: str, written: int, log: Path, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    interrupt(4)  # the second step of the second day
+    arguments = training_arguments(log, tmp_path, f"--print_freq={print_freq}")
+    assert run_command(run_train2.main, arguments) == 130
+    assert len(logged_steps(tmp_path)) == written  # reports so far, and the whole first day
+
+
+def test_flags_of_the_device(log: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config(baseline)["device"] == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for flag in ("--device=cuda", "--device=cuda:1", "--cuda=0"):
+        with pytest.raises(InputError, match="CUDA devices here"):
+            train(log, tmp_path / "run", flag)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary(log: Path) -> dict[str, int]:
+    counts = read_id_counts(log)
+    return {field: counts[column] for field, column in LOG_COLUMN.items()}
+
+
+class HandMadeAdam:
+    """Adam (Kingma and Ba, ICLR 2015) as published; every element moves in every step, whatever its gradient."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr, self.steps = lr, 0
+        self.first: dict[str, Tensor] = {}
+        self.second: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.steps += 1
+        for name, parameter in parameters.items():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.first[name] = 0.9 * self.first.get(name, 0) + 0.1 * gradient
+            self.second[name] = 0.999 * self.second.get(name, 0) + 0.001 * gradient**2
+            mean = self.first[name] / (1 - 0.9**self.steps)
+            spread = self.second[name] / (1 - 0.999**self.steps)
+            parameter.sub_(self.lr * mean / (spread.sqrt() + 1e-8))
+            parameter.grad = None
+
+
+def fresh(log: Path) -> tuple[dict[str, nn.Module], LCRON]:
+    models = build_models(TWO_STAGE, vocabulary(log), emb_dim=4, nn_units=16, seed=30)
+    loss = LCRON(TWO_STAGE.num_relevant)
+    for module in (*models.values(), loss):
+        module.double()
+    return models, loss
+
+
+@pytest.fixture
+def day(log: Path) -> DayCache:
+    return open_day(log, DAYS[0], TWO_STAGE, history_length=5)
+
+
+def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
+    several = list(batches(day, np.arange(REQUESTS_PER_DAY), 10, torch.device("cpu")))
+    models, loss = fresh(log)
+    trainer = Trainer(models, loss, lr=0.01)
+    by_hand_models, by_hand_loss = fresh(log)
+    adam = HandMadeAdam(lr=0.01)
+    named = {f"{stage}/{n}": p for stage, model in by_hand_models.items() for n, p in model.named_parameters()}
+    named |= {f"loss/{name}": parameter for name, parameter in by_hand_loss.named_parameters()}
+    assert named.keys() == trainer.parameters.keys()
+    history = []
+    for batch in several:
+        terms = trainer.step(batch)
+        assert not any(term.requires_grad for term in terms.values())
+        retrieval, rank = (model(batch.features) for model in by_hand_models.values())
+        expected = by_hand_loss(retrieval, rank, batch.targets)
+        expected["loss"].backward()
+        adam.step(named)
+        torch.testing.assert_close(terms["loss"], expected["loss"].detach(), rtol=1e-9, atol=0)
+        history.append(trainer.parameters["retrieval/embedding.user"].detach().clone())
+    for name, parameter in trainer.parameters.items():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-7, atol=1e-9, msg=name)
+
+    # A user of the first batch alone keeps moving; one that never came does not move.
+    users = [set(batch.features.user.tolist()) for batch in several]
+    once = sorted(users[0] - set.union(*users[1:]))
+    never = sorted(set(range(len(history[0]))) - set.union(*users))
+    assert once and never
+    for before, after in pairwise(history):
+        assert (before[once] != after[once]).any(dim=-1).all()
+        assert torch.equal(before[never], after[never])
+
+
+def test_the_weights_of_the_loss_are_trained(log: Path, baseline: Path) -> None:
+    args = run_train2.parse_args(training_arguments(log, baseline))
+    names = {name for name, _ in run_train2.build_loss(args).named_parameters()}
+    assert names == {f"weight.{stage}" for stage in STAGES}
+    state = load_file(baseline / STATE_FILE)
+    for stage in STAGES:
+        assert state[f"parameter/loss/weight.{stage}"] != 1
+        values = [step[f"weight.{stage}"] for step in logged_steps(baseline)]
+        assert len(set(values)) == len(values)
+
+
+def test_the_state_restores_the_course(log: Path, day: DayCache) -> None:
+    first, second, third = list(batches(day, np.arange(30), 10, torch.device("cpu")))
+    one = Trainer(*fresh(log), lr=0.01)
+    one.step(first)
+    one.step(second)
+    saved = {name: value.clone() for name, value in one.state().items()}
+    two = Trainer(*fresh(log), lr=0.01)
+    two.step(third)  # whatever it did before is forgotten
+    two.restore(saved)
+    assert torch.equal(one.step(third)["loss"], two.step(third)["loss"])
+    ours, theirs = one.state(), two.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_state_that_does_not_fit(log: Path) -> None:
+    trainer = Trainer(*fresh(log), lr=0.01)
+    state = trainer.state()
+    del state["parameter/loss/weight.rank"]
+    with pytest.raises(InputError, match=r"loss/weight\.rank is missing"):
+        trainer.restore(state)

@@ -1,0 +1,153 @@
+"""The walls between the parts of the package, read from the source, and imports without side effects."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "deep_components"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES
+}
+
+
+def imported(name: str) -> set[str]:
+    """Full names of all modules, and names in them, that a module imports, anywhere in its text."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(prefix: str) -> list[str]:
+    return [name for name in MODULES if name == prefix or name.startswith(prefix + ".")]
+
+
+def foreign(name: str, *allowed: str) -> set[str]:
+    """The imports of a module that are in none of the allowed packages."""
+    return {used for used in imported(name) if not any(used == a or used.startswith(a + ".") for a in allowed)}
+
+
+def forbidden(name: str, *packages: str) -> set[str]:
+    return {used for used in imported(name) if any(used == p or used.startswith(p + ".") for p in packages)}
+
+
+STANDARD = ("math", "typing", "__future__", "collections", "dataclasses", "functools")
+KERNELS = ("deep_components.loss.functional", "deep_components.loss.sorting")
+
+
+def test_the_walls_see_imports() -> None:
+    """These tests would pass on nothing; they do see something."""
+    assert len(SOURCES) > 20
+    assert "deep_components.metrics.cascade_metrics" in imported("deep_components.evaluation")
+    assert foreign("deep_components.evaluation", "deep_components") >= {"argparse", "torch.nn"}
+    assert forbidden("deep_components.evaluation", "deep_components.models")
+
+
+@pytest.mark.parametrize("name", within("deep_components.loss"))
+def test_a_loss_is_mathematics(name: str) -> None:
+    assert foreign(name, "torch", *STANDARD, *KERNELS) == set()
+
+
+@pytest.mark.parametrize("name", within("deep_components.models"))
+def test_models_know_features_only(name: str) -> None:
+    assert not forbidden(
+        name,
+        *(
+            f"deep_components.{part}"
+            for part in ("loss", "metrics", "training", "evaluation", "checkpoint", "arguments")
+        ),
+        *("deep_components.dataset", "deep_components.batch.Targets", "deep_components.batch.CascadeBatch"),
+    )
+
+
+def test_metrics_know_arrays_only() -> None:
+    assert foreign("deep_components.metrics", "torch", *sys.stdlib_module_names) == set()
+
+
+@pytest.mark.parametrize("name", within("deep_components.dataset"))
+def test_the_dataset_knows_no_model_and_no_loss(name: str) -> None:
+    parts = ("models", "loss", "metrics", "training", "evaluation", "checkpoint", "optim", "reporting")
+    assert not forbidden(name, *(f"deep_components.{part}" for part in parts))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_imports_a_command(name: str) -> None:
+    commands = {module for module in MODULES if module.rpartition(".")[2].startswith("run_")}
+    assert len(commands) >= 2
+    assert not forbidden(name, *commands)
+
+
+@pytest.mark.parametrize(
+    "name", ["training", "evaluation", "checkpoint", "metrics", "files", "cli", "batch", "cascade"]
+)
+def test_the_frame_names_no_method(name: str) -> None:
+    assert not forbidden(f"deep_components.{name}", "deep_components.loss")
+    methods = {path.stem for path in (PACKAGE / "loss" / "two_stage").glob("[a-z]*.py")} - {"sorting"}
+    code = ast.parse(MODULES[f"deep_components.{name}"].read_text())
+    texts = {node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert methods.isdisjoint(texts)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_prints(name: str) -> None:
+    calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+_IMPORT_ALL = """
+import importlib, json, logging, os, random, sys, warnings
+import numpy, torch
+
+def state():
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [str(part) for part in numpy.random.get_state()],
+        "python": str(random.getstate()),
+        "dtype": str(torch.get_default_dtype()),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "handlers": str(logging.getLogger().handlers),
+        "level": logging.getLogger().level,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+    }
+
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = state()
+json.dump([key for key in before if before[key] != after[key]], sys.stdout)
+"""
+
+
+def test_importing_has_no_side_effect(tmp_path: Path) -> None:
+    def tree() -> dict[str, tuple[int, int]]:
+        files = [path for path in PACKAGE.rglob("*") if "__pycache__" not in path.parts]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
+
+    before = tree()
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "HOME": str(tmp_path), "XDG_CACHE_HOME": ""}
+    result = subprocess.run(
+        [sys.executable, "-B", "-W", "error", "-c", _IMPORT_ALL, *MODULES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == []  # nothing changed, and nothing else was printed
+    assert result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    assert tree() == before
