@@ -162,6 +162,9 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     requests = (position["step"] - first) * args.batch_size
     states = {stage: model.state_dict() for stage, model in models.items()}
     checkpoint.save_models(args.output_dir, states, {"data": origin, "loss_type": args.loss_type})
+    if not args.epochs:
+        logger.info("%s, seed %d: untrained -> %s", cascade.name, args.seed, args.output_dir)
+        return
     logger.info(
         "%s, seed %d: %d steps, %d requests in %.1f s (%.0f requests/s) on %s -> %s",
         args.loss_type, args.seed, position["step"] - first, requests, seconds, requests / max(seconds, 1e-9), device,
