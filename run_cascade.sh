@@ -8,7 +8,8 @@
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
 #   training, after the method's own hyper-parameters, so that they win.
 #   --resume goes on where a run has a saved state, and starts the others.
-# UNTRAINED=no leaves out the untrained cascade.
+# Runs that are already in the output folder are made again. UNTRAINED=no leaves out the untrained cascade; RUN_LIST names
+# a file that gets a line per run.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 name=$1
@@ -61,13 +62,18 @@ if [ -z "$data_dir" ]; then
             '** It shows that everything works; its numbers say nothing about a real recommender.         **' \
             '** For real data see data/README.md.                                                         **' \
             '***********************************************************************************************' >&2
-        if [ ! -e "$data_dir/others/origin.json" ]; then
-            "$PYTHON" -m deep_components.dataset.simulate --output_dir="$data_dir"
-        fi
+        mkdir -p "$root/data"
+        (
+            if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
+            if [ ! -e "$data_dir/others/origin.json" ]; then
+                "$PYTHON" -m deep_components.dataset.simulate --output_dir="$data_dir"
+            fi
+        ) 9>"$root/data/.simulated.lock"
         train_args+=(--batch_size=128) # 1,024 would leave 16 steps in this small log
     fi
 fi
-output_dir=${output_dir:-$root/runs/$setting/$name/$(basename -- "$data_dir")}
+data_name=$(basename -- "$(cd -- "$data_dir" 2>/dev/null && pwd || printf '%s' "$data_dir")")
+output_dir=${output_dir:-$root/runs/$setting/$name/$data_name}
 
 runs=()
 for seed in ${seeds//,/ }; do
@@ -84,6 +90,7 @@ for seed in ${seeds//,/ }; do
         "$PYTHON" -m "$evaluate" "${both_args[@]}" "${test_args[@]}" \
             --data_dir="$data_dir" --output_dir="$output_dir/$run"
         runs+=("$output_dir/$run")
+        if [ -n "${RUN_LIST:-}" ]; then printf '%s\n' "$output_dir/$run" >>"$RUN_LIST"; fi
     done
 done
 "$PYTHON" -m deep_components.collect_metrics "${runs[@]}"

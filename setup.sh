@@ -10,24 +10,27 @@ _say() { printf '%s\n' "$*" >&2; }
 
 _check_packages() { # interpreter
     "$1" - "$_requirements" <<'PY'
-import importlib.metadata, pathlib, re, sys
+import importlib.metadata, pathlib, sys
 
 def names(path):
     for line in path.read_text().splitlines():
         if line.startswith("-r "):
             yield from names(path.parent / line[3:].strip())
         elif line.strip() and not line.startswith("#"):
-            yield re.split(r"[=<>~! ]", line.strip(), maxsplit=1)[0]
+            yield line.strip()
 
-def missing(name):
+def version(name):
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        return True
-    return False
+        return None
 
 path = pathlib.Path(sys.argv[1])
-absent = [name for name in names(path) if missing(name)]
+pins = dict(pin.split("==") for pin in names(path))
+absent = [name for name in pins if version(name) is None]
+other = [f"{name} {version(name)} (pinned: {pin})" for name, pin in pins.items() if version(name) not in (None, pin)]
+if other:
+    print(f"note: {sys.executable} has {', '.join(other)}", file=sys.stderr)
 if sys.version_info < (3, 11):
     sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}; the project needs 3.11 or later")
 if absent:
@@ -49,10 +52,11 @@ _find_python() {
 }
 
 _make_venv() { # folder
-    local base stamp lock=$1.lock
+    local base key stamp lock=$1.lock
     base=$(_find_python) || return
     # The stamp names what was installed; it is written last, so an interrupted installation is taken up again.
-    stamp=$1/.installed-$(cat "$_project"/requirements*.txt "$_requirements" | cksum | tr -d ' ')
+    key=$(cat "$_project"/requirements*.txt | cksum | tr -d ' ')
+    stamp=$1/.installed-${_requirements##*/}-$key
     [ -e "$stamp" ] && return
     exec 9>"$lock"
     if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
@@ -61,6 +65,7 @@ _make_venv() { # folder
         if ! "$1/bin/python" -c '' 2>/dev/null; then
             "$base" -m venv "$1" >/dev/null 2>&1 || "$base" -m venv --clear --without-pip "$1" || return
         fi
+        find "$1" -maxdepth 1 -name '.installed-*' ! -name "*-$key" -delete # of other pins, which are replaced now
         if "$1/bin/python" -m pip --version >/dev/null 2>&1; then
             "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$_requirements" || return
         else # a Python without ensurepip: its own pip installs into the new environment
@@ -74,6 +79,10 @@ _make_venv() { # folder
 if [ -z "${PYTHON:-}" ] && [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     PYTHON=${VIRTUAL_ENV:-$CONDA_PREFIX}/bin/python
 fi
+case ${PYTHON:-} in
+    /* | '') ;;
+    */*) PYTHON=$PWD/$PYTHON ;; # the caller may change folders
+esac
 if [ -n "${PYTHON:-}" ]; then
     _check_packages "$PYTHON" || exit 2
 else

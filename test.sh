@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Environment, lint, types, tests. Arguments go to pytest: bash ./test.sh tests/loss -k lcron
 set -euo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 REQUIREMENTS=requirements-test.txt
-source ./setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
 from deep_components.files import atomic_path, write_atomically
 
@@ -21,6 +22,13 @@ STEP_LOG_FILE = "train.jsonl"
 _METADATA = "run"
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+
+
+def remove_results(run: Path) -> None:
+    """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
+    stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
+    for name in (METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
+        (run / name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

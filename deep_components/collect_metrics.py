@@ -113,7 +113,15 @@ def table(runs: Sequence[Run]) -> str:
     results = runs[0].results
     head = f"{results['setting']}, data: {results['data']}, test day {results['test_day']}, "
     head += f"{results['num_requests']} requests; mean +- standard deviation over seeds"
-    return "\n".join([head, *([results["warning"]] if "warning" in results else []), "", *lines, ""])
+    return "\n".join(
+        [
+            head,
+            *sorted({run.results[key] for run in runs for key in run.results if key.startswith("warning")}),
+            "",
+            *lines,
+            "",
+        ]
+    )
 
 
 def _mean_and_std(group: Sequence[Run], name: str) -> str:

@@ -66,9 +66,15 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
         raise InputError(
             f"{args.data_dir}: its id counts differ from those of the run's data; evaluate on the same log"
         )
+    origin = recflow.read_origin(args.data_dir)
+    if config["data"] not in (origin, "unknown"):  # unknown: imported models
+        raise InputError(
+            f"{args.output_dir}: trained on {config['data']} data, but {args.data_dir} is {origin}; "
+            "evaluate on the same log"
+        )
     device, dtype = choose_device(args), DTYPES[trained.dtype]
     vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, seed=0)
+    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, seed=None)
     for model in models.values():
         model.to(device=device, dtype=dtype).eval()
     checkpoint.load_models(args.output_dir, models)
@@ -77,12 +83,7 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     scored = score_day(models, day, args.batch_size, device)
     results = _results(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
-    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": recflow.read_origin(args.data_dir)}
-    if config["data"] not in (results["data"], "unknown"):  # unknown: imported models
-        raise InputError(
-            f"{args.output_dir}: trained on {config['data']} data, but {args.data_dir} is "
-            f"{results['data']}; evaluate on the same log"
-        )
+    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}
     if results["data"] == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
     if trained.epochs and name in config["train_days"]:

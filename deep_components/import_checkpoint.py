@@ -19,6 +19,7 @@ from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.recflow import HISTORY_LENGTH
 from deep_components.errors import InputError
+from deep_components.files import make_folder
 from deep_components.models import MODEL_OF_STAGE
 from deep_components.models.original_names import from_original
 
@@ -50,6 +51,10 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
             raise InputError(f"{files[stage]} and {files[first]} have tables or towers of different sizes; "
                              "give the checkpoints of one run")  # fmt: skip
     vocabulary, arguments = sizes[first]["vocabulary"], sizes[first]["arguments"]
+    make_folder(output_dir)
+    checkpoint.remove_results(output_dir)
+    (output_dir / checkpoint.STATE_FILE).unlink(missing_ok=True)
+    (output_dir / checkpoint.STEP_LOG_FILE).unlink(missing_ok=True)
     checkpoint.save_models(output_dir, states, {"data": "unknown", "loss_type": "imported"})
     config = {
         "setting": cascade.name,

@@ -47,10 +47,10 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
         return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
     elif args.loss_type == "lcron":
         options = lcron_options(args, CASCADE, label_ties="repeated")
-        return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[args.sort]})
+        return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[options["sort"]]})
     elif args.loss_type == "sorting":
         options = method_options(args, tau=50.0, sort="neural_sort")
-        return SortingCrossEntropy(**options | {"sort": SORTING_OPERATORS[args.sort]})
+        return SortingCrossEntropy(**options | {"sort": SORTING_OPERATORS[options["sort"]]})
     else:
         raise unknown_method(args.loss_type, three_stage.__path__)
 

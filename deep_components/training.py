@@ -31,7 +31,7 @@ from deep_components.dataset.days import training_days
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError
-from deep_components.files import make_folder
+from deep_components.files import make_folder, write_atomically
 from deep_components.models import build_models
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
@@ -106,8 +106,11 @@ class StepLog:
 
     def __init__(self, path: Path, origin: str, kept_steps: int) -> None:
         self.path, self.origin = path, origin
-        lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
-        path.write_text("".join(lines))
+        try:
+            lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); train again without --resume") from error
+        write_atomically(path, lambda file: file.write("".join(lines).encode()))
         self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
 
     def add(self, step: int, day: str, seconds: float, terms: dict[str, Tensor]) -> None:
@@ -155,7 +158,6 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     position = _start(args, trainer, config)
     if origin == "simulated":
         logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
-    torch.manual_seed(args.seed)
     started, first = time.perf_counter(), position["step"]
     position = _train_days(args, trainer, days, steps, device, origin, position)
     seconds = time.perf_counter() - started
@@ -198,11 +200,13 @@ def _train_days(
         for epoch, place in schedule:
             day = days[place]
             order = training_order(day, args.seed, epoch, args.shuffle)[: steps[place] * args.batch_size]
+            began = time.perf_counter()
             for batch in batches(day, order, args.batch_size, device):
-                began = time.perf_counter()
                 terms = trainer.step(batch)
                 step += 1
-                log.add(step, day.day, time.perf_counter() - began, terms)
+                ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
+                log.add(step, day.day, ended - began, terms)
+                began = ended
                 bar.update(args.batch_size)
                 if step % args.print_freq == 0:
                     bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
@@ -223,9 +227,7 @@ def _start(args: argparse.Namespace, trainer: Trainer, config: dict[str, Any]) -
         trainer.restore(tensors)
     else:
         (run / checkpoint.STATE_FILE).unlink(missing_ok=True)
-    # Results of an earlier training must not stand beside this one's.
-    for name in (checkpoint.METRICS_FILE, checkpoint.SCORES_FILE, *(f"{s}.safetensors" for s in trainer.models)):
-        (run / name).unlink(missing_ok=True)
+    checkpoint.remove_results(run)  # they must not stand beside this training's
     checkpoint.write_json(run / checkpoint.CONFIG_FILE, config)
     return position
 
@@ -233,6 +235,8 @@ def _start(args: argparse.Namespace, trainer: Trainer, config: dict[str, Any]) -
 def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
     """InputError unless the run in the folder was started with the same arguments and data."""
     before = checkpoint.read_training(run)
+    if before["setting"] != config["setting"]:
+        raise InputError(f"--resume: {run} is a {before['setting']} run, not {config['setting']}; use its own command")
     if (before["data"], before["id_counts"]) != (config["data"], config["id_counts"]):
         raise InputError(f"--resume: {run} was trained on other data (origin or id counts differ); give the same log")
     if (before["arguments"]["epochs"] or 0) > config["arguments"]["epochs"]:
@@ -246,6 +250,10 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
     days = before.get("train_days", [])
     if days != config["train_days"][: len(days)]:
         raise InputError(f"--resume: {run} was trained on {', '.join(days)}; give the same days, or the same and more")
+    if len(days) < len(config["train_days"]) and config["arguments"]["epochs"] > 1:
+        raise InputError(
+            "--resume: days can be added to a training of one pass only; give the same days, or --epochs=1"
+        )
 
 
 def _config(

@@ -219,7 +219,7 @@ def test_missing_items(golden: Path, tmp_path: Path) -> None:
         recalls.append((best < 10).sum() / row[:10].sum())
     assert results["rank_recall@10@20"] == pytest.approx(np.mean(recalls), abs=1e-12)
     assert results["num_requests"] == len(present)
-    assert results["data"] == "recflow"
+    assert results["data"] == "unlabelled"
     assert "warning" not in results
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from deep_components.errors import InputError
 
 _QUARTER_HOUR = 900  # nearly all changes of an offset lie at multiples of it
-_MIN_SECONDS, _MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
+MIN_SECONDS, MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
 
 
 def time_zone(name: str) -> ZoneInfo:
@@ -31,7 +31,7 @@ def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndar
     Raises:
         ValueError: a time outside 1900 .. 2200 (milliseconds given as seconds, most often).
     """
-    if seconds.size and (seconds.min() < _MIN_SECONDS or seconds.max() >= _MAX_SECONDS):
+    if seconds.size and (seconds.min() < MIN_SECONDS or seconds.max() >= MAX_SECONDS):
         raise ValueError("a time outside the years 1900 to 2200; is it in the unit that data/README.md names?")
     buckets, inverse = np.unique(seconds // _QUARTER_HOUR, return_inverse=True)
     first, last = (_utc_offsets(buckets * _QUARTER_HOUR + place, zone) for place in (0, _QUARTER_HOUR - 1))

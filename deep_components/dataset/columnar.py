@@ -1,9 +1,9 @@
 """The columnar cache: a day of a log, encoded once for one cascade, memory-mapped afterwards.
 
-``cache_dir/<cascade>/<day>-<key>/`` holds one .npy file a column and ``meta.json``. The key is a digest of all that the
-content depends on (the source files' sizes and modification times, the id counts, the cascade's groups, the time zone
-and FORMAT_VERSION), so a stale cache is never opened. A folder is written under a temporary name and renamed; every
-column's SHA-256 is checked when it is opened, and a damaged folder is built anew.
+``cache_dir/<cascade>/<day>-<log>-<key>/`` holds one .npy file a column and ``meta.json``. The key is a digest of all
+that the content depends on (the source files' sizes and modification times, the id counts, the cascade's groups, the
+time zone and FORMAT_VERSION), so a stale cache is never opened. A folder is written under a temporary name and renamed;
+every column's SHA-256 is checked when it is opened, and a damaged folder is built anew.
 """
 
 import hashlib
@@ -102,7 +102,9 @@ def open_day(
     identity = _identity(data_dir, day, cascade, counts, zone)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     parent = (cache_dir or default_cache_dir(data_dir)) / cascade.name
-    folder = parent / f"{day}-{key}"
+    # The log is in the name too: logs that share a --cache_dir must not take each other's days for stale.
+    log = hashlib.sha256(f"{data_dir.resolve()}|{zone}".encode()).hexdigest()[:8]
+    folder = parent / f"{day}-{log}-{key}"
     if folder.exists():
         damage = _damage(folder)
         if damage is None:
@@ -110,7 +112,7 @@ def open_day(
         logger.warning("%s: the cache is damaged (%s) and is built anew", folder, damage)
         _remove_folder(folder)
     _build_folder(folder, data_dir, day, cascade, counts, zone, identity)
-    for stale in parent.glob(f"{day}-*"):
+    for stale in parent.glob(f"{day}-{log}-*"):
         if stale != folder:
             _remove_folder(stale)
     return _open_folder(folder, day, cascade, history_length)

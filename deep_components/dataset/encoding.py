@@ -4,6 +4,7 @@ Nothing here loops over items: a few thousand requests at a time, their rows are
 together.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from zoneinfo import ZoneInfo
@@ -14,7 +15,7 @@ from deep_components.batch import ITEM_FIELDS, PADDING_INDEX
 from deep_components.cascade import LABEL_CEILING, Cascade
 from deep_components.cli import progress
 from deep_components.dataset import recflow
-from deep_components.dataset.clock import wall_clock
+from deep_components.dataset.clock import MAX_SECONDS, MIN_SECONDS, wall_clock
 from deep_components.dataset.safe_pickle import PickledArray
 from deep_components.errors import InputError
 
@@ -33,11 +34,14 @@ LOG_COLUMN = {
 }
 UNSHIFTED = ("category_one",)  # encoded as it is; every other id is encoded as id + 1
 
+logger = logging.getLogger(__name__)
+
 _REQUEST_IDS = ("user", "device", "gender", "age", "province")
 _CONTENT_IDS = ("video", "author", "category_two", "category_one", "upload_type")
 _TIMES = ("weekday", "hour", "minute")
 _ITEM_WIDTH = 7  # columns of an item's row that are used
 _HISTORY_WIDTH = 8
+_MAX_WIDTH = 64  # a wider row is damage, and would be paid for in memory
 _REQUESTS_PER_CHUNK = 8192
 _LABEL_RANGE = np.iinfo(np.int16)
 
@@ -76,6 +80,7 @@ def encode_day(
     Raises:
         InputError: a file is missing, damaged, or holds a value that cannot be encoded.
     """
+    logger.info("%s: encoding into the columnar cache (once)", day)
     repairs: dict[str, int] = {}
     source = recflow.feather_path(data_dir, day)
     truth = cascade.groups[0]
@@ -144,7 +149,9 @@ class _Encoder:
         """Encode the request side, columns of the feather file."""
         everything = slice(0, self.total)
         self._write("request_id", everything, log["request_id"], np.dtype(np.int64))
-        self._write_times("request", everything, path, log["request_timestamp"] // 1000, None)
+        self._write_times(
+            "request", everything, path, log["request_id"].tolist(), log["request_timestamp"] // 1000, None
+        )
 
         def place_of(row: tuple[int, ...]) -> str:
             return f"request {log['request_id'][row[0]]}"
@@ -197,7 +204,8 @@ class _Encoder:
             encoded = self._encode(path, field, rows[:, :, column], mask, place_of)
             encoded[~mask] = PADDING_INDEX.get(field, 0)
             self._write(f"items.{field}", chunk, encoded, self._dtype(field))
-        self._write_times("items", chunk, path, rows[:, :, recflow.ITEM_COLUMNS.index("upload_timestamp")], mask)
+        uploaded = rows[:, :, recflow.ITEM_COLUMNS.index("upload_timestamp")]
+        self._write_times("items", chunk, path, ids, uploaded, mask)
         self._write("items.label", chunk, labels, np.dtype(np.int16))
         self._write("items.mask", chunk, mask, np.dtype(bool))
         return int(unplaced.sum())
@@ -241,12 +249,24 @@ class _Encoder:
             )
         return ids.copy() if field in UNSHIFTED else ids + 1
 
-    def _write_times(self, prefix: str, chunk: slice, path: Path, seconds: np.ndarray, mask: np.ndarray | None) -> None:
+    def _write_times(
+        self,
+        prefix: str,
+        chunk: slice,
+        path: Path,
+        ids: Sequence[int],
+        seconds: np.ndarray,
+        mask: np.ndarray | None,
+    ) -> None:
         column = "request_timestamp" if prefix == "request" else "upload_timestamp"
-        try:
-            encoded = wall_clock(seconds if mask is None else np.where(mask, seconds, 0), self.zone)
-        except ValueError as error:
-            raise InputError(f"{path}: {column} holds {error}") from error
+        known = seconds if mask is None else np.where(mask, seconds, 0)
+        wrong = np.argwhere((known < MIN_SECONDS) | (known >= MAX_SECONDS))
+        if len(wrong):
+            raise InputError(
+                f"{path}: request {ids[wrong[0][0]]}: {column} is {known[tuple(wrong[0])]} s, outside the years "
+                "1900 to 2200; is it in the unit that data/README.md names?"
+            )
+        encoded = wall_clock(known, self.zone)
         for field, values in zip(_TIMES, encoded, strict=True):
             if mask is not None:
                 values[~mask] = 0
@@ -274,10 +294,10 @@ def _stack(
     for place, array in enumerate(arrays):
         if array is None or array.shape[:1] == (0,):
             continue
-        if len(array.shape) != 2 or array.shape[1] < width:
+        if len(array.shape) != 2 or not width <= array.shape[1] <= _MAX_WIDTH:
             raise InputError(
-                f"{path}: request {ids[place]}, {what}: shape {array.shape}, not rows of at least {width} columns; "
-                "fetch the file again"
+                f"{path}: request {ids[place]}, {what}: shape {array.shape}, not rows of {width} to {_MAX_WIDTH} "
+                "columns; fetch the file again"
             )
         columns = columns or array.shape[1]
         counts[place] = min(array.shape[0], limit)

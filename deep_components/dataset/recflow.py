@@ -11,6 +11,7 @@ A request's rows in the feather file are its distinct (request, video) pairs; th
 1 and say in which groups the video stands.
 """
 
+import datetime
 import json
 import pickle
 import re
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 
+from deep_components.cli import progress
 from deep_components.dataset.safe_pickle import PickledArray, load_pickle
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
@@ -68,7 +70,7 @@ ID_COUNT_FIELDS = (
 REQUEST_COLUMNS = ("request_id", "request_timestamp", "user_id", "device_id", "age", "gender", "province")
 ORIGIN_FILE = "others/origin.json"
 
-DEFAULT_ORIGIN = "recflow"
+PERIOD_1 = tuple(str(datetime.date(2024, 1, 13) + datetime.timedelta(days=offset)) for offset in range(23))
 
 _FEATHER_ROWS_PER_BATCH = 1 << 16
 _COUNT_ALIASES = {"photo_id": "video_id"}  # the released id_cnt.pkl also has a blank before category_level_two
@@ -99,25 +101,41 @@ def day_paths(root: Path, day: str) -> tuple[Path, Path, Path]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def available_days(root: Path) -> list[str]:
-    """The days of which all three files are there, in order. InputError when there is none."""
-    folders = [path.parent for path in day_paths(root, "")]
-    names = [{path.stem for path in folder.glob("*") if _DAY.fullmatch(path.stem)} for folder in folders]
-    days = sorted(set.intersection(*names))
-    if not days:
+def available_days(root: Path, named: bool = False) -> list[str]:
+    """The days of the log that have all three files, in order.
+
+    Raises InputError when there is none; and when a day lacks a file, unless the user has ``named`` the days to use: a
+    day that fell out silently would change what is trained and tested on.
+    """
+    complete, incomplete = _days(root)
+    if not complete:
         raise InputError(
             f"{root}: no day has its files in all_stage, request_id_dict and seq_effective_50_dict; "
             "see data/README.md for the tree expected"
         )
-    return days
+    if incomplete and not named:
+        missing = next(path for path in day_paths(root, incomplete[0]) if not path.exists())
+        raise InputError(f"{missing}: no such file; fetch it, remove that day's other files, or name the days to use")
+    return complete
+
+
+def _days(root: Path) -> tuple[list[str], list[str]]:
+    """Days with all, and days with only some of their three files."""
+    names = [
+        {path.stem for path in example.parent.glob(f"*{example.suffix}") if _DAY.fullmatch(path.stem)}
+        for example in day_paths(root, "any")
+    ]
+    complete = set.intersection(*names)
+    return sorted(complete), sorted(set.union(*names) - complete)
 
 
 def read_origin(root: Path) -> str:
-    """What made the log: "simulated", "movielens-1m", or "recflow" where the folder does not say."""
+    """What made the log: "simulated", "movielens-1m", ... as its origin.json says; without one "recflow" where all of
+    Period 1 is there, else "unlabelled"."""
     try:
         origin = json.loads((root / ORIGIN_FILE).read_text())["data"]
     except FileNotFoundError:
-        return DEFAULT_ORIGIN
+        return "recflow" if set(PERIOD_1) <= set(_days(root)[0]) else "unlabelled"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{root / ORIGIN_FILE}: not readable ({error}); make the log again") from error
     return str(origin)
@@ -189,14 +207,15 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
     seen = np.empty(0, np.int64)  # sorted ids of the requests met so far
     for batch in _record_batches(path, (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)):
         ids = batch("request_id")
-        starts = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))  # rows of a request mostly stand together
+        changes = np.flatnonzero(ids[1:] != ids[:-1]) + 1  # rows of a request mostly stand together
+        starts = np.concatenate([np.zeros(min(len(ids), 1), np.int64), changes])
         distinct, first = np.unique(ids[starts], return_index=True)
         new = ~np.isin(distinct, seen, assume_unique=True)
         rows = np.sort(starts[first[new]])
         seen = np.union1d(seen, distinct[new])
         truth_rows = np.flatnonzero(batch(truth_flag) == 1)
         for name in REQUEST_COLUMNS:
-            kept.setdefault(name, []).append(batch(name)[rows])
+            kept.setdefault(name, []).append((ids if name == "request_id" else batch(name))[rows])
         kept.setdefault("truth_request_id", []).append(ids[truth_rows])
         kept.setdefault("truth_video_id", []).append(batch("video_id")[truth_rows])
         kept.setdefault("truth_index", []).append(batch(truth_index)[truth_rows])
@@ -213,7 +232,7 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
 
 def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
     """For each record batch a function that reads one of its columns as int64."""
-    with _readable(path), pa.memory_map(str(path)) as source:
+    with _readable(path), pa.OSFile(str(path)) as source:  # read, not mapped: mapped pages would count as memory too
         schema = pa.ipc.open_file(source).schema
         readers = {}
         for name in columns:
@@ -225,7 +244,7 @@ def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[
                 )
             options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name)])
             readers[name] = pa.ipc.open_file(source, options=options)
-        for index in range(readers[columns[0]].num_record_batches):
+        for index in progress(range(readers[columns[0]].num_record_batches), f"reading {path.name}", "batch"):
             yield partial(_integers, path, readers, index)
 
 
@@ -294,7 +313,7 @@ def write_id_counts(root: Path, counts: Mapping[str, int]) -> None:
 
 def write_origin(root: Path, origin: Mapping[str, Any]) -> None:
     """Write ``others/origin.json``: what made this log. ``origin["data"]`` ("simulated", "movielens-1m") is copied into
-    every result file; a folder without this file counts as data "recflow"."""
+    every result file."""
     text = json.dumps(dict(origin), indent=2, sort_keys=True) + "\n"
     write_atomically(root / ORIGIN_FILE, lambda file: file.write(text.encode()))
 

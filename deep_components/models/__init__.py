@@ -15,17 +15,19 @@ MODEL_OF_STAGE: dict[str, type[DSSM] | type[MLP] | type[DIN]] = {"retrieval": DS
 
 
 def build_models(
-    cascade: Cascade, vocabulary: Mapping[str, int], emb_dim: int, nn_units: int, seed: int
+    cascade: Cascade, vocabulary: Mapping[str, int], emb_dim: int, nn_units: int, seed: int | None
 ) -> dict[str, nn.Module]:
     """A freshly initialised model for every stage, in the cascade's order.
 
-    A stage's initial parameters depend on (seed, stage name) alone; the global generator is left as it was.
+    A stage's initial parameters depend on (seed, stage name) alone; the CPU's global generator is left as it was. With
+    ``seed=None`` tables are left without values, for models that are about to be loaded.
     """
     models: dict[str, nn.Module] = {}
     for stage in cascade.stage_names:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:7], "little"))
             model = MODEL_OF_STAGE[stage](vocabulary, emb_dim, nn_units)
-        model.embedding.initialise(seed, stage)
+        if seed is not None:
+            model.embedding.initialise(seed, stage)
         models[stage] = model
     return models

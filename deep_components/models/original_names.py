@@ -41,6 +41,6 @@ def from_original(stage: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours |= {original: module for module, original in _TOWERS[stage].items()}
     renamed = {}
     for name, value in state.items():
-        module, rest = name.split(".", 1)
+        module, _, rest = name.partition(".")
         renamed[ours[module] if ours[module].startswith("embedding.") else f"{ours[module]}.{rest}"] = value
     return renamed

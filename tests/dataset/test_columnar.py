@@ -201,7 +201,8 @@ def test_a_change_of_what_is_asked_for_gives_a_new_cache(root: Path, builds: lis
     finally:
         columnar.FORMAT_VERSION -= 1
     assert len(builds) == 5
-    folder_of(root / "cache")
+    zones = list((root / "cache" / "two_stage").iterdir())
+    assert len(zones) == 2  # the last of each time zone: another zone is another reading of the log, not a stale one
 
 
 # ---------------------------------------------------------------------------------------------- damage

@@ -66,7 +66,12 @@ def test_a_day_needs_all_three_files(tmp_path: Path) -> None:
     for place, name in enumerate(("2024-01-13", "2024-01-14", "2024-01-15")):
         recflow.day_paths(tmp_path, name)[place].unlink()
     make(tmp_path, ["notes", ".2024-01-17", "2024-01-18.feather.5"])
-    assert recflow.available_days(tmp_path) == ["2024-01-16"]
+    assert recflow.available_days(tmp_path, named=True) == ["2024-01-16"]
+    assert days.training_days(tmp_path, ["2024-01-16"]) == ["2024-01-16"]
+    assert days.test_day(tmp_path, "2024-01-16") == "2024-01-16"
+    for function in (days.training_days, days.test_day):  # else the days would silently be others
+        with pytest.raises(InputError, match=r"all_stage/2024-01-13.feather: no such file"):
+            function(tmp_path, None)
 
 
 @pytest.mark.parametrize("present", [False, True])

@@ -237,6 +237,12 @@ def test_id_counts_of_another_form(tmp_path: Path) -> None:
 
 
 def test_the_origin(tmp_path: Path) -> None:
+    assert recflow.read_origin(tmp_path) == "unlabelled"
+    for day in recflow.PERIOD_1:
+        assert recflow.read_origin(tmp_path) == "unlabelled"
+        for path in recflow.day_paths(tmp_path, day):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
     assert recflow.read_origin(tmp_path) == "recflow"
     recflow.write_origin(tmp_path, {"data": "simulated", "seed": 3})
     assert recflow.read_origin(tmp_path) == "simulated"

@@ -49,6 +49,7 @@ class ARF(nn.Module):
             whole_order = sorting_cross_entropy(permutation, label_rows, mask)
             share = mean_of_rows(permutation, mask, self.quotas[stage])
             relaxed = masked_mean(-(share + EPSILON).log() * truth.top, mask)
-            loss = loss + masked_mean(weight.log().expand_as(rank), mask) + whole_order / (2 * weight**2) + relaxed
+            spread = masked_mean(weight.log().expand_as(rank), mask)  # log w; 0 in a batch without items
+            loss = loss + spread + whole_order / (2 * weight**2) + relaxed
             terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

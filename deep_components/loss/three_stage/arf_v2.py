@@ -50,6 +50,7 @@ class ARFv2(nn.Module):
             whole_order = sorting_cross_entropy(permutation, label_rows, mask)
             chosen = selection_probability(permutation, torch.full_like(mask.sum(dim=-1), self.quotas[stage]))
             relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
-            loss = loss + masked_mean(weight.log().expand_as(rank), mask) + whole_order / (2 * weight**2) + relaxed
+            spread = masked_mean(weight.log().expand_as(rank), mask)  # log w; 0 in a batch without items
+            loss = loss + spread + whole_order / (2 * weight**2) + relaxed
             terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
