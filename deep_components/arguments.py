@@ -2,7 +2,7 @@
 
 import argparse
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,37 @@ from deep_components.loss.sorting import SORTING_OPERATORS
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+    """A converter for argparse that refuses in a sentence what is not ``wanted``."""
+
+    def convert(text: str) -> T:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+_positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+_non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
+_seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
+_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_tower_width = _number(int, lambda value: value > 0 and value % 4 == 0, "a multiple of 4")
+_history_length = _number(int, lambda value: 0 < value <= HISTORY_LENGTH, f"a whole number from 1 to {HISTORY_LENGTH}")
+
+
+def _quotas(text: str) -> list[int]:
+    return [_positive_int(part) for part in text.split(",")]
+
+
+def _days(text: str) -> list[str]:
+    return [day.strip() for day in text.split(",") if day.strip()]
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
@@ -158,41 +189,3 @@ def unknown_method(loss_type: str, package_path: Iterable[str]) -> InputError:
     """The error for a --loss_type without a branch in build_loss; it lists the methods of the loss package."""
     methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package_path)))
     return InputError(f"--loss_type={loss_type}: no such method; choose one of: {methods}")
-
-
-def _positive_int(text: str) -> int:
-    return _checked(int(text), int(text) > 0, text, "a whole number above 0")
-
-
-def _non_negative_int(text: str) -> int:
-    return _checked(int(text), int(text) >= 0, text, "a whole number from 0")
-
-
-def _seed(text: str) -> int:
-    return _checked(int(text), 0 <= int(text) < 1 << 63, text, "a whole number from 0 to 2^63 - 1")
-
-
-def _positive_float(text: str) -> float:
-    return _checked(float(text), 0 < float(text) < float("inf"), text, "a number above 0")
-
-
-def _tower_width(text: str) -> int:
-    return _checked(int(text), int(text) > 0 and int(text) % 4 == 0, text, "a multiple of 4")
-
-
-def _history_length(text: str) -> int:
-    return _checked(int(text), 0 < int(text) <= HISTORY_LENGTH, text, f"a whole number from 1 to {HISTORY_LENGTH}")
-
-
-def _quotas(text: str) -> list[int]:
-    return [_positive_int(part) for part in text.split(",")]
-
-
-def _days(text: str) -> list[str]:
-    return [day.strip() for day in text.split(",") if day.strip()]
-
-
-def _checked(value: T, holds: bool, text: str, wanted: str) -> T:
-    if not holds:
-        raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
-    return value

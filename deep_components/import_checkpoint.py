@@ -113,6 +113,7 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 
 def main(argv: list[str]) -> None:
+    """Check that the files are those of the setting's stages, and import them."""
     args = parse_args(argv)
     cascade = SETTINGS[args.setting]
     files = {stage: getattr(args, stage) for stage in THREE_STAGE.stage_names}

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import small_log
+
 # Matrices in tests are so small that threads only wait for one another: up to thirty times slower on busy cores.
 torch.set_num_threads(1)
 
@@ -16,3 +18,9 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: the golden numbers are not part of the public project")
     return folder
+
+
+@pytest.fixture(scope="session")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated log."""
+    return small_log(tmp_path_factory)

@@ -1,15 +1,12 @@
 """What the tests of training and evaluation share: a small log, and runs on it inside this process."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from deep_components import run_test2, run_train2
@@ -46,28 +43,15 @@ def evaluation_arguments(log: Path, run: Path, *flags: str) -> list[str]:
     return ["--device=cpu", f"--data_dir={log}", f"--output_dir={run}", *flags]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Such small matrices gain nothing from a second thread, and on a busy machine they wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def train(log: Path, run: Path, *flags: str) -> Path:
     """Train a small two-stage run in ``run``."""
-    with one_thread():
-        run_train2.main(training_arguments(log, run, *flags))
+    run_train2.main(training_arguments(log, run, *flags))
     return run
 
 
 def evaluate(log: Path, run: Path, *flags: str) -> dict[str, Any]:
     """Evaluate the run; its metrics.json."""
-    with one_thread():
-        run_test2.main(evaluation_arguments(log, run, *flags))
+    run_test2.main(evaluation_arguments(log, run, *flags))
     return json.loads((run / "metrics.json").read_text())
 
 

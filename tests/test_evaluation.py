@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from tests.helpers import (
     evaluate,
     evaluation_arguments,
     leftovers,
-    one_thread,
     small_log,
     train,
 )
@@ -38,17 +37,6 @@ METRICS = [
     *("retrieval_recall@10@30", "retrieval_ndcg@10", "retrieval_kendall_tau"),
     *("rank_recall@10@20", "rank_ndcg@10", "rank_kendall_tau"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="session")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_log(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,6 @@ from tests.helpers import (
     evaluate,
     leftovers,
     logged_steps,
-    one_thread,
     parameters,
     same_parameters,
     small_log,
@@ -46,17 +45,6 @@ from tests.helpers import (
 MODEL_FILES = tuple(f"{stage}.safetensors" for stage in STAGES)
 STATE_FILE = "training_state.safetensors"
 STEPS_PER_DAY = REQUESTS_PER_DAY // BATCH_SIZE
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="session")
-def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_log(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -609,6 +609,7 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The input, the output, and how the requests are cut into days."""
     parser = argparse.ArgumentParser(
         prog="python -m deep_components.dataset.movielens",
         description="Convert MovieLens-1M as published into a log in RecFlow's layout.",

@@ -707,6 +707,7 @@ def _is_simulated(root: Path) -> bool:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The output, and the size of what is simulated."""
     defaults = SimulationSettings()
     parser = argparse.ArgumentParser(
         prog="python -m deep_components.dataset.simulate",
