@@ -68,7 +68,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", type=_history_length, default=HISTORY_LENGTH,
                         help=f"last history positions used (default {HISTORY_LENGTH})")  # fmt: skip
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
-    parser.add_argument("--optimizer", choices=["adam"], default="adam")
+    parser.add_argument("--optimizer", choices=["deferred_adam", "adam", "sparse_adam"], default="deferred_adam",
+                        help="of the ID tables: dense Adam at sparse cost (default), dense, or SparseAdam")  # fmt: skip
     parser.add_argument("--print_freq", type=_positive_int, default=50, help="steps between reports (default 50)")
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip

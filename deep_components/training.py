@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,9 +33,12 @@ from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError
 from deep_components.files import make_folder, write_atomically
 from deep_components.models import build_models
+from deep_components.models.embedding import FieldEmbedding, table_ids
+from deep_components.optim.deferred_adam import DeferredAdam
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 FEW_STEPS = 50
+LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024 (benchmarks/optimizer.py)
 
 # Arguments that may differ between a run and its continuation.
 _FREE_ON_RESUME = (
@@ -54,32 +57,80 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Stage models, a loss and their optimizer; one call of :meth:`step` per batch."""
+    """Stage models, a loss and their optimizer; one call of :meth:`step` per batch.
 
-    def __init__(self, models: Mapping[str, nn.Module], loss: nn.Module, lr: float) -> None:
+    Args:
+        models: stage -> model, in serving order.
+        loss: the method; its parameters train too.
+        lr: learning rate.
+        optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
+            dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
+        large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        loss: nn.Module,
+        lr: float,
+        optimizer: str = "deferred_adam",
+        large_table: int = LARGE_TABLE,
+    ) -> None:
         self.models, self.loss = models, loss
         parts = {**models, "loss": loss}
         self.parameters = {
             f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()
         }
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        embeddings = [cast(FieldEmbedding, model.get_submodule("embedding")) for model in models.values()]
+        limit = {"deferred_adam": large_table, "sparse_adam": 0}.get(optimizer, math.inf)
+        self.sparse_fields = frozenset(field for field, count in embeddings[0].rows.items() if count >= limit)
+        for embedding in embeddings:
+            embedding.sparse = self.sparse_fields
+        tables = {f"{stage}/embedding.{field}" for stage in models for field in self.sparse_fields}
+        sparse = {name: p for name, p in self.parameters.items() if name in tables}
+        dense = [p for name, p in self.parameters.items() if name not in tables]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(dense, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        ]
+        self.deferred: DeferredAdam | None = None
+        if optimizer == "deferred_adam":
+            self.deferred = DeferredAdam(sparse, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        elif sparse:
+            self.optimizers.append(
+                torch.optim.SparseAdam(list(sparse.values()), lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+            )
 
     def step(self, batch: CascadeBatch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss and its terms, detached and still on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if self.deferred is not None:
+            for field in sorted(self.sparse_fields):
+                rows = table_ids(batch.features, field).unique()
+                for stage in self.models:
+                    self.deferred.catch_up(f"{stage}/embedding.{field}", rows)
         scores = [model(batch.features) for model in self.models.values()]
         terms = self.loss(*scores, batch.targets)
         terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.deferred is not None:
+            self.deferred.step()
         return values
 
     def state(self) -> dict[str, Tensor]:
-        """All parameters and optimizer state as named tensors."""
+        """All parameters and optimizer state as named tensors; deferred tables are brought up to date."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        return {f"parameter/{name}": value.detach() for name, value in self.parameters.items()} | {
-            f"optimizer/{names[id(parameter)]}/{key}": value
-            for parameter, entries in self.optimizer.state.items()
+        state = {}
+        if self.deferred is not None:
+            self.deferred.flush()
+            state = {f"deferred/{name}": value for name, value in self.deferred.state().items()}
+        state |= {f"parameter/{name}": value.detach() for name, value in self.parameters.items()}
+        return state | {
+            f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
+            for optimizer in self.optimizers
+            for parameter, entries in optimizer.state.items()
             for key, value in entries.items()
         }
 
@@ -91,12 +142,21 @@ class Trainer:
             if value is None or value.shape != parameter.shape:
                 raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
             parameter.copy_(value)
-            prefix = f"optimizer/{name}/"
+        if self.deferred is not None:
+            prefix = "deferred/"
+            self.deferred.restore({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+        for optimizer in self.optimizers:
+            self._restore_optimizer(optimizer, state)
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        dense = isinstance(optimizer, torch.optim.Adam)
+        for parameter in optimizer.param_groups[0]["params"]:
+            prefix = f"optimizer/{names[id(parameter)]}/"
             entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if entries:
-                self.optimizer.state[parameter] = {
-                    # Adam counts its steps on the CPU; its moments lie with the parameter.
-                    key: value if key == "step" else value.to(parameter.device)
+            if entries:  # Adam counts its steps on the CPU; SparseAdam in a number; moments lie with the parameter
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if key != "step" else value if dense else int(value)
                     for key, value in entries.items()
                 }
 
@@ -153,7 +213,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
         for name in (names if args.epochs else [])
     ]
     steps = [steps_of(day, args.batch_size) for day in days]
-    trainer = Trainer(models, loss, args.lr)
+    trainer = Trainer(models, loss, args.lr, args.optimizer)
     config = _config(cascade, args, device, origin, names, counts)
     position = _start(args, trainer, config)
     if origin == "simulated":

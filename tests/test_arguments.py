@@ -24,7 +24,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     # Spec, sections 3 to 5.
     expected: dict[str, Any] = {"lr": 0.01, "batch_size": 1024, "epochs": 1, "seed": 30}
     expected |= {"emb_dim": 8, "nn_units": 128, "seq_len": 50}
-    expected |= {"optimizer": "adam", "dtype": "float32", "shuffle": True}
+    expected |= {"optimizer": "deferred_adam", "dtype": "float32", "shuffle": True}
     expected |= {"time_zone": "Asia/Shanghai", "train_days": None, "init_from": None, "resume": False}
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.loss_type, args.data_dir, args.output_dir) == ("lcron", Path("D"), Path("O"))

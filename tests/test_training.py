@@ -430,7 +430,7 @@ TESTED_BELOW = {
     "emb_dim": "test_flags_of_the_size",
     "nn_units": "test_flags_of_the_size",
     "dtype": "test_flag_dtype",
-    "optimizer": "test_trainer_is_adam_with_dense_semantics",  # the one choice there is
+    "optimizer": "test_flag_optimizer",
     "print_freq": "test_flag_print_freq",
     "shuffle": "test_flag_shuffle",
     "init_from": "test_init_from",
@@ -592,6 +592,46 @@ def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
     for before, after in pairwise(history):
         assert (before[once] != after[once]).any(dim=-1).all()
         assert torch.equal(before[never], after[never])
+
+
+def run_steps(trainer: Trainer, day: DayCache, places: range) -> list[float]:
+    return [trainer.step(day.batch(np.arange(place, place + 10)))["loss"].item() for place in places]
+
+
+def test_deferred_tables_give_the_parameters_of_dense_adam(log: Path, day: DayCache) -> None:
+    dense, deferred = (Trainer(*fresh(log), lr=0.01, optimizer=o, large_table=0) for o in ("adam", "deferred_adam"))
+    places = range(0, REQUESTS_PER_DAY, 10)
+    for _ in range(3):
+        assert run_steps(deferred, day, places) == pytest.approx(run_steps(dense, day, places), rel=1e-7)
+    assert deferred.sparse_fields and not dense.sparse_fields
+    deferred.state()
+    for name, parameter in deferred.parameters.items():
+        torch.testing.assert_close(parameter, dense.parameters[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_only_large_tables_are_deferred(log: Path) -> None:
+    rows = max(vocabulary(log).values()) + 2
+    largest = {field for field, count in vocabulary(log).items() if count + 2 == rows}
+    assert Trainer(*fresh(log), lr=0.01, large_table=rows).sparse_fields == largest
+    assert not Trainer(*fresh(log), lr=0.01, large_table=rows + 1).sparse_fields
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "deferred_adam", "sparse_adam"])
+def test_a_restored_trainer_goes_on_alike(optimizer: str, log: Path, day: DayCache) -> None:
+    first, second = (Trainer(*fresh(log), lr=0.01, optimizer=optimizer, large_table=0) for _ in range(2))
+    run_steps(first, day, range(0, 20, 10))
+    second.restore({name: value.clone() for name, value in first.state().items()})
+    assert run_steps(first, day, range(20, 40, 10)) == run_steps(second, day, range(20, 40, 10))
+    ours, theirs = first.state(), second.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_flag_optimizer(log: Path, baseline: Path, tmp_path: Path) -> None:
+    dense = train(log, tmp_path / "dense", "--optimizer=adam")
+    assert same_parameters(dense, baseline)  # tables this small are not deferred
+    sparse = train(log, tmp_path / "sparse", "--optimizer=sparse_adam")
+    assert not same_parameters(sparse, baseline)
 
 
 def test_the_weights_of_the_loss_are_trained(log: Path, baseline: Path) -> None:

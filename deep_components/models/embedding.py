@@ -38,6 +38,7 @@ class FieldEmbedding(nn.Module):
     def __init__(self, vocabulary: Mapping[str, int], dim: int) -> None:
         super().__init__()
         self.dim = dim
+        self.sparse: frozenset[str] = frozenset()  # fields whose table gets a sparse gradient
         self.rows = {field: vocabulary[field] + 2 for field in ID_FIELDS} | TIME_ROWS
         for field, rows in self.rows.items():
             self.register_parameter(field, nn.Parameter(torch.empty(rows, dim)))
@@ -55,15 +56,15 @@ class FieldEmbedding(nn.Module):
     def forward(self, features: Features) -> Embedded:
         """Look up all fields; a table used by several inputs is read once."""
         batch, length, _ = features.history.shape
-        looked_up: dict[str, Tensor] = {}
-        for field in self.rows:
-            parts = [getattr(features, field)] if field in REQUEST_FIELDS else []
-            if field in HISTORY_FIELDS:
-                parts.append(features.history[..., HISTORY_FIELDS.index(field)].flatten())
-            if field in ITEM_FIELDS:
-                parts.append(features.items[..., ITEM_FIELDS.index(field)].flatten())
-            ids = torch.cat(parts) if len(parts) > 1 else parts[0]
-            looked_up[field] = F.embedding(ids, self.get_parameter(field), padding_idx=PADDING_INDEX.get(field, 0))
+        looked_up = {
+            field: F.embedding(
+                table_ids(features, field),
+                self.get_parameter(field),
+                padding_idx=PADDING_INDEX.get(field, 0),
+                sparse=field in self.sparse,
+            )
+            for field in self.rows
+        }
         num_items = features.items.shape[1]
         return Embedded(
             user=torch.cat([looked_up[field][:batch] for field in REQUEST_FIELDS], dim=-1),
@@ -75,6 +76,16 @@ class FieldEmbedding(nn.Module):
                 dim=-1,
             ),
         )
+
+
+def table_ids(features: Features, field: str) -> Tensor:
+    """All rows of a field's table that the features name: of the requests, then the histories, then the items. [n]."""
+    parts = [getattr(features, field)] if field in REQUEST_FIELDS else []
+    if field in HISTORY_FIELDS:
+        parts.append(features.history[..., HISTORY_FIELDS.index(field)].flatten())
+    if field in ITEM_FIELDS:
+        parts.append(features.items[..., ITEM_FIELDS.index(field)].flatten())
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:

@@ -63,9 +63,13 @@ def test_logits_and_gradient_norms_equal_the_originals(
 
 
 @pytest.mark.parametrize("cascade", [TWO_STAGE, THREE_STAGE], ids=lambda cascade: cascade.name)
+@pytest.mark.parametrize("optimizer", ["adam", "deferred_adam"])
 @pytest.mark.parametrize("method", METHODS)
-def test_float64_trajectory_equals_the_originals(golden: Path, tmp_path: Path, cascade: Cascade, method: str) -> None:
-    """20 steps of batch 32 on two days, five passes, file order, then the scores of the test day."""
+def test_float64_trajectory_equals_the_originals(
+    golden: Path, tmp_path: Path, cascade: Cascade, method: str, optimizer: str
+) -> None:
+    """20 steps of batch 32 on two days, five passes, file order, then the scores of the test day. Deferred Adam defers
+    every table here, and is held to 1e-6."""
     arrays = np.load(golden / f"trajectory_{cascade.name}.npz")
     states = {stage: original_state(arrays, f"init/{stage}/", stage) for stage in cascade.stage_names}
     models = build_models(cascade, vocabulary_of(states["rank"]), emb_dim=8, nn_units=128, seed=0)
@@ -73,7 +77,7 @@ def test_float64_trajectory_equals_the_originals(golden: Path, tmp_path: Path, c
         model.double().load_state_dict(states[stage])
     command = run_train2 if cascade is TWO_STAGE else run_train3
     loss = command.build_loss(command.parse_args([f"--loss_type={method}", "--data_dir=.", "--output_dir=."]))
-    trainer = Trainer(models, loss.double(), lr=0.01)
+    trainer = Trainer(models, loss.double(), lr=0.01, optimizer=optimizer, large_table=0)
     days = [
         open_day(golden / "recflow_mini", day, cascade, tmp_path) for day in ("2024-01-13", "2024-01-14", "2024-02-04")
     ]
@@ -85,7 +89,8 @@ def test_float64_trajectory_equals_the_originals(golden: Path, tmp_path: Path, c
     if chaotic:
         np.testing.assert_allclose(losses[:3], expected[:3], rtol=1e-6)
         return
-    np.testing.assert_allclose(losses, expected, rtol=1e-8)
+    np.testing.assert_allclose(losses, expected, rtol=1e-8 if optimizer == "adam" else 1e-6)
+    trainer.state()  # brings deferred tables up to date
     test_day = days[2].batch(np.arange(len(days[2])))
     for stage, model in models.items():
         scores = model(test_day.features).detach().numpy()
