@@ -94,6 +94,7 @@ class _AttentionLogits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the three inputs; the hidden activations are made again, a few requests at a time."""
         history_part, item_part, weight = ctx.saved_tensors
         grad_history, grad_item = torch.empty_like(history_part), torch.empty_like(item_part)
         for chunk, hidden in _hidden_chunks(history_part, item_part):
