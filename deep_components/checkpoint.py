@@ -16,6 +16,7 @@ from deep_components.files import atomic_path, write_atomically
 CONFIG_FILE = "config.json"
 STATE_FILE = "training_state.safetensors"
 METRICS_FILE = "metrics.json"
+COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 STEP_LOG_FILE = "train.jsonl"
 
@@ -27,7 +28,7 @@ _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "lo
 def remove_results(run: Path) -> None:
     """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
     stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
-    for name in (METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
+    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
         (run / name).unlink(missing_ok=True)
 
 

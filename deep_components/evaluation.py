@@ -84,6 +84,7 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     results = _results(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}
+    results |= {"test_day_checksum": day.checksum}
     if results["data"] == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
     if trained.epochs and name in config["train_days"]:

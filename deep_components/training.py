@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -215,6 +216,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     steps = [steps_of(day, args.batch_size) for day in days]
     trainer = Trainer(models, loss, args.lr, args.optimizer)
     config = _config(cascade, args, device, origin, names, counts)
+    config["data_checksums"] = {day.day: day.checksum for day in days}
     position = _start(args, trainer, config)
     if origin == "simulated":
         logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
@@ -224,6 +226,10 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     requests = (position["step"] - first) * args.batch_size
     states = {stage: model.state_dict() for stage, model in models.items()}
     checkpoint.save_models(args.output_dir, states, {"data": origin, "loss_type": args.loss_type})
+    cost = {"steps": position["step"] - first, "requests": requests, "seconds": seconds, "device": str(device)}
+    cost |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
+    cost |= {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
+    checkpoint.write_json(args.output_dir / checkpoint.COST_FILE, cost)  # last: where it stands, training is complete
     if not args.epochs:
         logger.info("%s, seed %d: untrained -> %s", cascade.name, args.seed, args.output_dir)
         return

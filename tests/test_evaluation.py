@@ -85,7 +85,7 @@ def test_metrics_json(log: Path, run: Path) -> None:
     about |= {"setting": "two_stage", "loss_type": "lcron", "seed": 30, "epochs": 3, "data": "simulated"}
     about |= {"commit": config(run)["commit"]}
     assert {name: results[name] for name in about} == about
-    assert set(results) == {*METRICS, *about, "warning"}
+    assert set(results) == {*METRICS, *about, "warning", "test_day_checksum"}
 
 
 def test_scores_npz(log: Path, run: Path) -> None:

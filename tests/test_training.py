@@ -1,6 +1,7 @@
 """Training: reproducible to the byte, resumable, every flag takes effect, Adam with dense semantics."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_the_same_seed_gives_the_same_run_with_a_cold_or_a_warm_cache(
     warm = train(log, tmp_path / "warm", cache)
     assert_trained_alike(cold, baseline)
     assert_trained_alike(warm, baseline)
+
+
+def test_the_log_s_content_stands_in_the_records_wherever_it_lies(log: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(log, copied)
+    run, other = train(log, tmp_path / "run", f"--cache_dir={tmp_path}"), train(copied, tmp_path / "other")
+    checksums = config(run)["data_checksums"]
+    assert checksums == config(other)["data_checksums"]
+    assert list(checksums) == list(DAYS[:2]) and len(set(checksums.values())) == 2
+    assert evaluate(log, run)["test_day_checksum"] not in checksums.values()
+
+
+def test_what_the_training_took_is_written_when_it_is_complete(log: Path, tmp_path: Path) -> None:
+    cost = json.loads((train(log, tmp_path) / "training.json").read_text())
+    assert cost["steps"] == len(logged_steps(tmp_path)) and cost["requests"] == cost["steps"] * BATCH_SIZE
+    assert cost["seconds"] > 0 and cost["device"] == "cpu" and cost["peak_gpu_memory_bytes"] is None
+    assert 50e6 < cost["peak_memory_bytes"] < 50e9
 
 
 def test_another_seed_gives_another_initial_cascade_and_another_order(log: Path, tmp_path: Path) -> None:

@@ -37,13 +37,15 @@ logger = logging.getLogger(__name__)
 class DayCache:
     """One opened day. ``columns`` are memory maps whose first dimension is the request, in file order.
 
-    ``repairs`` counts what was left out or repaired when the day was read (see data/README.md).
+    ``repairs`` counts what was left out or repaired when the day was read (see data/README.md); ``checksum`` is the
+    SHA-256 of what the day holds, the same wherever its cache lies.
     """
 
     day: str
     columns: Mapping[str, np.ndarray]
     group: np.ndarray  # [N] int64
     repairs: Mapping[str, int]
+    checksum: str
     history_length: int = recflow.HISTORY_LENGTH  # L: this many of the last history positions are handed out
 
     def __len__(self) -> int:
@@ -193,7 +195,9 @@ def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) 
     for repair, count in meta["repairs"].items():
         if count:
             logger.warning("%s: %s: %d", day, repair, count)
-    return DayCache(day, columns, group, meta["repairs"], history_length)
+    contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
+    checksum = hashlib.sha256(contents.encode()).hexdigest()
+    return DayCache(day, columns, group, meta["repairs"], checksum, history_length)
 
 
 def _damage(folder: Path) -> str | None:
