@@ -20,7 +20,7 @@ from deep_components.cli import run_command
 from deep_components.loss.two_stage.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.models.embedding import ID_FIELDS
-from deep_components.training import Trainer
+from deep_components.trainer import Trainer
 
 OPTIMIZERS = ("adam", "deferred_adam")
 SMALL = 50  # ids of every field but the video

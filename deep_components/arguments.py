@@ -17,6 +17,8 @@ from deep_components.loss.sorting import SORTING_OPERATORS
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
+COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
 
 
 def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
@@ -37,6 +39,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
 _positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
+_non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _tower_width = _number(int, lambda value: value > 0 and value % 4 == 0, "a multiple of 4")
 _history_length = _number(int, lambda value: 0 < value <= HISTORY_LENGTH, f"a whole number from 1 to {HISTORY_LENGTH}")
@@ -74,7 +77,18 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
     parser.add_argument("--init_from", type=Path, metavar="RUN", help="start from the models of another run's folder")
-    parser.add_argument("--resume", action="store_true", help="go on after the last day that --output_dir holds")
+    parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
+    parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
+                        help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
+    parser.add_argument("--on_nonfinite", choices=["stop", "skip"], default="stop",
+                        help="what a step with a loss or gradient that is not finite does (default stop)")  # fmt: skip
+    parser.add_argument("--compact_from", type=_positive_int, default=COMPACT_FROM, metavar="ROWS",
+                        help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
+    parser.add_argument("--table_memory", choices=["device", "host"], default="device",
+                        help="where the large ID tables lie; from host memory only a batch's rows travel")  # fmt: skip
+    parser.add_argument("--day_on_device", action="store_true", help="keep the whole day in the device's memory")
+    parser.add_argument("--autocast", choices=sorted(AUTOCAST), default="off",
+                        help="compute the models' layers in bfloat16 (default off)")  # fmt: skip
     return parser
 
 
@@ -95,6 +109,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
     parser.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
     parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
+                        help="use kernels compiled by the C compiler, on a CPU (default)")  # fmt: skip
 
 
 def add_method_options(parser: argparse.ArgumentParser) -> None:

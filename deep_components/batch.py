@@ -4,8 +4,8 @@ Shapes: B requests, N items a request, L history positions. All ids are encoded 
 category_one); B may be any size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -45,11 +45,16 @@ class Targets:
 
 @dataclass(frozen=True)
 class CascadeBatch:
-    """B requests with all their items."""
+    """B requests with all their items.
+
+    ``distinct`` holds, for some fields, the distinct rows [U] of the field's table that the batch names; its ids in
+    ``features`` are then places among them, and place 0 is the padding row.
+    """
 
     request_id: Tensor  # [B] int64
     features: Features
     targets: Targets
+    distinct: Mapping[str, Tensor] = field(default_factory=dict)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "CascadeBatch":
         """The same batch with ``function`` applied to every tensor."""
@@ -57,11 +62,54 @@ class CascadeBatch:
             request_id=function(self.request_id),
             features=Features(**{f.name: function(getattr(self.features, f.name)) for f in fields(Features)}),
             targets=Targets(**{f.name: function(getattr(self.targets, f.name)) for f in fields(Targets)}),
+            distinct={name: function(rows) for name, rows in self.distinct.items()},
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order in which :meth:`apply` takes them."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.apply(note)
+        return found
+
     def to(self, device: torch.device) -> "CascadeBatch":
-        """The batch on ``device``; from pinned memory the copy does not wait."""
-        return self.apply(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on ``device``, but for ``distinct``; from pinned memory the copy does not wait."""
+        moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, distinct=self.distinct)
 
     def pin_memory(self) -> "CascadeBatch":
         return self.apply(Tensor.pin_memory)
+
+
+def table_ids(features: Features, name: str) -> Tensor:
+    """All ids of a field in the features: of the requests, then the histories, then the items. [n]."""
+    parts = [getattr(features, name)] if name in REQUEST_FIELDS else []
+    if name in HISTORY_FIELDS:
+        parts.append(features.history[..., HISTORY_FIELDS.index(name)].flatten())
+    if name in ITEM_FIELDS:
+        parts.append(features.items[..., ITEM_FIELDS.index(name)].flatten())
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def with_table_ids(features: Features, new: Mapping[str, Tensor]) -> Features:
+    """The features with other ids in some fields, given in the order of :func:`table_ids`."""
+    history, items = features.history.clone(), features.items.clone()
+    requests = {}
+    for name, ids in new.items():
+        sizes = (
+            len(features.weekday) if name in REQUEST_FIELDS else 0,
+            history[..., 0].numel() if name in HISTORY_FIELDS else 0,
+            items[..., 0].numel() if name in ITEM_FIELDS else 0,
+        )
+        request, event, item = ids.split(sizes)
+        if name in REQUEST_FIELDS:
+            requests[name] = request
+        if name in HISTORY_FIELDS:
+            history[..., HISTORY_FIELDS.index(name)] = event.view(history.shape[:-1])
+        if name in ITEM_FIELDS:
+            items[..., ITEM_FIELDS.index(name)] = item.view(items.shape[:-1])
+    return replace(features, **requests, history=history, items=items)

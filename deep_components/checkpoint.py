@@ -5,22 +5,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
 from deep_components.files import atomic_path, write_atomically
+from deep_components.models.embedding import FieldEmbedding, fill_initial_rows
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "training_state.safetensors"
 METRICS_FILE = "metrics.json"
+LOCK_FILE = ".lock"
 COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 STEP_LOG_FILE = "train.jsonl"
 
 _METADATA = "run"
+_TABLES, _IDS = "embedding.", "ids."  # a stage's parameters of the tables; the ids of compacted ones
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
 
@@ -64,29 +70,91 @@ def read_training(run: Path) -> dict[str, Any]:
     return config
 
 
-def save_models(run: Path, states: Mapping[str, Mapping[str, Tensor]], note: Mapping[str, str]) -> None:
-    """Write ``<stage>.safetensors`` from every stage's state dict; ``note`` goes into the files' metadata."""
+def save_models(
+    run: Path,
+    states: Mapping[str, Mapping[str, Tensor]],
+    note: Mapping[str, Any],
+    ids: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write ``<stage>.safetensors`` from every stage's state dict.
+
+    Args:
+        run: the folder.
+        states: stage -> its model's state dict.
+        note: goes into the files' metadata. Where tables are compacted, ``initial_seed`` in it gives the initial values
+            of the ids that they lack.
+        ids: field -> the ids of its compacted table's rows; written beside the tables as ``ids.<field>``.
+    """
+    listed = {f"{_IDS}{field}": torch.from_numpy(known) for field, known in (ids or {}).items()}
     for stage, state in states.items():
-        _save(run / f"{stage}.safetensors", dict(state), note)
+        _save(run / f"{stage}.safetensors", {**state, **listed}, note)
 
 
-def load_models(run: Path, models: Mapping[str, nn.Module]) -> None:
+def saved_ids(run: Path, stage: str) -> dict[str, np.ndarray]:
+    """The ids of the compacted tables of a stage's checkpoint."""
+    tensors, _ = load_tensors(run / f"{stage}.safetensors", _IDS)
+    return {name.removeprefix(_IDS): value.numpy() for name, value in tensors.items()}
+
+
+@torch.no_grad()
+def load_models(run: Path, models: Mapping[str, nn.Module]) -> int | None:
     """Read every stage's parameters from ``run`` into ``models``, cast to the models' type.
 
-    Raises InputError when a file is missing or damaged, or its parameters do not fit the model.
+    A compacted table gets the rows of its ids; an id that the checkpoint lacks gets its initial value, which is that of
+    the checkpoint's seed.
+
+    Returns:
+        the seed of the initial values; None for a checkpoint whose tables are all whole.
+
+    Raises:
+        InputError: a file is missing or damaged, or its parameters do not fit the model.
     """
+    seed = None
     for stage, model in models.items():
         path = run / f"{stage}.safetensors"
-        tensors, _ = load_tensors(path)
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        tensors, note = load_tensors(path)
+        ids = {name.removeprefix(_IDS): tensors.pop(name).numpy() for name in list(tensors) if name.startswith(_IDS)}
+        expected = dict(model.state_dict())
+        embedding = getattr(model, "embedding", None)
+        known = embedding.ids if isinstance(embedding, FieldEmbedding) else {}
+        for field in sorted(ids.keys() | known.keys()):
+            name = f"{_TABLES}{field}"
+            if name in expected and name in tensors:
+                seed = note.get("initial_seed")
+                rows = known[field].ids() if field in known else np.arange(len(expected[name]))
+                tensors[name] = _rows_of_ids(path, f"{stage}.{field}", tensors[name], ids.get(field), rows, seed)
         for name in sorted(expected.keys() | tensors.keys()):
-            found = tuple(tensors[name].shape) if name in tensors else None
-            if found != expected.get(name):
+            found, wanted = (tuple(part[name].shape) if name in part else None for part in (tensors, expected))
+            if found != wanted:
                 raise InputError(
-                    f"{path}: parameter {name} has shape {found}, but the model wants {expected.get(name)}; use the "
+                    f"{path}: parameter {name} has shape {found}, but the model wants {wanted}; use the "
                     "data and the sizes (--emb_dim, --nn_units) that the checkpoint was trained with"
                 )
         model.load_state_dict(tensors)
+    return seed
+
+
+def _rows_of_ids(
+    path: Path, name: str, table: Tensor, saved: np.ndarray | None, wanted: np.ndarray, seed: int | None
+) -> Tensor:
+    """The rows of the ``wanted`` ids (ascending) of a saved table, whose rows are those of the ``saved`` ids."""
+    saved = np.arange(len(table)) if saved is None else saved
+    if saved.shape != (len(table),) or not (np.diff(saved) > 0).all():
+        raise InputError(f"{path}: the ids of {name} do not fit its table; train again")
+    place = np.searchsorted(saved, wanted).clip(max=max(len(saved) - 1, 0))
+    there = saved[place] == wanted if len(saved) else np.zeros(len(wanted), bool)
+    if seed is None and not there.all():
+        raise InputError(
+            f"{path}: table {name} lacks id {wanted[~there][0]}; use the log that the checkpoint was trained with"
+        )
+    rows = table.new_empty(len(wanted), *table.shape[1:])
+    rows[torch.from_numpy(there)] = table[torch.from_numpy(place[there])]
+    if seed is not None and not there.all():
+        missing = table.new_empty(int((~there).sum()), *table.shape[1:])
+        field = name.partition(".")[2]
+        fill_initial_rows(missing, seed, name, wanted[~there], PADDING_INDEX.get(field, 0))
+        rows[torch.from_numpy(~there)] = missing
+    return rows
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], position: Mapping[str, int]) -> None:
@@ -98,7 +166,7 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
     tensors, metadata = load_tensors(path)
     try:
-        return tensors, {name: int(metadata["position"][name]) for name in ("epoch", "day", "step")}
+        return tensors, {name: int(metadata["position"][name]) for name in ("epoch", "day", "batch", "step")}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the state of a training run; train again without --resume") from error
 
@@ -113,12 +181,14 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a safetensors file. InputError when it is missing or damaged."""
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors whose names begin with ``prefix``, and the metadata, of a safetensors file. InputError when it is
+    missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, metadata
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
     except (SafetensorError, OSError, ValueError) as error:

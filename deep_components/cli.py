@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from deep_components.errors import InputError
+from deep_components.errors import InputError, StoppedError
 
 T = TypeVar("T")
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run ``command(argv)`` and return the process's exit code.
 
-    0 on success, 2 for an :class:`InputError` (its sentence goes to stderr), 130 when interrupted. Anything else is a
-    defect of ours and keeps its traceback.
+    0 on success, 2 for an :class:`InputError` (its sentence goes to stderr), 130 or 143 when SIGINT or SIGTERM
+    stopped it. Anything else is a defect of ours and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -24,6 +24,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except StoppedError as error:
+        sys.stderr.write(f"{error}\n")
+        return 128 + error.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

@@ -1,4 +1,4 @@
-"""The one exception type that reaches a user as a sentence instead of a traceback."""
+"""The exceptions that reach a user as a sentence instead of a traceback."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,16 @@ class InputError(ValueError):
 
     The message is one sentence that names the file, the field and the remedy. Commands print it and exit with code 2.
     """
+
+
+class StoppedError(Exception):
+    """A signal stopped the work at a place from which it can go on; the message says how.
+
+    Args:
+        message: one sentence.
+        signal_number: commands exit with 128 + this.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -12,26 +12,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from deep_components import checkpoint
-from deep_components.arguments import DTYPES, choose_device
+from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
 from deep_components.dataset.columnar import DayCache, open_day
 from deep_components.dataset.days import test_day
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches
+from deep_components.dataset.rows import BatchRows
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
+from deep_components.kernels import load_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import build_models
+from deep_components.models import build_models, use_kernels
 
 logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
 def score_day(
-    models: Mapping[str, nn.Module], day: DayCache, batch_size: int, device: torch.device
+    models: Mapping[str, nn.Module],
+    day: DayCache,
+    batch_size: int,
+    device: torch.device,
+    prepare: BatchRows | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order, in one pass.
+    """Scores of every stage over every request of the day, in file order, in one pass. ``prepare`` gives the rows of
+    compacted tables.
 
     Returns:
         on the CPU: stage -> [R, N]; and "request_id" [R], "labels" [R, N], "mask" [R, N].
@@ -40,7 +47,7 @@ def score_day(
     with tqdm(
         total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
-        for batch in batches(day, np.arange(len(day)), batch_size, device):
+        for batch in batches(day, np.arange(len(day)), batch_size, device, prepare):
             columns = {stage: model(batch.features) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, "labels": batch.targets.labels, "mask": batch.targets.mask}
             for name, values in columns.items():
@@ -73,14 +80,17 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
             "evaluate on the same log"
         )
     device, dtype = choose_device(args), DTYPES[trained.dtype]
+    name = test_day(args.data_dir, args.test_day)
+    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
     vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, seed=None)
+    # Tables need no rows but those of the day's ids; ids that the training did not see have their initial rows.
+    ids = {field: day.ids(field) for field, count in vocabulary.items() if count + 2 >= COMPACT_FROM}
+    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, None, ids)
     for model in models.values():
         model.to(device=device, dtype=dtype).eval()
     checkpoint.load_models(args.output_dir, models)
-    name = test_day(args.data_dir, args.test_day)
-    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
-    scored = score_day(models, day, args.batch_size, device)
+    use_kernels(models, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
+    scored = score_day(models, day, args.batch_size, device, BatchRows(ids, {}, {}))
     results = _results(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}

@@ -1,20 +1,26 @@
-"""Training a cascade: scores of all stages -> one loss -> one backward pass -> one optimizer step.
+"""Training a cascade on a log's days: data -> steps -> checkpoints, resumable at any step.
 
-Names no method. Adam is elementwise and stages share nothing, so one optimizer over all parameters equals one per
-stage, and methods that train each stage by its own step are the sum of their losses.
+A training that is stopped, or killed, and resumed ends in the same files as one that was not, bit for bit on a CPU: the
+saved state holds everything, nothing is rounded differently for being saved, and a day's order depends on (seed, pass,
+day) alone.
 """
 
 import argparse
+import fcntl
 import json
 import logging
 import math
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import numpy as np
@@ -22,24 +28,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deep_components import checkpoint
-from deep_components.arguments import DTYPES, choose_device
-from deep_components.batch import CascadeBatch
+from deep_components import checkpoint, memory
+from deep_components.arguments import AUTOCAST, DTYPES, choose_device
+from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
 from deep_components.dataset.columnar import DayCache, open_day
 from deep_components.dataset.days import training_days
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
-from deep_components.errors import InputError
+from deep_components.errors import InputError, StoppedError
 from deep_components.files import make_folder, write_atomically
+from deep_components.kernels import load_kernels
 from deep_components.models import build_models
-from deep_components.models.embedding import FieldEmbedding, table_ids
-from deep_components.optim.deferred_adam import DeferredAdam
+from deep_components.models.embedding import FieldEmbedding
+from deep_components.trainer import Trainer, gathered_fields
+from deep_components.vocabulary import IdSet
 
-ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 FEW_STEPS = 50
-LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024 (benchmarks/optimizer.py)
 
 # Arguments that may differ between a run and its continuation.
 _FREE_ON_RESUME = (
@@ -49,7 +55,10 @@ _FREE_ON_RESUME = (
     "cache_dir",
     "device",
     "cuda",
+    "table_memory",
+    "day_on_device",
     "print_freq",
+    "save_minutes",
     "epochs",
     "train_days",
 )
@@ -57,120 +66,55 @@ _FREE_ON_RESUME = (
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Stage models, a loss and their optimizer; one call of :meth:`step` per batch.
+@dataclass(frozen=True)
+class Position:
+    """Where a training stands: passes done, days done in this pass, batches done in this day, steps made in all."""
 
-    Args:
-        models: stage -> model, in serving order.
-        loss: the method; its parameters train too.
-        lr: learning rate.
-        optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
-            dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
-        large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
-    """
+    epoch: int = 0
+    day: int = 0
+    batch: int = 0
+    step: int = 0
 
-    def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        loss: nn.Module,
-        lr: float,
-        optimizer: str = "deferred_adam",
-        large_table: int = LARGE_TABLE,
-    ) -> None:
-        self.models, self.loss = models, loss
-        parts = {**models, "loss": loss}
-        self.parameters = {
-            f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()
-        }
-        embeddings = [cast(FieldEmbedding, model.get_submodule("embedding")) for model in models.values()]
-        limit = {"deferred_adam": large_table, "sparse_adam": 0}.get(optimizer, math.inf)
-        self.sparse_fields = frozenset(field for field, count in embeddings[0].rows.items() if count >= limit)
-        for embedding in embeddings:
-            embedding.sparse = self.sparse_fields
-        tables = {f"{stage}/embedding.{field}" for stage in models for field in self.sparse_fields}
-        sparse = {name: p for name, p in self.parameters.items() if name in tables}
-        dense = [p for name, p in self.parameters.items() if name not in tables]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(dense, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
-        ]
-        self.deferred: DeferredAdam | None = None
-        if optimizer == "deferred_adam":
-            self.deferred = DeferredAdam(sparse, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
-        elif sparse:
-            self.optimizers.append(
-                torch.optim.SparseAdam(list(sparse.values()), lr=lr, betas=ADAM_BETAS, eps=ADAM_EPSILON)
-            )
 
-    def step(self, batch: CascadeBatch) -> dict[str, Tensor]:
-        """One optimizer step; returns the loss and its terms, detached and still on the device."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        if self.deferred is not None:
-            for field in sorted(self.sparse_fields):
-                rows = table_ids(batch.features, field).unique()
-                for stage in self.models:
-                    self.deferred.catch_up(f"{stage}/embedding.{field}", rows)
-        scores = [model(batch.features) for model in self.models.values()]
-        terms = self.loss(*scores, batch.targets)
-        terms["loss"].backward()
-        values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
-        for optimizer in self.optimizers:
-            optimizer.step()
-        if self.deferred is not None:
-            self.deferred.step()
-        return values
+@dataclass
+class Run:
+    """What the parts of a training share."""
 
-    def state(self) -> dict[str, Tensor]:
-        """All parameters and optimizer state as named tensors; deferred tables are brought up to date."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        state = {}
-        if self.deferred is not None:
-            self.deferred.flush()
-            state = {f"deferred/{name}": value for name, value in self.deferred.state().items()}
-        state |= {f"parameter/{name}": value.detach() for name, value in self.parameters.items()}
-        return state | {
-            f"optimizer/{names[id(parameter)]}/{key}": torch.as_tensor(value)
-            for optimizer in self.optimizers
-            for parameter, entries in optimizer.state.items()
-            for key, value in entries.items()
-        }
+    args: argparse.Namespace
+    trainer: Trainer
+    days: Sequence[DayCache]
+    steps: Sequence[int]  # of each day
+    device: torch.device
+    origin: str
 
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The reverse of :meth:`state`. InputError when a parameter is missing or has another shape."""
-        for name, parameter in self.parameters.items():
-            value = state.get(f"parameter/{name}")
-            if value is None or value.shape != parameter.shape:
-                raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
-            parameter.copy_(value)
-        if self.deferred is not None:
-            prefix = "deferred/"
-            self.deferred.restore({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
-        for optimizer in self.optimizers:
-            self._restore_optimizer(optimizer, state)
+    @property
+    def state_file(self) -> Path:
+        return Path(self.args.output_dir) / checkpoint.STATE_FILE
 
-    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        dense = isinstance(optimizer, torch.optim.Adam)
-        for parameter in optimizer.param_groups[0]["params"]:
-            prefix = f"optimizer/{names[id(parameter)]}/"
-            entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if entries:  # Adam counts its steps on the CPU; SparseAdam in a number; moments lie with the parameter
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if key != "step" else value if dense else int(value)
-                    for key, value in entries.items()
-                }
+    def save(self, position: Position) -> None:
+        checkpoint.save_state(self.state_file, self.trainer.state(), asdict(position))
 
 
 class StepLog:
-    """train.jsonl: an object per step. Terms stay on the device until :meth:`flush`: a step waits for nothing."""
+    """train.jsonl: an object per step. Terms stay on the device until :meth:`flush`: a step waits for nothing.
 
-    def __init__(self, path: Path, origin: str, kept_steps: int) -> None:
-        self.path, self.origin = path, origin
+    Args:
+        path: the file; lines beyond the first ``kept_steps`` are dropped.
+        origin: what the data are.
+        method: the loss's name.
+        kept_steps: the steps made before.
+        skips: whether steps that are not finite were left out; otherwise they are an error.
+    """
+
+    def __init__(self, path: Path, origin: str, method: str, kept_steps: int, skips: bool) -> None:
+        self.path, self.origin, self.method, self.skips = path, origin, method, skips
         try:
             lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); train again without --resume") from error
+            self.seconds = sum(json.loads(line)["seconds"] for line in lines)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); train again without --resume") from error
+        if len(lines) < kept_steps:
+            raise InputError(f"{path}: has {len(lines)} of {kept_steps} steps; train again without --resume")
         write_atomically(path, lambda file: file.write("".join(lines).encode()))
         self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
 
@@ -178,7 +122,7 @@ class StepLog:
         self._waiting.append((step, day, seconds, terms))
 
     def flush(self) -> float:
-        """Write what waits and return the last loss. InputError when a loss is not finite."""
+        """Write what waits and return the last loss. InputError when a step is not finite and was not left out."""
         if not self._waiting:
             return math.nan
         names = list(self._waiting[0][3])
@@ -186,116 +130,296 @@ class StepLog:
         with self.path.open("a") as file:
             for (step, day, seconds, _), row in zip(self._waiting, values.tolist(), strict=True):
                 terms = dict(zip(names, row, strict=True))
-                if not math.isfinite(terms["loss"]):
-                    raise InputError(
-                        f"step {step}, day {day}: the loss is {terms['loss']} (its terms: "
-                        f"{', '.join(f'{name}={value:.4g}' for name, value in terms.items())}); lower --lr"
-                    )
-                record = {"step": step, "day": day, **terms, "seconds": round(seconds, 6), "data": self.origin}
-                file.write(json.dumps(record) + "\n")
+                record = {"step": step, "day": day} | {n: v if math.isfinite(v) else None for n, v in terms.items()}
+                broken = [name for name, value in terms.items() if not math.isfinite(value)]
+                if broken:
+                    self._not_finite(f"{self.method}, step {step}, day {day}: the loss is {terms['loss']}", broken)
+                    record["skipped"] = True
+                self.seconds += round(seconds, 6)
+                file.write(json.dumps(record | {"seconds": round(seconds, 6), "data": self.origin}) + "\n")
         self._waiting.clear()
         return float(values[-1, names.index("loss")])
+
+    def _not_finite(self, what: str, broken: Sequence[str]) -> None:
+        what = f"{what}, and not finite are {', '.join(broken)}"
+        if not self.skips:
+            raise InputError(f"{what}; lower --lr, or leave such steps out with --on_nonfinite=skip")
+        logger.warning("%s; the step is left out", what)
 
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
-    device, dtype = choose_device(args), DTYPES[args.dtype]
+    device = choose_device(args)
+    kernels = load_kernels(DTYPES[args.dtype]) if args.compile else None
     origin = recflow.read_origin(args.data_dir)
     names = training_days(args.data_dir, args.train_days)
     counts = recflow.read_id_counts(args.data_dir)
-    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(cascade, vocabulary, args.emb_dim, args.nn_units, args.seed)
-    for module in (*models.values(), loss):
-        module.to(device=device, dtype=dtype)
-    if args.init_from is not None:
-        checkpoint.load_models(args.init_from, models)
     days = [
         open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone, args.seq_len)
         for name in (names if args.epochs else [])
     ]
     steps = [steps_of(day, args.batch_size) for day in days]
-    trainer = Trainer(models, loss, args.lr, args.optimizer)
-    config = _config(cascade, args, device, origin, names, counts)
-    config["data_checksums"] = {day.day: day.checksum for day in days}
-    position = _start(args, trainer, config)
-    if origin == "simulated":
-        logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
-    started, first = time.perf_counter(), position["step"]
-    position = _train_days(args, trainer, days, steps, device, origin, position)
-    seconds = time.perf_counter() - started
-    requests = (position["step"] - first) * args.batch_size
-    states = {stage: model.state_dict() for stage, model in models.items()}
-    checkpoint.save_models(args.output_dir, states, {"data": origin, "loss_type": args.loss_type})
-    cost = {"steps": position["step"] - first, "requests": requests, "seconds": seconds, "device": str(device)}
-    cost |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # Linux counts in KiB
-    cost |= {"peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}
-    checkpoint.write_json(args.output_dir / checkpoint.COST_FILE, cost)  # last: where it stands, training is complete
+    models, initial_seed = _models(cascade, args, counts, days, device)
+    loss.to(device=device, dtype=DTYPES[args.dtype])
+    trainer = Trainer(
+        models,
+        loss,
+        args.lr,
+        args.optimizer,
+        kernels=kernels,
+        autocast=AUTOCAST[args.autocast],
+        skip_nonfinite=args.on_nonfinite == "skip",
+    )
+    config = _config(cascade, args, device, origin, names, counts) | {
+        "kernels": "compiled" if kernels else "pytorch",
+        "data_checksums": {day.day: day.checksum for day in days},
+    }
+    run = Run(args, trainer, days, steps, device, origin)
+    make_folder(args.output_dir)
+    with _only_writer(args.output_dir), _generators(args.seed, device):
+        position = _start(run, config)
+        if origin == "simulated":
+            logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
+        before = position.step
+        position, seconds = _train_days(run, position)
+        _finish(run, initial_seed, position, seconds)
     if not args.epochs:
         logger.info("%s, seed %d: untrained -> %s", cascade.name, args.seed, args.output_dir)
         return
+    requests = position.step * args.batch_size
     logger.info(
-        "%s, seed %d: %d steps, %d requests in %.1f s (%.0f requests/s) on %s -> %s",
-        args.loss_type, args.seed, position["step"] - first, requests, seconds, requests / max(seconds, 1e-9), device,
-        args.output_dir,
+        "%s, seed %d: %d steps, %d of them now; %d requests in %.1f s (%.0f requests/s) on %s -> %s",
+        args.loss_type, args.seed, position.step, position.step - before, requests, seconds,
+        requests / max(seconds, 1e-9), device, args.output_dir,
     )  # fmt: skip
 
 
-def _train_days(
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold the run's folder. InputError when another process trains in it."""
+    try:
+        with (folder / checkpoint.LOCK_FILE).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{folder}: another process is training in this folder; wait for it, or name another --output_dir"
+                ) from error
+            yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}); free the space or name another --output_dir"
+        ) from error
+
+
+@contextmanager
+def _generators(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's generators seeded, for losses that draw random numbers; afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of a SIGINT or SIGTERM; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+        try:
+            before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: signals are its own
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _models(
+    cascade: Cascade,
     args: argparse.Namespace,
-    trainer: Trainer,
+    counts: Mapping[str, int],
     days: Sequence[DayCache],
-    steps: Sequence[int],
     device: torch.device,
-    origin: str,
-    position: dict[str, int],
-) -> dict[str, int]:
-    """Train from ``position`` (pass, its days done, steps made) to the end; the state is saved after every day.
+) -> tuple[dict[str, nn.Module], int | None]:
+    """The models before the first step, on their device, and the seed of the initial values of ids they lack.
 
-    ``steps`` are those of each day.
+    InputError when the memory does not suffice.
     """
-    log = StepLog(args.output_dir / checkpoint.STEP_LOG_FILE, origin, position["step"])
-    if args.epochs and 0 < args.epochs * sum(steps) < FEW_STEPS:
-        logger.warning(
-            "only %d training steps: the models will hardly learn; lower --batch_size", args.epochs * sum(steps)
+    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
+    ids = _compacted(cascade, args, vocabulary, days)
+    host = _check_memory(cascade, args, vocabulary, ids, device)
+    models = build_models(cascade, vocabulary, args.emb_dim, args.nn_units, args.seed, ids)
+    seed: int | None = args.seed
+    for model in models.values():
+        _to_device(model, device, DTYPES[args.dtype], host)
+    if args.init_from is not None:
+        seed = checkpoint.load_models(args.init_from, models)
+    return models, seed
+
+
+def _compacted(
+    cascade: Cascade, args: argparse.Namespace, vocabulary: Mapping[str, int], days: Sequence[DayCache]
+) -> dict[str, IdSet]:
+    """The ids of large tables: those that the days name, and those that --init_from has rows for."""
+    large = [field for field, count in vocabulary.items() if count + 2 >= args.compact_from]
+    before = checkpoint.saved_ids(args.init_from, cascade.stage_names[0]) if args.init_from is not None else {}
+    ids = {}
+    for field in large:
+        if args.init_from is not None and field not in before:
+            continue  # its table is whole
+        size = vocabulary[field] + 2
+        known = before.get(field, np.array([0, PADDING_INDEX.get(field, 0)]))
+        if len(known) and known.max() >= size:
+            raise InputError(f"--init_from={args.init_from}: its {field} ids are not those of {args.data_dir}")
+        ids[field] = IdSet.of([known], size)
+        for day in days:
+            ids[field] = ids[field] | day.ids(field)
+    return ids
+
+
+def _check_memory(
+    cascade: Cascade,
+    args: argparse.Namespace,
+    vocabulary: Mapping[str, int],
+    ids: Mapping[str, IdSet],
+    device: torch.device,
+) -> tuple[str, ...]:
+    """The fields whose tables stay in host memory. InputError when there is not enough memory anywhere."""
+    with torch.device("meta"):
+        models = build_models(cascade, vocabulary, args.emb_dim, args.nn_units, None, ids)
+    rows = cast(FieldEmbedding, models[cascade.stage_names[0]].get_submodule("embedding")).rows
+    gathered = gathered_fields(rows, args.optimizer)
+    itemsize = DTYPES[args.dtype].itemsize
+    if args.epochs:
+        sparse, dense = memory.table_bytes(models, gathered, itemsize)
+        step = memory.step_bytes(
+            args.batch_size, cascade.num_items, args.seq_len, args.nn_units, len(cascade.stages), itemsize
         )
-    done = (position["epoch"], position["day"])
-    schedule = [(epoch, place) for epoch in range(args.epochs) for place in range(len(days)) if (epoch, place) >= done]
-    total = sum(steps[place] for _, place in schedule) * args.batch_size
-    step = position["step"]
-    with tqdm(total=total, unit="req", desc=args.loss_type, disable=not sys.stderr.isatty()) as bar:
-        for epoch, place in schedule:
-            day = days[place]
-            order = training_order(day, args.seed, epoch, args.shuffle)[: steps[place] * args.batch_size]
-            began = time.perf_counter()
-            for batch in batches(day, order, args.batch_size, device):
-                terms = trainer.step(batch)
-                step += 1
-                ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
-                log.add(step, day.day, ended - began, terms)
-                began = ended
-                bar.update(args.batch_size)
-                if step % args.print_freq == 0:
-                    bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
-            log.flush()
-            position = {"epoch": epoch, "day": place + 1, "step": step}
-            checkpoint.save_state(args.output_dir / checkpoint.STATE_FILE, trainer.state(), position)
-    return position
+        cpu = torch.device("cpu")
+        apart = args.table_memory == "host" and device.type != "cpu"
+        needed = {device: dense + step, cpu: sparse} if apart else {device: sparse + dense + step}
+        memory.check_memory(needed)
+    return gathered if args.table_memory == "host" and args.optimizer == "deferred_adam" else ()
 
 
-def _start(args: argparse.Namespace, trainer: Trainer, config: dict[str, Any]) -> dict[str, int]:
+def _to_device(model: nn.Module, device: torch.device, dtype: torch.dtype, host: Sequence[str]) -> None:
+    """Move the model, but leave the tables of the ``host`` fields in host memory."""
+    embedding = cast(FieldEmbedding, model.get_submodule("embedding"))
+    tables = {field: embedding.get_parameter(field) for field in host}
+    for field in tables:
+        delattr(embedding, field)
+    model.to(device=device, dtype=dtype)
+    for field, table in tables.items():
+        embedding.register_parameter(field, nn.Parameter(table.detach().to(dtype)))
+
+
+def _start(run: Run, config: dict[str, Any]) -> Position:
     """Prepare the run's folder; the position to start from."""
-    run: Path = args.output_dir
-    make_folder(run)
-    position = {"epoch": 0, "day": 0, "step": 0}
-    if args.resume:
-        _check_same_run(run, config)
-        tensors, position = checkpoint.load_state(run / checkpoint.STATE_FILE)
-        trainer.restore(tensors)
+    folder: Path = run.args.output_dir
+    position = Position()
+    if run.args.resume:
+        _check_same_run(folder, config)
+        tensors, place = checkpoint.load_state(run.state_file)
+        run.trainer.restore(tensors)
+        position = Position(**place)
     else:
-        (run / checkpoint.STATE_FILE).unlink(missing_ok=True)
-    checkpoint.remove_results(run)  # they must not stand beside this training's
-    checkpoint.write_json(run / checkpoint.CONFIG_FILE, config)
+        run.state_file.unlink(missing_ok=True)
+    checkpoint.remove_results(folder)  # they must not stand beside this training's
+    checkpoint.write_json(folder / checkpoint.CONFIG_FILE, config)
     return position
+
+
+def _train_days(run: Run, position: Position) -> tuple[Position, float]:
+    """Train from ``position`` to the end; the state is saved after every day, and every --save_minutes within it.
+
+    Returns:
+        the position reached, and the seconds of all steps.
+
+    Raises:
+        StoppedError: a signal asked to stop; the state is saved.
+    """
+    args = run.args
+    path = args.output_dir / checkpoint.STEP_LOG_FILE
+    log = StepLog(path, run.origin, args.loss_type, position.step, run.trainer.skip_nonfinite)
+    total = args.epochs * sum(run.steps)
+    if 0 < total < FEW_STEPS:
+        logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)
+    with (
+        _stop_signals() as stops,
+        tqdm(
+            total=total * args.batch_size,
+            initial=position.step * args.batch_size,
+            unit="req",
+            desc=args.loss_type,
+            disable=not sys.stderr.isatty(),
+        ) as bar,
+    ):
+        for epoch in range(position.epoch, args.epochs):
+            for place in range(position.day if epoch == position.epoch else 0, len(run.days)):
+                position = _train_day(run, replace(position, epoch=epoch, day=place), log, bar, stops)
+            position = replace(position, epoch=epoch, day=len(run.days))
+    return position, log.seconds
+
+
+def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", stops: Sequence[int]) -> Position:
+    """The rest of a day's steps."""
+    args, day = run.args, run.days[position.day]
+    order = training_order(day, args.seed, position.epoch, args.shuffle)
+    order = order[position.batch * args.batch_size : run.steps[position.day] * args.batch_size]
+    began = saved = time.perf_counter()
+    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device):
+        terms = run.trainer.step(batch)
+        position = replace(position, batch=position.batch + 1, step=position.step + 1)
+        ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
+        log.add(position.step, day.day, ended - began, terms)
+        bar.update(args.batch_size)
+        if position.step % args.print_freq == 0:
+            bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
+        if stops:
+            log.flush()
+            run.save(position)
+            raise StoppedError(
+                f"stopped at step {position.step}, day {day.day}; the state is saved in {args.output_dir}: go on with "
+                "the same command and --resume",
+                stops[0],
+            )
+        began = time.perf_counter()
+        if args.save_minutes and began - saved > 60 * args.save_minutes:
+            log.flush()
+            run.save(position)
+            saved = began = time.perf_counter()
+    log.flush()
+    position = replace(position, day=position.day + 1, batch=0)
+    run.save(position)
+    return position
+
+
+def _finish(run: Run, initial_seed: int | None, position: Position, seconds: float) -> None:
+    """Write the models, and at last what the training took."""
+    run.trainer.flush()
+    states = {stage: model.state_dict() for stage, model in run.trainer.models.items()}
+    note = {"data": run.origin, "loss_type": run.args.loss_type, "initial_seed": initial_seed}
+    ids = {field: known.ids() for field, known in run.trainer.ids.items()}
+    checkpoint.save_models(run.args.output_dir, states, note, ids)
+    gpu = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+    cost = {
+        "steps": position.step,
+        "requests": position.step * run.args.batch_size,
+        "seconds": seconds,
+        "device": str(run.device),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_gpu_memory_bytes": gpu,
+    }
+    checkpoint.write_json(run.args.output_dir / checkpoint.COST_FILE, cost)  # last: where it stands, all is complete
 
 
 def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
@@ -313,6 +437,10 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
         old = before.get("arguments", {}).get(name)
         if name not in _FREE_ON_RESUME and old != value:
             raise InputError(f"--resume: {run} was trained with --{name}={old}, not {value}; give the same arguments")
+    if before.get("kernels") != config["kernels"]:
+        logger.warning(
+            "%s was trained with other kernels: the last digits will differ from a run that was not stopped", run
+        )
     days = before.get("train_days", [])
     if days != config["train_days"][: len(days)]:
         raise InputError(f"--resume: {run} was trained on {', '.join(days)}; give the same days, or the same and more")

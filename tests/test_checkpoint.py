@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
 
 def test_the_state_comes_back(tmp_path: Path) -> None:
     tensors = {"parameter/a": torch.arange(6.0).view(2, 3), "optimizer/a/step": torch.tensor(3.0)}
-    position = {"epoch": 1, "day": 2, "step": 3}
+    position = {"epoch": 1, "day": 2, "batch": 4, "step": 3}
     checkpoint.save_state(tmp_path / "state", tensors, position)
     loaded, where = checkpoint.load_state(tmp_path / "state")
     assert where == position
@@ -116,7 +116,7 @@ def test_a_state_without_a_position(tmp_path: Path) -> None:
 
 def test_a_transposed_parameter_is_written_by_value(tmp_path: Path) -> None:
     value = torch.arange(6.0).view(2, 3).T
-    checkpoint.save_state(tmp_path / "state", {"a": value}, {"epoch": 0, "day": 0, "step": 0})
+    checkpoint.save_state(tmp_path / "state", {"a": value}, {"epoch": 0, "day": 0, "batch": 0, "step": 0})
     assert torch.equal(checkpoint.load_state(tmp_path / "state")[0]["a"], value)
 
 

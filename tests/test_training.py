@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from deep_components import run_train2
+from deep_components import memory, run_train2, training
 from deep_components.arguments import METHOD_OPTIONS, training_parser
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import TWO_STAGE
+from deep_components.checkpoint import load_state
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import DayCache, open_day
 from deep_components.dataset.encoding import LOG_COLUMN
@@ -25,7 +27,7 @@ from deep_components.dataset.recflow import read_id_counts
 from deep_components.errors import InputError
 from deep_components.loss.two_stage.lcron import LCRON
 from deep_components.models import build_models
-from deep_components.training import Trainer
+from deep_components.trainer import Trainer
 from tests.helpers import (
     BATCH_SIZE,
     DAYS,
@@ -282,7 +284,7 @@ def test_a_run_that_starts_again_removes_old_results_first(
     evaluate(log, tmp_path, "--save_scores")
     interrupt(1)
     assert run_command(run_train2.main, training_arguments(log, tmp_path, "--seed=31")) == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "train.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "train.jsonl"}
     assert logged_steps(tmp_path) == []
 
 
@@ -345,8 +347,9 @@ def test_the_step_log(baseline: Path) -> None:
     records = [json.loads(line) for line in (baseline / "train.jsonl").read_text().splitlines()]
     assert len(records) == 2 * STEPS_PER_DAY
     terms = {"end_to_end", *STAGES, "weight.retrieval", "weight.rank"}
+    norms = {f"gradient_norm.{stage}" for stage in STAGES}
     for record in records:
-        assert set(record) == {"step", "day", "loss", "seconds", "data"} | terms
+        assert set(record) == {"step", "day", "loss", "seconds", "data"} | terms | norms
         assert record["seconds"] > 0
         # L = E + sum_i S_i / (2 w_i^2) + log(prod_i w_i)
         expected = record["end_to_end"]
@@ -393,7 +396,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(log: Path, tmp_path: Path, caps
     code = run_command(run_train2.main, training_arguments(log, tmp_path, "--lr=1e30", "--print_freq=1"))
     assert code == 2
     error = capsys.readouterr().err
-    assert "step 2, day 2024-01-13: the loss is nan" in error
+    assert "lcron, step 2, day 2024-01-13: the loss is nan" in error and "gradient_norm.rank" in error
     assert "--lr" in error
     assert "Traceback" not in error
     assert [step["step"] for step in logged_steps(tmp_path)] == [1]
@@ -455,6 +458,13 @@ TESTED_BELOW = {
     "resume": "test_resumed_after_an_interruption",
     "cuda": "test_flags_of_the_device",
     "device": "test_flags_of_the_device",
+    "save_minutes": "test_flag_save_minutes",
+    "on_nonfinite": "test_flag_on_nonfinite",
+    "compile": "test_flag_compile",
+    "compact_from": "test_flag_compact_from",
+    "table_memory": "test_flag_table_memory",
+    "day_on_device": "test_flag_day_on_device",
+    "autocast": "test_flag_autocast",
 }
 
 
@@ -516,7 +526,7 @@ def test_flag_shuffle(log: Path, baseline: Path, tmp_path: Path) -> None:
         train(log, tmp_path / f"{seed}", "--no-shuffle", f"--init_from={baseline}", f"--seed={seed}")
         for seed in (30, 31)
     )
-    assert_trained_alike(one, two)
+    assert logged_steps(one) == logged_steps(two) and same_parameters(one, two)
 
 
 @pytest.mark.parametrize(("print_freq", "written"), [("1", 3), ("2", 2), ("50", 2)])
@@ -535,6 +545,130 @@ def test_flags_of_the_device(log: Path, baseline: Path, tmp_path: Path, monkeypa
     for flag in ("--device=cuda", "--device=cuda:1", "--cuda=0"):
         with pytest.raises(InputError, match="CUDA devices here"):
             train(log, tmp_path / "run", flag)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flag_save_minutes(log: Path, baseline: Path, tmp_path: Path, interrupt: Callable[[int], None]) -> None:
+    """The state is there before the first day has ended, and training goes on from it within the day."""
+    interrupt(2)
+    arguments = training_arguments(log, tmp_path)
+    assert run_command(run_train2.main, [*arguments, "--save_minutes=0"]) == 130
+    assert not (tmp_path / STATE_FILE).exists()
+    interrupt(2)
+    assert run_command(run_train2.main, [*arguments, "--save_minutes=1e-9"]) == 130
+    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 0, "batch": 1, "step": 1}
+    interrupt(0)
+    assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
+    assert_trained_alike(tmp_path, baseline)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_flag_on_nonfinite(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that is not finite leaves no trace but its line: the course is that of the other steps."""
+    backward, made = torch.Tensor.backward, 0
+
+    def broken_once(self: Tensor) -> None:
+        nonlocal made
+        made += 1
+        backward(self * torch.nan if made == 2 else self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", broken_once)
+    train(log, tmp_path / "skip", "--on_nonfinite=skip")
+    records = logged_steps(tmp_path / "skip")
+    assert [record.get("skipped", False) for record in records] == [False, True, False, False]
+    assert records[1]["gradient_norm.rank"] is None and records[2]["loss"] is not None
+    assert all(np.isfinite(value).all() for value in parameters(tmp_path / "skip").values())
+    made = 0
+    with pytest.raises(InputError, match=r"lcron, step 2, day .*gradient_norm\.retrieval.*--on_nonfinite=skip"):
+        train(log, tmp_path / "stop")
+
+
+def test_flag_compile(log: Path, baseline: Path, tmp_path: Path) -> None:
+    plain = train(log, tmp_path, "--no-compile")
+    assert (config(plain)["kernels"], config(baseline)["kernels"]) == ("pytorch", "compiled")
+    for ours, theirs in zip(logged_steps(plain), logged_steps(baseline), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["deferred_adam", "adam", "sparse_adam"])
+def test_flag_compact_from(optimizer: str, log: Path, tmp_path: Path) -> None:
+    """Compacted tables hold the rows of the days' ids, and give the scores that whole tables give."""
+    arguments = [f"--optimizer={optimizer}", "--epochs=2"]
+    whole = train(log, tmp_path / "whole", *arguments)
+    compact = train(log, tmp_path / "compact", *arguments, "--compact_from=1")
+    assert without_norms(compact) == without_norms(whole)
+    names = {name for name in parameters(compact) if "/ids." in name}
+    assert names == {f"{stage}/ids.{field}" for stage in STAGES for field in LOG_COLUMN}
+    ours, theirs = parameters(compact), parameters(whole)
+    days = [open_day(log, day, TWO_STAGE) for day in DAYS[:2]]
+    for stage in STAGES:
+        videos = ours[f"{stage}/ids.video"]
+        named = [np.unique(day.columns[f"{part}.video"]) for day in days for part in ("items", "history")]
+        assert np.array_equal(videos, np.unique(np.concatenate([[0], *named])))
+        assert len(videos) < len(theirs[f"{stage}/embedding.video"])
+        for field in LOG_COLUMN:
+            rows = theirs[f"{stage}/embedding.{field}"][ours[f"{stage}/ids.{field}"]]
+            assert np.array_equal(ours[f"{stage}/embedding.{field}"], rows)
+    with np.load(evaluated_scores(log, compact)) as one, np.load(evaluated_scores(log, whole)) as other:
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)
+
+
+def without_norms(run: Path) -> list[dict[str, Any]]:
+    """The steps without the gradients' norms, whose last digit depends on the order of a table's rows."""
+    return [{k: v for k, v in step.items() if not k.startswith("gradient_norm")} for step in logged_steps(run)]
+
+
+def test_flag_table_memory(log: Path, baseline: Path, tmp_path: Path) -> None:
+    host = train(log, tmp_path, "--table_memory=host")
+    assert same_parameters(host, baseline)  # on a CPU both are the same memory
+    assert config(host)["arguments"]["table_memory"] == "host"
+
+
+def test_tables_in_host_memory_stay_there(log: Path) -> None:
+    model = fresh(log)[0]["rank"]
+    training._to_device(model, torch.device("meta"), torch.float32, ["video", "author"])
+    places = {name: parameter.device.type for name, parameter in model.named_parameters()}
+    assert {name for name, place in places.items() if place == "cpu"} == {"embedding.video", "embedding.author"}
+
+
+def test_flag_day_on_device(log: Path, baseline: Path, tmp_path: Path) -> None:
+    assert_trained_alike(train(log, tmp_path, "--day_on_device"), baseline)
+
+
+def test_flag_autocast(log: Path, baseline: Path, tmp_path: Path) -> None:
+    short = train(log, tmp_path, "--autocast=bfloat16")
+    assert not same_parameters(short, baseline)
+    for ours, theirs in zip(logged_steps(short), logged_steps(baseline), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert {value.dtype for value in parameters(short).values()} == {np.dtype(np.float32)}
+
+
+def test_more_days_with_compacted_tables(log: Path, tmp_path: Path) -> None:
+    """Ids of the new day have the rows that they would have had from the beginning."""
+    at_once = train(log, tmp_path / "at once", "--compact_from=1")
+    grown = train(log, tmp_path / "grown", "--compact_from=1", f"--train_days={DAYS[0]}")
+    before = len(parameters(grown)["rank/ids.user"])
+    train(log, grown, "--compact_from=1", f"--train_days={DAYS[0]},{DAYS[1]}", "--resume")
+    assert same_parameters(grown, at_once)
+    assert len(parameters(grown)["rank/ids.user"]) > before
+
+
+def test_init_from_keeps_the_ids_of_compacted_tables(log: Path, tmp_path: Path) -> None:
+    first = train(log, tmp_path / "first", "--compact_from=1", f"--train_days={DAYS[0]}")
+    whole = train(log, tmp_path / "whole", f"--train_days={DAYS[0]}")
+    second = ("--seed=31", f"--train_days={DAYS[1]}")
+    compact = train(log, tmp_path / "compact", "--compact_from=1", f"--init_from={first}", *second)
+    expected = train(log, tmp_path / "expected", f"--init_from={whole}", *second)
+    with np.load(evaluated_scores(log, compact)) as one, np.load(evaluated_scores(log, expected)) as other:
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)
+
+
+def test_too_little_memory_is_said_before_it_is_taken(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 100_000)
+    with pytest.raises(InputError, match=r"needs about 0\.\d GB of memory on cpu.*--train_days"):
+        train(log, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -621,8 +755,8 @@ def test_deferred_tables_give_the_parameters_of_dense_adam(log: Path, day: DayCa
     places = range(0, REQUESTS_PER_DAY, 10)
     for _ in range(3):
         assert run_steps(deferred, day, places) == pytest.approx(run_steps(dense, day, places), rel=1e-7)
-    assert deferred.sparse_fields and not dense.sparse_fields
-    deferred.state()
+    assert deferred.gathered_fields and not dense.gathered_fields
+    deferred.flush()
     for name, parameter in deferred.parameters.items():
         torch.testing.assert_close(parameter, dense.parameters[name], rtol=1e-6, atol=1e-8, msg=name)
 
@@ -630,8 +764,8 @@ def test_deferred_tables_give_the_parameters_of_dense_adam(log: Path, day: DayCa
 def test_only_large_tables_are_deferred(log: Path) -> None:
     rows = max(vocabulary(log).values()) + 2
     largest = {field for field, count in vocabulary(log).items() if count + 2 == rows}
-    assert Trainer(*fresh(log), lr=0.01, large_table=rows).sparse_fields == largest
-    assert not Trainer(*fresh(log), lr=0.01, large_table=rows + 1).sparse_fields
+    assert Trainer(*fresh(log), lr=0.01, large_table=rows).gathered_fields == tuple(sorted(largest))
+    assert not Trainer(*fresh(log), lr=0.01, large_table=rows + 1).gathered_fields
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "deferred_adam", "sparse_adam"])

@@ -20,14 +20,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, REQUEST_FIELDS, CascadeBatch, Features, Targets
+from deep_components.batch import (
+    HISTORY_FIELDS,
+    ITEM_FIELDS,
+    PADDING_INDEX,
+    REQUEST_FIELDS,
+    CascadeBatch,
+    Features,
+    Targets,
+)
 from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
 from deep_components.dataset.clock import time_zone
-from deep_components.dataset.encoding import ColumnFiles, encode_day
+from deep_components.dataset.encoding import LOG_COLUMN, ColumnFiles, encode_day
 from deep_components.errors import InputError
+from deep_components.vocabulary import IdSet
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_ID_SETS = "ids."
+_ROWS_PER_CHUNK = 1 << 14
 DEFAULT_TIME_ZONE = "Asia/Shanghai"
 
 logger = logging.getLogger(__name__)
@@ -46,10 +57,15 @@ class DayCache:
     group: np.ndarray  # [N] int64
     repairs: Mapping[str, int]
     checksum: str
+    id_bits: Mapping[str, np.ndarray]
     history_length: int = recflow.HISTORY_LENGTH  # L: this many of the last history positions are handed out
 
     def __len__(self) -> int:
         return len(self.columns["request_id"])
+
+    def ids(self, field: str) -> IdSet:
+        """The encoded ids of a field of ID_FIELDS that the day names, its padding index and 0 included."""
+        return IdSet(self.id_bits[field])
 
     def batch(self, requests: np.ndarray) -> CascadeBatch:
         """The requests at the given positions, all N items at once."""
@@ -160,6 +176,7 @@ def _build_folder(
     try:
         temporary.mkdir(parents=True)
         repairs = encode_day(data_dir, day, cascade, counts, time_zone(zone), ColumnFiles(temporary))
+        _write_id_sets(temporary, counts)
         files = {
             path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
         }
@@ -178,6 +195,16 @@ def _build_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _write_id_sets(folder: Path, counts: Mapping[str, int]) -> None:
+    """Beside the columns, which ids each field has in them: tables need no rows for others."""
+    for field, column in LOG_COLUMN.items():
+        names = [f"{part}.{field}.npy" for part in ("request", "history", "items")]
+        columns = [np.load(folder / name, mmap_mode="r") for name in names if (folder / name).exists()]
+        padding = np.array([0, PADDING_INDEX.get(field, 0)])
+        chunks = (part[k : k + _ROWS_PER_CHUNK] for part in columns for k in range(0, len(part), _ROWS_PER_CHUNK))
+        np.save(folder / f"{_ID_SETS}{field}.npy", IdSet.of((padding, *chunks), counts[column] + 2).bits)
+
+
 def _remove_folder(folder: Path) -> None:
     """Rename first: no reader finds a folder half removed."""
     doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -191,13 +218,14 @@ def _remove_folder(folder: Path) -> None:
 def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) -> DayCache:
     meta = json.loads((folder / "meta.json").read_text())
     columns = {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["files"]}
+    id_bits = {name.removeprefix(_ID_SETS): columns.pop(name) for name in list(columns) if name.startswith(_ID_SETS)}
     group = np.repeat(np.arange(len(cascade.groups)), cascade.group_size)
     for repair, count in meta["repairs"].items():
         if count:
             logger.warning("%s: %s: %d", day, repair, count)
     contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
     checksum = hashlib.sha256(contents.encode()).hexdigest()
-    return DayCache(day, columns, group, meta["repairs"], checksum, history_length)
+    return DayCache(day, columns, group, meta["repairs"], checksum, id_bits, history_length)
 
 
 def _damage(folder: Path) -> str | None:

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from deep_components.batch import CascadeBatch
 from deep_components.dataset.columnar import DayCache
+from deep_components.dataset.rows import BatchRows
 from deep_components.errors import InputError
+
+_REQUESTS_PER_COPY = 8192
 
 
 def training_order(day: DayCache, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -32,18 +36,30 @@ def steps_of(day: DayCache, batch_size: int) -> int:
     return len(day) // batch_size
 
 
-def batches(day: DayCache, order: np.ndarray, batch_size: int, device: torch.device) -> Iterator[CascadeBatch]:
+def batches(
+    day: DayCache,
+    order: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    prepare: BatchRows | None = None,
+    day_on_device: bool = False,
+) -> Iterator[CascadeBatch]:
     """The day's requests in the given order, ``batch_size`` at a time (the last batch may be smaller), on ``device``.
 
-    The next batch is assembled by a thread while the current one is used; for a GPU in pinned memory, so that its copy
-    does not hold up the computation.
+    The next batch is assembled, and its ids rewritten as ``prepare`` says, by a thread while the current one is used;
+    for a GPU in pinned memory, so that its copy does not hold up the computation. With ``day_on_device`` the whole day
+    is copied to the device first and batches are taken from there.
     """
+    prepare = prepare or BatchRows({}, {}, {})
     if not len(order):
+        return
+    if day_on_device:
+        yield from _resident_batches(day, order, batch_size, device, prepare)
         return
     pieces = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
     def assemble(requests: np.ndarray) -> CascadeBatch:
-        batch = day.batch(requests)
+        batch = prepare(day.batch(requests))
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -53,3 +69,36 @@ def batches(day: DayCache, order: np.ndarray, batch_size: int, device: torch.dev
             if following is not None:
                 pending = pool.submit(assemble, following)
             yield batch.to(device)
+
+
+def _resident_batches(
+    day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: BatchRows
+) -> Iterator[CascadeBatch]:
+    """Batches of a day that lies on the device, in the smallest types that hold its values."""
+    group = torch.from_numpy(day.group).to(device)
+    chunks: list[list[torch.Tensor]] = []
+    for first in range(0, len(day), _REQUESTS_PER_COPY):
+        batch = prepare.table_rows(day.batch(np.arange(first, min(first + _REQUESTS_PER_COPY, len(day)))))
+        # The items' groups are the same for all requests: something that has a row per request stands in for them.
+        batch = replace(batch, targets=replace(batch.targets, group=batch.request_id))
+        chunks.append(batch.apply(_short).to(device).tensors())
+    whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    chunks.clear()
+    places = torch.from_numpy(order).to(device)
+    for first in range(0, len(order), batch_size):
+        chosen = places[first : first + batch_size]
+        columns = iter(whole)
+        taken = batch.apply(lambda _: _long(next(columns)[chosen]))  # noqa: B023
+        yield prepare.distinct_rows(replace(taken, targets=replace(taken.targets, group=group)))
+
+
+def _short(values: torch.Tensor) -> torch.Tensor:
+    """int64 as int32 where all values fit."""
+    fits = values.dtype == torch.int64 and (
+        not values.numel() or int(values.abs().max()) <= torch.iinfo(torch.int32).max
+    )
+    return values.int() if fits else values
+
+
+def _long(values: torch.Tensor) -> torch.Tensor:
+    return values.long() if values.dtype == torch.int32 else values

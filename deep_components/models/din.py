@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deep_components.batch import Features
+from deep_components.kernels import Kernels
 from deep_components.models.embedding import FieldEmbedding
 from deep_components.models.tower import tower
+from deep_components.vocabulary import IdSet
 
 ATTENTION_UNITS = 80
 PADDING_LOGIT = -(2.0**30) + 1.0
@@ -27,9 +29,16 @@ class DIN(nn.Module):
     [21d -> u -> u -> u/4 -> 1] with u = ``nn_units``.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], emb_dim: int = 8, nn_units: int = 128) -> None:
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        emb_dim: int = 8,
+        nn_units: int = 128,
+        ids: Mapping[str, IdSet] | None = None,
+    ) -> None:
         super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, emb_dim)
+        self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
+        self.kernels: Kernels | None = None  # the compiled attention, for a CPU
         self.behaviour_width = 5 * emb_dim
         self.attention = tower([2 * self.behaviour_width, ATTENTION_UNITS, 1])
         self.tower = tower([21 * emb_dim, nn_units, nn_units, nn_units // 4, 1])
@@ -60,9 +69,14 @@ class DIN(nn.Module):
         width = self.behaviour_width
         history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, H]
         item_part = F.linear(items[..., :width], inner.weight[:, width:])  # [B, N, H]
-        logits = attention_logits(history_part, item_part, outer.weight.squeeze(0)) + outer.bias  # [B, N, L]
-        weights = logits.masked_fill(~history_mask.unsqueeze(1), PADDING_LOGIT).softmax(dim=-1)
-        return weights @ history
+        weight = outer.weight.squeeze(0)
+        history_part, item_part = history_part.to(weight.dtype), item_part.to(weight.dtype)  # autocast's may be shorter
+        if self.kernels is not None:
+            logits = _CompiledLogits.apply(self.kernels, history_part, item_part, weight, outer.bias, history_mask)
+        else:
+            logits = attention_logits(history_part, item_part, weight) + outer.bias  # [B, N, L]
+            logits = logits.masked_fill(~history_mask.unsqueeze(1), PADDING_LOGIT)
+        return logits.softmax(dim=-1) @ history
 
 
 def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
@@ -103,9 +117,37 @@ class _AttentionLogits(torch.autograd.Function):
             passed = hidden.gt_(0).mul_(grad_logits[chunk].unsqueeze(-1))
             torch.sum(passed, dim=1, out=grad_history[chunk])
             torch.sum(passed, dim=2, out=grad_item[chunk])
-        # ReLU(x) = x where active, and x is the sum of its parts: so is the gradient of the weight.
-        grad_weight = (history_part * grad_history).sum(dim=(0, 1)) + (item_part * grad_item).sum(dim=(0, 1))
-        return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
+        return _finish(history_part, item_part, weight, grad_history, grad_item)
+
+
+class _CompiledLogits(torch.autograd.Function):
+    """The logits with bias and padding; the hidden activations are nowhere stored, and padding costs nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Kernels, history_part: Tensor, item_part: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
+    ) -> Tensor:
+        history_part, item_part, mask = history_part.contiguous(), item_part.contiguous(), mask.contiguous()
+        ctx.kernels = kernels
+        ctx.save_for_backward(history_part, item_part, weight, mask)
+        return kernels.attention_forward(history_part, item_part, weight.contiguous(), bias, mask, PADDING_LOGIT)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+        history_part, item_part, weight, mask = ctx.saved_tensors
+        grad_logits = grad_logits.masked_fill(~mask.unsqueeze(1), 0)
+        passed = ctx.kernels.attention_backward(history_part, item_part, grad_logits)
+        return None, *_finish(history_part, item_part, weight, *passed), grad_logits.sum().view(1), None
+
+
+def _finish(
+    history_part: Tensor, item_part: Tensor, weight: Tensor, grad_history: Tensor, grad_item: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the three inputs from what passes the active hidden units."""
+    # ReLU(x) = x where active, and x is the sum of its parts: so is the gradient of the weight.
+    grad_weight = (history_part * grad_history).sum(dim=(0, 1)) + (item_part * grad_item).sum(dim=(0, 1))
+    return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
 
 
 def _hidden_chunks(history_part: Tensor, item_part: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from deep_components.batch import Features
 from deep_components.models.embedding import FieldEmbedding, mean_history
 from deep_components.models.tower import tower
+from deep_components.vocabulary import IdSet
 
 
 class DSSM(nn.Module):
@@ -16,9 +17,15 @@ class DSSM(nn.Module):
     Towers are [input -> u -> u/2 -> u/4] with u = ``nn_units``; inputs are 13d and 8d wide.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], emb_dim: int = 8, nn_units: int = 128) -> None:
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        emb_dim: int = 8,
+        nn_units: int = 128,
+        ids: Mapping[str, IdSet] | None = None,
+    ) -> None:
         super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, emb_dim)
+        self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
         hidden = [nn_units, nn_units // 2, nn_units // 4]
         self.user_tower = tower([13 * emb_dim, *hidden])
         self.item_tower = tower([8 * emb_dim, *hidden])

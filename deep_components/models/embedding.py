@@ -1,15 +1,18 @@
 """One embedding table per field, owned by one stage: shared code, never shared weights."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features
+from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features, table_ids
+from deep_components.kernels import Kernels, in_parallel
+from deep_components.vocabulary import IdSet
 
 ID_FIELDS = tuple(field for field in (*REQUEST_FIELDS, *HISTORY_FIELDS) if field not in ("weekday", "hour", "minute"))
 TIME_ROWS = {"weekday": 9, "hour": 26, "minute": 62}  # shared by request time and upload time
@@ -33,39 +36,57 @@ class FieldEmbedding(nn.Module):
     Args:
         vocabulary: number of distinct ids of every field of ID_FIELDS.
         dim: embedding dimension d.
+        ids: fields whose table is compacted: it has a row for each of these ids, in their order, and features name its
+            rows.
+
+    Attributes:
+        gathered: for the time of a step, fields whose look-ups go to these rows [U, d] instead of the table: features
+            name places in it, and row 0 is the padding.
+        kernels: the compiled look-up, for tables on a CPU.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], dim: int) -> None:
+    def __init__(self, vocabulary: Mapping[str, int], dim: int, ids: Mapping[str, IdSet] | None = None) -> None:
         super().__init__()
-        self.dim = dim
-        self.sparse: frozenset[str] = frozenset()  # fields whose table gets a sparse gradient
+        self.dim, self.ids = dim, dict(ids or {})
+        self.gathered: dict[str, Tensor] = {}
+        self.kernels: Kernels | None = None
         self.rows = {field: vocabulary[field] + 2 for field in ID_FIELDS} | TIME_ROWS
+        self.rows |= {field: len(known) for field, known in self.ids.items()}
         for field, rows in self.rows.items():
             self.register_parameter(field, nn.Parameter(torch.empty(rows, dim)))
 
     @torch.no_grad()
     def initialise(self, seed: int, stage: str) -> None:
-        """Draw every row from N(0, 1) as a function of (seed, stage, field, row) alone; the padding row is zero."""
+        """Draw every row from N(0, 1) as a function of (seed, stage, field, id) alone; the padding row is zero."""
         for field, rows in self.rows.items():
-            table = self.get_parameter(field)
-            for first in range(0, rows, _ROWS_PER_CHUNK):
-                ids = np.arange(first, min(first + _ROWS_PER_CHUNK, rows))
-                table[first : first + len(ids)] = initial_rows(seed, f"{stage}.{field}", ids, self.dim)
-            table[PADDING_INDEX.get(field, 0)] = 0
+            ids = self.ids[field].ids() if field in self.ids else np.arange(rows)
+            fill_initial_rows(self.get_parameter(field), seed, f"{stage}.{field}", ids, PADDING_INDEX.get(field, 0))
+
+    def padding_row(self, field: str) -> int:
+        """The row that features name for padding."""
+        padding = PADDING_INDEX.get(field, 0)
+        if field in self.gathered:
+            return 0
+        return int(self.ids[field].rows(np.array([padding]))[0]) if field in self.ids else padding
 
     def forward(self, features: Features) -> Embedded:
-        """Look up all fields; a table used by several inputs is read once."""
-        batch, length, _ = features.history.shape
+        """Look up all fields."""
+        tables = {field: self.gathered.get(field, self.get_parameter(field)) for field in self.rows}
+        if self.kernels is not None:
+            paddings = {field: self.padding_row(field) for field in self.rows}
+            uses = list(_uses(features, paddings))
+            (batch, length, _), num_items = features.history.shape, features.items.shape[1]
+            user, history, items = _CompiledLookup.apply(self.kernels, uses, list(tables), *tables.values())
+            return Embedded(user, history.view(batch, length, -1), items.view(batch, num_items, -1))
+        return self._look_up(features, tables)
+
+    def _look_up(self, features: Features, tables: Mapping[str, Tensor]) -> Embedded:
+        """By PyTorch's operators; a table used by several inputs is read once."""
+        (batch, length, _), num_items = features.history.shape, features.items.shape[1]
         looked_up = {
-            field: F.embedding(
-                table_ids(features, field),
-                self.get_parameter(field),
-                padding_idx=PADDING_INDEX.get(field, 0),
-                sparse=field in self.sparse,
-            )
-            for field in self.rows
+            field: F.embedding(table_ids(features, field), table, padding_idx=self.padding_row(field))
+            for field, table in tables.items()
         }
-        num_items = features.items.shape[1]
         return Embedded(
             user=torch.cat([looked_up[field][:batch] for field in REQUEST_FIELDS], dim=-1),
             history=torch.cat(
@@ -78,14 +99,69 @@ class FieldEmbedding(nn.Module):
         )
 
 
-def table_ids(features: Features, field: str) -> Tensor:
-    """All rows of a field's table that the features name: of the requests, then the histories, then the items. [n]."""
-    parts = [getattr(features, field)] if field in REQUEST_FIELDS else []
-    if field in HISTORY_FIELDS:
-        parts.append(features.history[..., HISTORY_FIELDS.index(field)].flatten())
-    if field in ITEM_FIELDS:
-        parts.append(features.items[..., ITEM_FIELDS.index(field)].flatten())
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+class _Use(NamedTuple):
+    """One use of a table: where its ids stand, and where the rows go."""
+
+    field: str
+    part: int  # 0 user side, 1 history, 2 items
+    place: int  # of the field within the part
+    ids: Tensor  # [n] int64, strided
+    padding: int
+
+
+_PARTS = (REQUEST_FIELDS, HISTORY_FIELDS, ITEM_FIELDS)
+
+
+def _uses(features: Features, paddings: Mapping[str, int]) -> Iterator[_Use]:
+    for place, field in enumerate(REQUEST_FIELDS):
+        yield _Use(field, 0, place, getattr(features, field), paddings[field])
+    for part, ids in ((1, features.history), (2, features.items)):
+        columns = ids.reshape(-1, ids.shape[-1]).unbind(dim=1)
+        for place, field in enumerate(_PARTS[part]):
+            yield _Use(field, part, place, columns[place], paddings[field])
+
+
+class _CompiledLookup(torch.autograd.Function):
+    """All look-ups of a stage, written where they are used: user side [B, 8d], history [B L, 5d], items [B N, 8d]."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, uses: list[_Use], fields: list[str], *tables: Tensor) -> tuple[Tensor, ...]:
+        ctx.kernels, ctx.uses, ctx.fields = kernels, uses, fields
+        ctx.shapes = [table.shape for table in tables]
+        by_field, dim = dict(zip(fields, tables, strict=True)), tables[0].shape[1]
+        outputs = tuple(
+            tables[0].new_empty(next(len(use.ids) for use in uses if use.part == part), len(names) * dim)
+            for part, names in enumerate(_PARTS)
+        )
+        in_parallel(
+            [
+                partial(kernels.gather, by_field[use.field].detach(), use.ids, _columns(outputs[use.part], use, dim))
+                for use in uses
+            ]
+        )
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Of every table; its uses are added up in their order, whatever the number of threads."""
+        dim = ctx.shapes[0][1]
+        dense = [gradient.contiguous() for gradient in gradients]
+        tables = {
+            field: dense[0].new_zeros(shape) for field, shape in zip(ctx.fields, ctx.shapes, strict=True)
+        }  # fmt: skip
+
+        def add(field: str) -> None:
+            for use in ctx.uses:
+                if use.field == field:
+                    ctx.kernels.scatter_add(tables[field], use.ids, _columns(dense[use.part], use, dim), use.padding)
+
+        in_parallel([partial(add, field) for field in ctx.fields])
+        return (None, None, None, *tables.values())
+
+
+def _columns(part: Tensor, use: _Use, dim: int) -> Tensor:
+    return part[:, use.place * dim : (use.place + 1) * dim]
 
 
 def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:
@@ -102,6 +178,15 @@ def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:
     """
     events = history_mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [B, 1]
     return history.sum(dim=1) / events.to(history.dtype)
+
+
+@torch.no_grad()
+def fill_initial_rows(table: Tensor, seed: int, name: str, ids: np.ndarray, padding: int) -> None:
+    """Write the initial value of each id to its row; zero for the padding id. ``name`` is "<stage>.<field>"."""
+    for first in range(0, len(ids), _ROWS_PER_CHUNK):
+        chunk = ids[first : first + _ROWS_PER_CHUNK]
+        table[first : first + len(chunk)] = initial_rows(seed, name, chunk, table.shape[1])
+    table[torch.from_numpy(np.flatnonzero(ids == padding))] = 0
 
 
 def initial_rows(seed: int, table: str, ids: np.ndarray, dim: int) -> Tensor:

@@ -8,14 +8,21 @@ from torch import Tensor, nn
 from deep_components.batch import Features
 from deep_components.models.embedding import FieldEmbedding, mean_history
 from deep_components.models.tower import tower
+from deep_components.vocabulary import IdSet
 
 
 class MLP(nn.Module):
     """score = tower(user side, mean history, item), [21d -> u -> u/2 -> u/4 -> 1] with u = ``nn_units``."""
 
-    def __init__(self, vocabulary: Mapping[str, int], emb_dim: int = 8, nn_units: int = 128) -> None:
+    def __init__(
+        self,
+        vocabulary: Mapping[str, int],
+        emb_dim: int = 8,
+        nn_units: int = 128,
+        ids: Mapping[str, IdSet] | None = None,
+    ) -> None:
         super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, emb_dim)
+        self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
         self.tower = tower([21 * emb_dim, nn_units, nn_units // 2, nn_units // 4, 1])
 
     def forward(self, features: Features) -> Tensor:

@@ -13,10 +13,13 @@ every step t, gives F(t; v) = sum_n W_n(t) / (sqrt(v) + eps G_n(t)), with 6 node
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from deep_components.kernels import Kernels
 
 _NODES = 6
 _TERMS = 600  # of the sum over i: r^600 < 1e-27
@@ -75,17 +78,18 @@ class DriftRule:
 
 
 class DeferredAdam:
-    """Adam (no weight decay, constant lr) over embedding tables with sparse gradients, equal to dense torch.optim.Adam.
+    """Adam (no weight decay, constant lr) over embedding tables, equal to dense torch.optim.Adam.
 
-    Before the forward pass the rows it will read are brought up to date (:meth:`catch_up`); after the backward pass
-    :meth:`step` updates the rows that have gradients. :meth:`flush` brings whole tables up to date, before they are
-    saved or read by anything else.
+    A step reads the rows it needs by :meth:`gather`, which brings them up to date, computes their gradients, and hands
+    them to :meth:`step`. :meth:`flush` brings whole tables up to date, before anything else reads them. Tables may lie
+    elsewhere than the computation: in host memory, say, while only a batch's rows travel to a GPU.
 
     Args:
-        tables: name -> parameter [rows, d], whose gradient is a sparse tensor (embedding(..., sparse=True)).
+        tables: name -> parameter [rows, d].
         lr: learning rate.
         betas: decay of the two moments.
         eps: Adam's epsilon.
+        kernels: compiled loops for tables of their type on a CPU.
     """
 
     def __init__(
@@ -94,8 +98,9 @@ class DeferredAdam:
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.tables, self.lr, self.betas, self.eps = dict(tables), lr, betas, eps
+        self.tables, self.lr, self.betas, self.eps, self.kernels = dict(tables), lr, betas, eps, kernels
         self.steps = 0
         self.first = {name: torch.zeros_like(table) for name, table in self.tables.items()}
         self.second = {name: torch.zeros_like(table) for name, table in self.tables.items()}
@@ -103,68 +108,58 @@ class DeferredAdam:
             name: torch.zeros(len(table), dtype=torch.int32, device=table.device) for name, table in self.tables.items()
         }
         self._rules: dict[torch.dtype, DriftRule] = {}
-        self._fitted: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._fitted: dict[tuple[torch.dtype, torch.device], _Fitted] = {}
 
     @torch.no_grad()
-    def catch_up(self, name: str, rows: Tensor) -> None:
-        """Bring the given distinct rows of a table to the current step."""
-        behind = rows[(self.last[name][rows] < self.steps)]
-        if not len(behind):
-            return
-        table, first, second = self.tables[name], self.first[name], self.second[name]
-        weights, nodes = self._rule(table)
-        decay1, decay2 = self._decays(table.dtype)
-        since = self.last[name][behind].long()
-        m, v = first[behind], second[behind]
-        k = (self.steps - since).to(table.dtype).unsqueeze(-1)
-        kept, kept_second = decay1**k, decay2**k
+    def gather(self, name: str, rows: Tensor) -> Tensor:
+        """Bring the given distinct rows [U] int64 of a table to the current step; their values [U, d]."""
+        table, last = self.tables[name], self.last[name]
+        rows = rows.to(table.device, non_blocking=True)
+        fitted, moments = self._rule(table), (self.first[name], self.second[name])
+        if self.kernels is not None:
+            rule, kept = (fitted.weights, fitted.nodes), (fitted.kept_first, fitted.kept_second)
+            return self.kernels.catch_up(rows, table.detach(), moments, last, self.steps, rule, kept, self.lr, self.eps)
+        since = last[rows].long()
+        k = self.steps - since
+        m, v = moments[0][rows], moments[1][rows]
+        kept_first, kept_second = (kept[k].unsqueeze(-1) for kept in (fitted.kept_first, fitted.kept_second))
         root = v.sqrt()
-        before = _rule_sum(weights[since], nodes[since], root, self.eps)
-        after = _rule_sum(weights[self.steps], nodes[self.steps], root * kept_second.sqrt(), self.eps)
-        table[behind] -= self.lr * m * (before - kept * after)
-        first[behind] = m * kept
-        second[behind] = v * kept_second
-        self.last[name][behind] = self.steps
+        before = _rule_sum(fitted.weights[since], fitted.nodes[since], root, self.eps)
+        after = _rule_sum(fitted.weights[self.steps], fitted.nodes[self.steps], root * kept_second.sqrt(), self.eps)
+        drift = self.lr * m * (before - kept_first * after)
+        values = table[rows] - torch.where(k.unsqueeze(-1) > 0, drift, 0)
+        table[rows] = values
+        moments[0][rows], moments[1][rows] = m * kept_first, v * kept_second
+        last[rows] = self.steps
+        return values
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One Adam step of the rows with gradients, which must be caught up; clears the gradients."""
+    def step(self, gradients: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """One Adam step. ``gradients``: table -> rows [U] that :meth:`gather` has brought up to date, and their
+        gradients [U, d]; every other row is left to its momentum."""
         self.steps += 1
         b1, b2 = self.betas
-        for name, table in self.tables.items():
-            if table.grad is None:
+        for name, (rows, gradient) in gradients.items():
+            table, moments = self.tables[name], (self.first[name], self.second[name])
+            rows, gradient = rows.to(table.device, non_blocking=True), gradient.to(table.device)
+            if self.kernels is not None:
+                self.kernels.adam_rows(
+                    rows, table.detach(), moments, self.last[name], self.steps, gradient.contiguous(), self.lr,
+                    self.betas, self.eps,
+                )  # fmt: skip
                 continue
-            gradient = table.grad.coalesce()
-            rows, values = gradient.indices()[0], gradient.values()
-            m = self.first[name][rows].lerp_(values, 1 - b1)
-            v = self.second[name][rows].mul_(b2).addcmul_(values, values, value=1 - b2)
+            m = moments[0][rows].lerp_(gradient, 1 - b1)
+            v = moments[1][rows].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
             denominator = (v.sqrt() / (1 - b2**self.steps) ** 0.5).add_(self.eps)
             table[rows] -= m / denominator * (self.lr / (1 - b1**self.steps))
-            self.first[name][rows], self.second[name][rows] = m, v
+            moments[0][rows], moments[1][rows] = m, v
             self.last[name][rows] = self.steps
-            table.grad = None
-
-    def state(self) -> dict[str, Tensor]:
-        """The state of flushed tables as named tensors: the moments and the number of steps."""
-        moments = {f"{name}/first": value for name, value in self.first.items()}
-        moments |= {f"{name}/second": value for name, value in self.second.items()}
-        return moments | {"steps": torch.tensor(self.steps)}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """The reverse of :meth:`state`; a state without tables leaves everything at the beginning."""
-        self.steps = int(state["steps"]) if "steps" in state else 0
-        for name in self.tables:
-            self.first[name].copy_(state[f"{name}/first"])
-            self.second[name].copy_(state[f"{name}/second"])
-            self.last[name].fill_(self.steps)
 
     def flush(self, rows_at_a_time: int = 1 << 18) -> None:
         """Bring every row of every table to the current step."""
         for name, table in self.tables.items():
             for start in range(0, len(table), rows_at_a_time):
-                rows = torch.arange(start, min(start + rows_at_a_time, len(table)), device=table.device)
-                self.catch_up(name, rows)
+                self.gather(name, torch.arange(start, min(start + rows_at_a_time, len(table)), device=table.device))
 
     def _decays(self, dtype: torch.dtype) -> tuple[float, float]:
         """What a moment is multiplied by in a step without gradient, as arithmetic of that type does it."""
@@ -173,17 +168,26 @@ class DeferredAdam:
             return b1, b2
         return 1 - float(np.float32(1 - b1)), float(np.float32(b2))
 
-    def _rule(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """W and G of all steps up to now, [steps, nodes], in the table's type and place."""
-        rule = self._rules.setdefault(table.dtype, DriftRule(self.betas, self._decays(table.dtype)))
+    def _rule(self, table: Tensor) -> "_Fitted":
+        """What the drift up to the current step needs, in the table's type and place."""
+        decays = self._decays(table.dtype)
+        rule = self._rules.setdefault(table.dtype, DriftRule(self.betas, decays))
         key = (table.dtype, table.device)
-        if key not in self._fitted or len(self._fitted[key][0]) <= self.steps:
+        if key not in self._fitted or len(self._fitted[key].weights) <= self.steps:
             rule.extend(self.steps + 1)
-            self._fitted[key] = (
-                torch.from_numpy(rule.weights).to(table),
-                torch.from_numpy(rule.nodes).to(table),
-            )
+            steps = np.arange(len(rule.weights))
+            parts = (rule.weights, rule.nodes, decays[0] ** steps, decays[1] ** steps)
+            self._fitted[key] = _Fitted(*(torch.from_numpy(part).to(table) for part in parts))
         return self._fitted[key]
+
+
+class _Fitted(NamedTuple):
+    """W and G of steps 0, 1, ... [steps, nodes], and what 0, 1, ... steps leave of the moments [steps]."""
+
+    weights: Tensor
+    nodes: Tensor
+    kept_first: Tensor
+    kept_second: Tensor
 
 
 def _rule_sum(weights: Tensor, nodes: Tensor, root: Tensor, eps: float) -> Tensor:

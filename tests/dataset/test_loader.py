@@ -40,7 +40,7 @@ def tensors(batch: CascadeBatch) -> list[torch.Tensor]:
 
 
 def named(day: str, requests: int) -> DayCache:
-    return DayCache(day, {"request_id": np.arange(requests)}, np.zeros(0, np.int64), {}, "")
+    return DayCache(day, {"request_id": np.arange(requests)}, np.zeros(0, np.int64), {}, "", {})
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:

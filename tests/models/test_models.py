@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features
 from deep_components.cascade import THREE_STAGE, TWO_STAGE
-from deep_components.models import DIN, DSSM, MLP, build_models
+from deep_components.kernels import load_kernels
+from deep_components.models import DIN, DSSM, MLP, build_models, use_kernels
 from deep_components.models.din import PADDING_LOGIT, attention_logits
 from deep_components.models.embedding import ID_FIELDS, TIME_ROWS, FieldEmbedding, initial_rows
 
@@ -55,9 +56,11 @@ def sides(model: DSSM | MLP | DIN, features: Features, request: int, item: int) 
     return user, history, one_item
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
 @pytest.mark.parametrize("kind", [DSSM, MLP, DIN])
-def test_scores_equal_the_formula_written_out(kind: type[DSSM] | type[MLP] | type[DIN]) -> None:
+def test_scores_equal_the_formula_written_out(kind: type[DSSM] | type[MLP] | type[DIN], compiled: bool) -> None:
     model, features = initialised(kind), random_features(batch=3, num_items=5, length=6)
+    use_kernels({"stage": model}, load_kernels(torch.float64) if compiled else None)
     scores = model(features)
     assert scores.shape == (3, 5)
     for request in range(3):
