@@ -39,7 +39,7 @@ from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import make_folder, write_atomically
-from deep_components.kernels import load_kernels
+from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.models import build_models
 from deep_components.models.embedding import FieldEmbedding
 from deep_components.trainer import Trainer, gathered_fields
@@ -151,6 +151,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
     device = choose_device(args)
     kernels = load_kernels(DTYPES[args.dtype]) if args.compile else None
+    keep_freed_memory()
     origin = recflow.read_origin(args.data_dir)
     names = training_days(args.data_dir, args.train_days)
     counts = recflow.read_id_counts(args.data_dir)

@@ -30,6 +30,13 @@ SOURCE = Path(__file__).with_name("kernels.c")
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _C_TYPE = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FUNCTIONS = (
+    *("attention_forward", "attention_backward", "bias_relu", "relu_backward"),
+    *("gather", "scatter_add", "catch_up", "adam_rows"),
+)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGE_ALLOCATION = 1 << 30
+_ROWS_PER_SUM = 512  # rows whose gradients are summed in one piece, whatever the number of threads
 _SECONDS_TO_COMPILE = 120
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,7 @@ class Kernels:
     def __init__(self, library: Path, dtype: torch.dtype) -> None:
         self._library = ctypes.CDLL(str(library))
         self.dtype, self._real = dtype, _C_TYPE[dtype]
-        for name in ("attention_forward", "attention_backward", "gather", "scatter_add", "catch_up", "adam_rows"):
+        for name in _FUNCTIONS:
             getattr(self._library, name).restype = ctypes.c_int64
 
     def attention_forward(
@@ -70,7 +77,7 @@ class Kernels:
         self._split(batch, self._library.attention_forward, *sizes, *arrays, self._real(padding), _address(logits))
         return logits
 
-    def attention_backward(self, history: Tensor, items: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def attention_backward(self, history: Tensor, items: Tensor, mask: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Of :meth:`attention_forward`'s logits' gradient [B, N, L], what passes the active hidden units.
 
         Returns:
@@ -79,9 +86,27 @@ class Kernels:
         (batch, length, units), num_items = history.shape, items.shape[1]
         grad_history, grad_items = torch.empty_like(history), torch.empty_like(items)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
-        arrays = tuple(map(_address, (history, items, grad, grad_history, grad_items)))
+        arrays = tuple(map(_address, (history, items, mask, grad, grad_history, grad_items)))
         self._split(batch, self._library.attention_backward, *sizes, *arrays)
         return grad_history, grad_items
+
+    def bias_relu(self, x: Tensor, bias: Tensor) -> None:
+        """x = ReLU(x + bias) in place; x is [M, H], bias [G, H]: the g-th M / G rows get bias g."""
+        rows = len(x)
+        group = rows // len(bias) if len(bias) > 1 else _ROWS_PER_SUM
+        if len(bias) == 1:
+            bias = bias.expand(-(-rows // group), -1).contiguous()
+        sizes = tuple(map(ctypes.c_int64, (rows, group, x.shape[1])))
+        self._split(len(bias), self._library.bias_relu, *sizes, _address(bias), _address(x))
+
+    def relu_backward(self, out: Tensor, grad: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The gradients before ReLU(x + bias) = out: of x [M, H], and of bias [G, H] with G = ``groups``."""
+        rows = len(out)
+        group = rows // groups if groups > 1 else _ROWS_PER_SUM
+        passed, sums = torch.empty_like(out), out.new_empty(-(-rows // group), out.shape[1])
+        sizes = tuple(map(ctypes.c_int64, (rows, group, out.shape[1])))
+        self._split(len(sums), self._library.relu_backward, *sizes, *map(_address, (out, grad, passed, sums)))
+        return passed, sums if groups > 1 else sums.sum(dim=0, keepdim=True)
 
     def gather(self, table: Tensor, ids: Tensor, out: Tensor) -> None:
         """out[i] = table[ids[i]]: ``ids`` is a strided vector of int64, ``out`` [len(ids), d] has contiguous rows.
@@ -169,22 +194,29 @@ class Kernels:
             raise MemoryError("the attention's working memory cannot be allocated")
 
 
-def in_parallel(tasks: Sequence[Callable[[], R]]) -> list[R]:
-    """The results of all tasks, dealt out to as many threads as PyTorch uses; compiled functions let one another run.
+def keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large tensors instead of giving it back to the system after each use: a training
+    step would spend a tenth of its time on fetching it again. Does nothing with another C library."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_ALLOCATION)
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGE_ALLOCATION)
 
-    Results come in no particular order.
+
+def in_parallel(tasks: Sequence[Callable[[], R]]) -> list[R]:
+    """The results of all tasks, in no particular order; as many threads as PyTorch uses take one after the other.
+
+    Compiled functions let one another run.
     """
-    threads = min(torch.get_num_threads(), len(tasks))
+    threads, left = min(torch.get_num_threads(), len(tasks)), iter(tasks)
     if threads <= 1:
         return [task() for task in tasks]
-    hands = [tasks[k::threads] for k in range(threads)]
-    waiting = [_pool(threads).submit(_all, hand) for hand in hands[1:]]
-    done = _all(hands[0])
-    return done + [result for future in waiting for result in future.result()]
 
+    def work() -> list[R]:
+        return [task() for task in left]  # the next task goes to who asks first
 
-def _all(tasks: Sequence[Callable[[], R]]) -> list[R]:
-    return [task() for task in tasks]
+    waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
+    return work() + [result for future in waiting for result in future.result()]
 
 
 @cache

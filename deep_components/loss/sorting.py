@@ -7,7 +7,7 @@ beyond n and columns of missing items are zero. All matrices are [B, N, N], rows
 import torch
 from torch import Tensor
 
-from deep_components.loss.functional import present
+from deep_components.loss.functional import Selection, present
 
 
 def neural_sort(scores: Tensor, mask: Tensor, tau: float) -> Tensor:
@@ -21,14 +21,17 @@ def neural_sort(scores: Tensor, mask: Tensor, tau: float) -> Tensor:
     Returns:
         [B, N, N].
     """
-    scores = present(scores, mask)
+    scores = present(scores, mask) / tau
     count = mask.sum(dim=-1, keepdim=True)  # [B, 1]
     distance = (scores.unsqueeze(-1) - scores.unsqueeze(-2)).abs()  # [B, N, N]
-    spread = torch.where(mask.unsqueeze(-2), distance, 0).sum(dim=-1)  # A, [B, N]
+    spread = (distance @ mask.to(scores.dtype).unsqueeze(-1)).squeeze(-1)  # A, [B, N]
+    # A missing item has hopeless logits, by numbers [B, N] instead of a pass over [B, N, N]; finite ones, so that a row
+    # without items gives no NaN.
+    spread = torch.where(mask, spread, torch.finfo(scores.dtype).max / 2)
     rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
     scaling = (count + 1 - 2 * rank).to(scores.dtype)  # [B, N]
     logits = scaling.unsqueeze(-1) * scores.unsqueeze(-2) - spread.unsqueeze(-2)  # [B, N, N]
-    return _masked_softmax(logits / tau, mask)
+    return logits.softmax(dim=-1) * (rank <= count).to(scores.dtype).unsqueeze(-1)
 
 
 def soft_sort(scores: Tensor, mask: Tensor, tau: float) -> Tensor:
@@ -60,17 +63,35 @@ def label_permutation(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tenso
     Returns:
         [B, N, N] without gradient.
     """
-    pair = mask.unsqueeze(-2)
-    better = (pair & (labels.unsqueeze(-2) > labels.unsqueeze(-1))).sum(dim=-1)  # [B, N] items above this one
-    tied = (pair & (labels.unsqueeze(-2) == labels.unsqueeze(-1))).sum(dim=-1).clamp(min=1)  # [B, N], itself included
+    better, tied = _label_blocks(labels, mask)
     row = torch.arange(labels.shape[-1], device=labels.device).unsqueeze(-1)  # [N, 1]
-    inside = (row >= better.unsqueeze(-2)) & (row < (better + tied).unsqueeze(-2)) & pair
+    inside = (row >= better.unsqueeze(-2)) & (row < (better + tied).unsqueeze(-2)) & mask.unsqueeze(-2)
     return torch.where(inside, 1 / tied.unsqueeze(-2).to(dtype), 0)
 
 
-def repeat_ties(label_rows: Tensor) -> Tensor:
-    """1 where ``label_rows`` > 1e-3, else 0: each of n tied items, n < 1000, counts in each of their n rows."""
-    return (label_rows > 1e-3).to(label_rows.dtype)
+def label_split(labels: Tensor, mask: Tensor, k: Tensor, dtype: torch.dtype, repeated: bool = False) -> Selection:
+    """Sums of the label matrix's rows 1..k, and of its later rows, without the matrix: how much of each item belongs to
+    the first k places, and how much to the others.
+
+    Args:
+        labels: [B, N] int64, higher is better.
+        mask: [B, N] bool.
+        k: [B] int64.
+        dtype: floating type of the result.
+        repeated: count each of n tied items once in each of their n rows, instead of 1/n.
+    """
+    better, tied = _label_blocks(labels, mask)
+    first = (k.unsqueeze(-1) - better).clamp(min=0).minimum(tied)  # of the item's rows, those among the first k
+    share = mask.to(dtype) if repeated else mask.to(dtype) / tied
+    return Selection(first * share, (tied - first) * share)
+
+
+def _label_blocks(labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each present item, the number of items with a better label, and with the same one, itself included; [B, N]."""
+    labels = torch.where(mask, labels, torch.iinfo(labels.dtype).min)
+    ordered = labels.sort(dim=-1).values
+    below, up_to = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    return labels.shape[-1] - up_to, up_to - below
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:

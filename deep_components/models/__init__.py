@@ -46,5 +46,5 @@ def use_kernels(models: Mapping[str, nn.Module], kernels: Kernels | None) -> Non
     """Have the models use compiled kernels, or with None PyTorch's operators. Tables and inputs must be on a CPU."""
     for model in models.values():
         for module in model.modules():
-            if isinstance(module, DIN | FieldEmbedding):
+            if isinstance(module, FieldEmbedding):
                 module.kernels = kernels

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deep_components.batch import Features
 from deep_components.kernels import Kernels
 from deep_components.models.embedding import FieldEmbedding
-from deep_components.models.tower import tower
+from deep_components.models.tower import run_tower, tower
 from deep_components.vocabulary import IdSet
 
 ATTENTION_UNITS = 80
@@ -38,7 +38,6 @@ class DIN(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
-        self.kernels: Kernels | None = None  # the compiled attention, for a CPU
         self.behaviour_width = 5 * emb_dim
         self.attention = tower([2 * self.behaviour_width, ATTENTION_UNITS, 1])
         self.tower = tower([21 * emb_dim, nn_units, nn_units, nn_units // 4, 1])
@@ -47,12 +46,8 @@ class DIN(nn.Module):
         """Scores [B, N]."""
         embedded = self.embedding(features)
         interest = self.interest(embedded.history, features.history_mask, embedded.items)  # [B, N, 5d]
-        # The tower's first layer is linear: the user's part of it is the same for all items of a request.
-        first = cast(nn.Linear, self.tower[0])
-        user_width = embedded.user.shape[-1]
-        hidden = F.linear(embedded.user, first.weight[:, :user_width], first.bias).unsqueeze(1)  # [B, 1, u]
-        hidden = hidden + F.linear(torch.cat([interest, embedded.items], dim=-1), first.weight[:, user_width:])
-        return self.tower[1:](hidden).squeeze(-1)
+        own = torch.cat([interest, embedded.items], dim=-1)
+        return run_tower(self.tower, own, self.embedding.kernels, shared=embedded.user).squeeze(-1)
 
     def interest(self, history: Tensor, history_mask: Tensor, items: Tensor) -> Tensor:
         """Attention-weighted history per item.
@@ -71,8 +66,9 @@ class DIN(nn.Module):
         item_part = F.linear(items[..., :width], inner.weight[:, width:])  # [B, N, H]
         weight = outer.weight.squeeze(0)
         history_part, item_part = history_part.to(weight.dtype), item_part.to(weight.dtype)  # autocast's may be shorter
-        if self.kernels is not None:
-            logits = _CompiledLogits.apply(self.kernels, history_part, item_part, weight, outer.bias, history_mask)
+        kernels = self.embedding.kernels
+        if kernels is not None:
+            logits = _CompiledLogits.apply(kernels, history_part, item_part, weight, outer.bias, history_mask)
         else:
             logits = attention_logits(history_part, item_part, weight) + outer.bias  # [B, N, L]
             logits = logits.masked_fill(~history_mask.unsqueeze(1), PADDING_LOGIT)
@@ -136,9 +132,9 @@ class _CompiledLogits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         history_part, item_part, weight, mask = ctx.saved_tensors
-        grad_logits = grad_logits.masked_fill(~mask.unsqueeze(1), 0)
-        passed = ctx.kernels.attention_backward(history_part, item_part, grad_logits)
-        return None, *_finish(history_part, item_part, weight, *passed), grad_logits.sum().view(1), None
+        grad_bias = (grad_logits.sum(dim=1) * mask).sum().view(1)
+        passed = ctx.kernels.attention_backward(history_part, item_part, mask, grad_logits.contiguous())
+        return None, *_finish(history_part, item_part, weight, *passed), grad_bias, None
 
 
 def _finish(

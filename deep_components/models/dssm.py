@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deep_components.batch import Features
 from deep_components.models.embedding import FieldEmbedding, mean_history
-from deep_components.models.tower import tower
+from deep_components.models.tower import run_tower, tower
 from deep_components.vocabulary import IdSet
 
 
@@ -34,6 +34,8 @@ class DSSM(nn.Module):
         """Scores [B, N]."""
         embedded = self.embedding(features)
         history = mean_history(embedded.history, features.history_mask)
-        user = self.user_tower(torch.cat([embedded.user, history], dim=-1))  # [B, u/4]
-        items = self.item_tower(embedded.items)  # [B, N, u/4]
+        user = run_tower(
+            self.user_tower, torch.cat([embedded.user, history], dim=-1), self.embedding.kernels
+        )  # [B, u/4]
+        items = run_tower(self.item_tower, embedded.items, self.embedding.kernels)  # [B, N, u/4]
         return torch.einsum("bu,bnu->bn", user, items)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deep_components.batch import Features
 from deep_components.models.embedding import FieldEmbedding, mean_history
-from deep_components.models.tower import tower
+from deep_components.models.tower import run_tower, tower
 from deep_components.vocabulary import IdSet
 
 
@@ -30,5 +30,4 @@ class MLP(nn.Module):
         embedded = self.embedding(features)
         history = mean_history(embedded.history, features.history_mask)
         request = torch.cat([embedded.user, history], dim=-1)  # [B, 13d]
-        every_item = request.unsqueeze(1).expand(-1, embedded.items.shape[1], -1)
-        return self.tower(torch.cat([every_item, embedded.items], dim=-1)).squeeze(-1)
+        return run_tower(self.tower, embedded.items, self.embedding.kernels, shared=request).squeeze(-1)

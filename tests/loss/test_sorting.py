@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, neural_sort, repeat_ties, soft_sort
+from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, label_split, neural_sort, soft_sort
 from tests.loss import reference
 
 Sort = Callable[[Tensor, Tensor, float], Tensor]
@@ -61,9 +61,6 @@ def test_label_matrix_shares_the_rows_of_ties() -> None:
     labels, mask = torch.tensor([[5, 9, 5, 7]]), torch.tensor([[True, True, True, True]])
     expected = [[0, 1, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0], [0.5, 0, 0.5, 0]]
     assert label_permutation(labels, mask, torch.float32).tolist() == [expected]
-    assert repeat_ties(label_permutation(labels, mask, torch.float32)).tolist() == [
-        [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0], [1, 0, 1, 0]]
-    ]
 
 
 def test_label_matrix_leaves_out_missing_items() -> None:
@@ -72,10 +69,17 @@ def test_label_matrix_leaves_out_missing_items() -> None:
     assert label_permutation(labels, mask, torch.float32).tolist() == [expected]
 
 
-def test_ties_are_repeated_from_one_thousandth_on() -> None:
-    rows = torch.tensor([0.0, 1e-4, 1e-3, 2e-3, 0.1, 1.0], dtype=torch.float64)  # spec: Y > 1e-3
-    assert repeat_ties(rows).tolist() == [0, 0, 0, 1, 1, 1]
-    assert repeat_ties(rows).dtype == torch.float64
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("num_items", [1, 7, 40])
+def test_label_split_sums_the_rows_of_the_label_matrix(num_items: int, repeated: bool) -> None:
+    labels, mask = tied_labels(num_items), ragged_mask(num_items)
+    matrix = label_permutation(labels, mask, torch.float64)
+    matrix = (matrix > 1e-3).double() if repeated else matrix  # spec: Y > 1e-3
+    for k in (0, 1, 3, num_items + 2):
+        first = torch.full((len(labels),), k)
+        split = label_split(labels, mask, first, torch.float64, repeated)
+        torch.testing.assert_close(split.top, matrix[:, :k].sum(dim=1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(split.rest, matrix[:, k:].sum(dim=1), rtol=0, atol=1e-12)
 
 
 # ---- against the plain formulas --------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ from deep_components.loss.functional import (
     selection_cross_entropy,
     selection_probability,
     sorting_cross_entropy,
-    split_rows,
 )
-from deep_components.loss.sorting import label_permutation, neural_sort
+from deep_components.loss.sorting import label_permutation, label_split, neural_sort
 
 
 class ARFv2(nn.Module):
@@ -43,7 +42,7 @@ class ARFv2(nn.Module):
         """Scores [B, N] of the stages -> ``loss`` and its detached terms."""
         mask, scores = targets.mask, {"retrieval": retrieval, "prerank": prerank, "rank": rank}
         label_rows = label_permutation(targets.labels, mask, rank.dtype)
-        truth = split_rows(label_rows, num_ground_truth(targets, self.num_relevant))
+        truth = label_split(targets.labels, mask, num_ground_truth(targets, self.num_relevant), rank.dtype)
         loss, terms = rank.new_zeros(()), dict[str, Tensor]()
         for stage, weight in self.weight.items():
             permutation = neural_sort(scores[stage], mask, self.tau)

@@ -13,9 +13,8 @@ from deep_components.loss.functional import (
     num_ground_truth,
     selection_cross_entropy,
     selection_probability,
-    split_rows,
 )
-from deep_components.loss.sorting import label_permutation, neural_sort, repeat_ties
+from deep_components.loss.sorting import label_split, neural_sort
 
 STAGES = ("retrieval", "rank")
 
@@ -69,8 +68,7 @@ class LCRON(nn.Module):
         """
         mask, k = targets.mask, num_ground_truth(targets, self.num_relevant)
         scores = {"retrieval": retrieval, "rank": rank}
-        label_rows = label_permutation(targets.labels, mask, rank.dtype)
-        truth = split_rows(repeat_ties(label_rows) if self.label_ties == "repeated" else label_rows, k)
+        truth = label_split(targets.labels, mask, k, rank.dtype, self.label_ties == "repeated")
         permutation = {stage: self.sort(scores[stage], mask, self.tau) for stage in STAGES}
         chosen = {stage: selection_probability(permutation[stage], k) for stage in STAGES}
         per_item = {}  # [B, N] each
