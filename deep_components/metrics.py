@@ -91,11 +91,10 @@ def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     parts = []
     for first in range(0, len(scores), _REQUESTS_PER_CHUNK):
         chunk = slice(first, first + _REQUESTS_PER_CHUNK)
-        pair = mask[chunk].unsqueeze(-1) & mask[chunk].unsqueeze(-2)
-        by_score = torch.where(pair, _signs(scores[chunk]), 0)
-        by_label = torch.where(pair, _signs(labels[chunk]), 0)
-        agreement = (by_score * by_label).sum(dim=(-1, -2))
-        untied = by_score.abs().sum(dim=(-1, -2)) * by_label.abs().sum(dim=(-1, -2))
+        present = mask[chunk].float()
+        by_score, by_label = (_signs(values[chunk], mask[chunk]) for values in (scores, labels))
+        agreement = _sum_of_pairs(by_score * by_label, present)
+        untied = _sum_of_pairs(by_score.abs_(), present) * _sum_of_pairs(by_label.abs_(), present)
         parts.append(agreement / untied.sqrt())  # each unordered pair counts twice in all three sums
     return torch.cat(parts) if parts else scores.new_zeros(0, dtype=torch.float64)
 
@@ -144,8 +143,14 @@ def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
     return starts.long().cumsum(dim=-1) - 1
 
 
-def _signs(values: Tensor) -> Tensor:
-    """sign(v_m - v_n) for all pairs, [R, N, N] float64."""
-    return (values.unsqueeze(-1) > values.unsqueeze(-2)).double() - (
-        values.unsqueeze(-1) < values.unsqueeze(-2)
-    ).double()
+def _signs(values: Tensor, mask: Tensor) -> Tensor:
+    """sign(v_m - v_n) for all pairs, [R, N, N] float32; anything for a missing item."""
+    known = torch.where(mask, values, 0)
+    if not known.is_floating_point():
+        known = known.double()
+    return (known.unsqueeze(-1) - known.unsqueeze(-2)).sgn_().float()  # a difference is 0 of equal numbers alone
+
+
+def _sum_of_pairs(pairs: Tensor, present: Tensor) -> Tensor:
+    """Sum over the pairs of two present items, [R] float64: exact, as the numbers are small and whole."""
+    return ((pairs @ present.unsqueeze(-1)).squeeze(-1) * present).sum(dim=-1).double()
