@@ -91,7 +91,7 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     checkpoint.load_models(args.output_dir, models)
     use_kernels(models, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
     scored = score_day(models, day, args.batch_size, device, BatchRows(ids, {}, {}))
-    results = _results(cascade, scored, torch.from_numpy(day.group))
+    results = summary(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}
     results |= {"test_day_checksum": day.checksum}
@@ -109,8 +109,8 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     return results
 
 
-def _results(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> dict[str, Any]:
-    """Means over the requests where a metric is defined. InputError when a score is not finite."""
+def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> dict[str, Any]:
+    """Means of all metrics over the requests where they are defined. InputError when a score is not finite."""
     mask = scored["mask"]
     for stage in cascade.stage_names:
         broken = int((~scored[stage].isfinite() & mask).sum())

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from deep_components.batch import CascadeBatch
 from deep_components.dataset.rows import BatchRows
@@ -22,7 +23,7 @@ from deep_components.optim.deferred_adam import DeferredAdam
 from deep_components.vocabulary import IdSet
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
-LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024 (benchmarks/optimizer.py)
+LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim's names of Adam's two moments
 
@@ -90,16 +91,23 @@ class Trainer:
             batch = self.prepare.distinct_rows(batch)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self._gather(batch)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with record_function("step.gather"):  # names that a profiler shows, benchmarks/step.py among them
+            self._gather(batch)
+        with (
+            record_function("step.forward"),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+        ):
             scores = [model(batch.features) for model in self.models.values()]
-        terms = self.loss(*(score.to(self.dtype) for score in scores), batch.targets)
-        terms["loss"].backward()
+        with record_function("step.loss"):
+            terms = self.loss(*(score.to(self.dtype) for score in scores), batch.targets)
+        with record_function("step.backward"):
+            terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
         values |= {f"gradient_norm.{stage}": self._gradient_norm(stage) for stage in self.models}
         if self.skip_nonfinite and not all(value.isfinite() for value in values.values()):
             return values
-        self._update(batch)
+        with record_function("step.optimizer"):
+            self._update(batch)
         return values
 
     def _gather(self, batch: CascadeBatch) -> None:

@@ -160,7 +160,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
         for name in (names if args.epochs else [])
     ]
     steps = [steps_of(day, args.batch_size) for day in days]
-    models, initial_seed = _models(cascade, args, counts, days, device)
+    models, initial_seed = initial_models(cascade, args, counts, days, device)
     loss.to(device=device, dtype=DTYPES[args.dtype])
     trainer = Trainer(
         models,
@@ -244,7 +244,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _models(
+def initial_models(
     cascade: Cascade,
     args: argparse.Namespace,
     counts: Mapping[str, int],
