@@ -1,17 +1,24 @@
-"""What a run leaves behind: config.json, <stage>.safetensors, and the state from which training goes on."""
+"""What a run leaves behind: config.json, <stage>.safetensors, and the state from which training goes on.
 
+All of it carries a SHA-256 of its content, which is verified when it is read.
+"""
+
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, write_atomically
+from deep_components.files import atomic_path, read_json
+from deep_components.files import write_json as write_json
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "training_state.safetensors"
@@ -20,9 +27,11 @@ COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 STEP_LOG_FILE = "train.jsonl"
 
-_METADATA = "run"
+_METADATA, _CHECKSUM = "run", "checksum"
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+
+logger = logging.getLogger(__name__)
 
 
 def remove_results(run: Path) -> None:
@@ -32,24 +41,15 @@ def remove_results(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON, atomically."""
-    text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json. InputError when there is none or it is damaged."""
     path = run / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {run} is not the folder of a training run") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); train again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object; train again")
-    return config
 
 
 def read_training(run: Path) -> dict[str, Any]:
@@ -105,21 +105,44 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
     on_cpu = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    sealed = dict(metadata) | {_CHECKSUM: _digest(on_cpu, metadata)}
     try:
         with atomic_path(path) as temporary:
             # One entry: safetensors writes several in random order.
-            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(sealed, sort_keys=True)})
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a safetensors file. InputError when it is missing or damaged."""
+    """The tensors and the metadata of a safetensors file, its checksum verified.
+
+    A file without a checksum was not written by this project; it is taken with a warning. Raises InputError when the
+    file is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: not a readable checkpoint (its metadata are no object); train again")
+    checksum = metadata.pop(_CHECKSUM, None)
+    if checksum is None:
+        logger.warning("%s: has no checksum, so damage in it would not be seen", path)
+    elif checksum != _digest(tensors, metadata):
+        raise InputError(f"{path}: does not match its checksum, so it is damaged; copy it again or train again")
+    return tensors, metadata
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of the metadata and of every tensor's name, type, shape and bytes. ``tensors`` lie on the CPU,
+    contiguous: their memory is read in place."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

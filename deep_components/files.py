@@ -1,12 +1,16 @@
-"""Writing files so that no reader ever sees half of one."""
+"""Writing files so that no reader ever sees half of one, and JSON that a flipped bit does not pass unseen."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from deep_components.errors import InputError
+
+_CHECKSUM = "checksum"
 
 
 def make_folder(path: Path) -> None:
@@ -43,3 +47,36 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call ``write`` on a temporary file beside ``path``, then rename it. Errors as in :func:`atomic_path`."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         write(file)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON, atomically, with a field that holds the SHA-256 of all others."""
+    plain = json.loads(json.dumps(content, allow_nan=False, default=str))
+    text = json.dumps(plain | {_CHECKSUM: _digest(plain)}, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken as it is.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be read.
+        ValueError: it is no JSON object, or not what was written.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    checksum = content.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _digest(content):
+        raise ValueError("it does not match its checksum, so it was damaged or changed after it was written")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
