@@ -27,7 +27,8 @@ COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 STEP_LOG_FILE = "train.jsonl"
 
-_METADATA, _CHECKSUM = "run", "checksum"
+_METADATA = "run"
+_TENSOR_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
 
@@ -105,7 +106,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
     on_cpu = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    sealed = dict(metadata) | {_CHECKSUM: _digest(on_cpu, metadata)}
+    sealed = dict(metadata) | {_TENSOR_CHECKSUMS: {name: _tensor_sha256(value) for name, value in on_cpu.items()}}
+    sealed[_CHECKSUM] = _metadata_sha256(sealed)
     try:
         with atomic_path(path) as temporary:
             # One entry: safetensors writes several in random order.
@@ -114,35 +116,48 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the metadata of a safetensors file, its checksum verified.
+def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors whose names begin with ``prefix``, and the metadata, of a safetensors file; checksums are verified.
 
-    A file without a checksum was not written by this project; it is taken with a warning. Raises InputError when the
+    A file without checksums was not written by this project; it is taken with a warning. Raises InputError when the
     file is missing or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: not a readable checkpoint (its metadata are no object); train again")
-    checksum = metadata.pop(_CHECKSUM, None)
-    if checksum is None:
-        logger.warning("%s: has no checksum, so damage in it would not be seen", path)
-    elif checksum != _digest(tensors, metadata):
-        raise InputError(f"{path}: does not match its checksum, so it is damaged; copy it again or train again")
-    return tensors, metadata
+    _verify(path, metadata, names, tensors)
+    return tensors, {name: value for name, value in metadata.items() if name not in (_TENSOR_CHECKSUMS, _CHECKSUM)}
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """SHA-256 of the metadata and of every tensor's name, type, shape and bytes. ``tensors`` lie on the CPU,
-    contiguous: their memory is read in place."""
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+def _verify(path: Path, metadata: Any, names: set[str], tensors: Mapping[str, Tensor]) -> None:
+    """InputError unless the checksums in the metadata hold."""
+    if isinstance(metadata, dict) and not metadata.keys() & {_CHECKSUM, _TENSOR_CHECKSUMS}:
+        logger.warning("%s: has no checksums, so damage in it would not be seen", path)
+        return
+    if not isinstance(metadata, dict) or metadata.get(_CHECKSUM) != _metadata_sha256(metadata):
+        damaged = "its metadata do"
+    elif metadata[_TENSOR_CHECKSUMS].keys() != names:
+        damaged = "its list of tensors does"
+    else:
+        wrong = [name for name in tensors if _tensor_sha256(tensors[name]) != metadata[_TENSOR_CHECKSUMS][name]]
+        damaged = f"tensor {wrong[0]} does" if wrong else ""
+    if damaged:
+        raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
+
+
+def _tensor_sha256(value: Tensor) -> str:
+    """Of a contiguous tensor's type, shape and bytes on the CPU, which are read where they lie."""
+    digest = hashlib.sha256(json.dumps([str(value.dtype), list(value.shape)]).encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _metadata_sha256(metadata: Mapping[str, Any]) -> str:
+    covered = {name: value for name, value in metadata.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,10 @@
 """Writing files so that no reader ever sees half of one, and JSON that a flipped bit does not pass unseen."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +14,8 @@ from typing import Any, BinaryIO
 from deep_components.errors import InputError
 
 _CHECKSUM = "checksum"
+
+logger = logging.getLogger(__name__)
 
 
 def make_folder(path: Path) -> None:
@@ -56,8 +61,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken as it is.
+def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
+    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken as it is
+    unless it ``must_have_checksum``.
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
@@ -67,13 +73,49 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     checksum = content.pop(_CHECKSUM, None)
-    if checksum is not None and checksum != _digest(content):
+    if (checksum is not None or must_have_checksum) and checksum != _digest(content):
         raise ValueError("it does not match its checksum, so it was damaged or changed after it was written")
     return content
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on ``path``, made if need be, which ends with the process at the latest.
+
+    ``shared`` locks do not exclude one another. Without ``wait``, yields False where another process holds it. Where
+    nothing can be locked, a read-only folder or a file system without locks, a shared lock is none, and others raise
+    OSError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if not shared:
+            raise
+        yield True
+        return
+    try:
+        yield _lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path, wait)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, kind: int, path: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        logger.info("waiting for another process (it holds %s)", path)
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if kind != fcntl.LOCK_SH or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
 
 
 def sha256_of(path: Path) -> str:
