@@ -22,7 +22,7 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     try:
         command(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")  # a file's content may have come in
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -29,6 +29,7 @@ from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
 from deep_components.dataset.clock import time_zone
 from deep_components.dataset.encoding import ColumnFiles, encode_day
+from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
 from deep_components.files import locked, read_json, sha256_of, write_json
 
@@ -188,6 +189,7 @@ def _build_folder(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
+        verify(data_dir, recflow.day_paths(data_dir, day))
         repairs = encode_day(data_dir, day, cascade, counts, time_zone(zone), ColumnFiles(temporary))
         files = {
             path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())

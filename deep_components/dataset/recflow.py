@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.feather
 
 from deep_components.cli import progress
+from deep_components.dataset.manifest import verify
 from deep_components.dataset.safe_pickle import PickledArray, iterate_pickle, load_pickle
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
@@ -109,7 +110,7 @@ def available_days(root: Path, named: bool = False) -> list[str]:
     Raises InputError when there is none; and when a day lacks a file, unless the user has ``named`` the days to use: a
     day that fell out silently would change what is trained and tested on.
     """
-    complete, incomplete = _days(root)
+    complete, incomplete = days_of(root)
     if not complete:
         raise InputError(
             f"{root}: no day has its files in all_stage, request_id_dict and seq_effective_50_dict; "
@@ -121,8 +122,8 @@ def available_days(root: Path, named: bool = False) -> list[str]:
     return complete
 
 
-def _days(root: Path) -> tuple[list[str], list[str]]:
-    """Days with all, and days with only some of their three files."""
+def days_of(root: Path) -> tuple[list[str], list[str]]:
+    """Days with all, and days with only some of their three files. InputError for a day that is no date."""
     names = [
         {path.stem for path in example.parent.glob(f"*{example.suffix}") if _DAY.fullmatch(path.stem)}
         for example in day_paths(root, "any")
@@ -147,11 +148,16 @@ def read_origin(root: Path) -> str:
     Period 1 is there, else "unlabelled"."""
     try:
         origin = json.loads((root / ORIGIN_FILE).read_text())["data"]
+        verify(root, [root / ORIGIN_FILE])
     except FileNotFoundError:
-        return "recflow" if set(PERIOD_1) <= set(_days(root)[0]) else "unlabelled"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return "recflow" if set(PERIOD_1) <= set(days_of(root)[0]) else "unlabelled"
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{root / ORIGIN_FILE}: not readable ({error}); make the log again") from error
-    return str(origin)
+    if not isinstance(origin, str) or not origin.isprintable() or not 0 < len(origin) <= 100:
+        raise InputError(f"{root / ORIGIN_FILE}: field data is {reprlib.repr(origin)}, not a name; make the log again")
+    return origin
 
 
 def read_id_counts(root: Path) -> dict[str, int]:
@@ -161,6 +167,7 @@ def read_id_counts(root: Path) -> dict[str, int]:
     """
     path = id_count_path(root)
     content = load_pickle(path)
+    verify(root, [path])
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of counts; fetch the file again")
     counts: dict[str, Any] = {}
@@ -279,6 +286,15 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
         joined["truth_index"],
         len(np.unique(np.concatenate(disagreeing))),
     )
+
+
+def check_feather(path: Path, truth_flag: str, truth_index: str) -> int:
+    """Read what :func:`read_requests` would of the first record batch, and return its number of rows. InputError when
+    that, or the columns, are not as they should be."""
+    columns = (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)
+    for batch in _record_batches(path, columns):
+        return min(len(batch(name)) for name in columns)
+    raise InputError(f"{path}: holds no request; fetch the file again")
 
 
 def _disagreeing(fields: Mapping[str, np.ndarray], again: Mapping[str, np.ndarray]) -> np.ndarray:
