@@ -70,13 +70,18 @@ def test_nothing_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert "holds no log" in report(capsys, folder, "--write_manifest", code=2)
 
 
+def keep_one_folder(root: Path) -> None:
+    for name in ("request_id_dict", "seq_effective_50_dict"):
+        shutil.rmtree(root / name)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a file of a day is missing": (
         lambda root: recflow.history_path(root, DAYS[1]).unlink(),
         ("days", f"seq_effective_50_dict/{DAYS[1]}.pkl: no such file", "fetch it"),
     ),
     "only one folder is here": (
-        lambda root: [shutil.rmtree(root / name) for name in ("request_id_dict", "seq_effective_50_dict")],
+        keep_one_folder,
         ("days", "no day has its files", "data/README.md"),
     ),
     "no id counts": (lambda root: recflow.id_count_path(root).unlink(), ("id counts", "id_cnt.pkl: no such file")),

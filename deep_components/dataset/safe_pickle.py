@@ -232,11 +232,11 @@ class _Arrays:
 
 
 class _Machine:
-    """Runs one pickle. :meth:`items` hands out the outermost dict's items piece by piece; ``result`` is what the pickle
-    gives else."""
+    """Runs one pickle. :meth:`items` hands out the outermost dict's items piece by piece, if that is wanted; ``result``
+    is what the pickle gives, without them."""
 
-    def __init__(self, file: FileIO) -> None:
-        self._file = file
+    def __init__(self, file: FileIO, hand_out: bool) -> None:
+        self._file, self._hand_out = file, hand_out
         self._left = os.fstat(file.fileno()).st_size  # bytes of the file that are not in the buffer yet
         self._buffer, self._place, self._before = b"", 0, 0  # the next byte, and how many bytes precede the buffer
         self._stack: list[Any] = []
@@ -460,7 +460,7 @@ class _Machine:
         target = self._top()
         if type(target) is not dict:
             raise ValueError("a dict's items without a dict")
-        if len(self._stack) > 1 or self._marks:
+        if len(self._stack) > 1 or self._marks or not self._hand_out:
             target.update(_pairs(values))
             return False
         if self._outermost is None:
@@ -545,7 +545,7 @@ class _Machine:
         if isinstance(value, bytes):
             self._charge(len(value))
         elif isinstance(value, PickledArray):
-            self._charge(len(value.data))
+            self._made_array(value)
         self._stack.append(value)
 
     def _build(self) -> None:
@@ -554,8 +554,11 @@ class _Machine:
             raise ValueError("a state for what has none")
         target.take_state(state)
         if isinstance(target, PickledArray):
-            self._charge(len(target.data))
-            target.offset = self._data_offset if target.data is self._data else None
+            self._made_array(target)
+
+    def _made_array(self, made: PickledArray) -> None:
+        self._charge(len(made.data))
+        made.offset = self._data_offset if made.data is self._data else None
 
     def _charge(self, size: int) -> None:
         """Count bytes that need not stand in the file: one text can be encoded many times."""
@@ -640,19 +643,22 @@ def load_pickle(path: Path) -> Any:
     Raises InputError when the file is missing, damaged, or asks for anything but plain data.
     """
     with _opened(path) as file:
-        machine = _Machine(file)
-        items = [item for piece in machine.items() for item in piece]
-        return machine.result | dict(items) if items else machine.result
+        machine = _Machine(file, hand_out=False)
+        for _ in machine.items():
+            raise AssertionError("nothing is handed out")
+        return machine.result
 
 
 def iterate_pickle(path: Path) -> Iterator[list[tuple[Any, Any]]]:
     """The items of the dict in ``path``, as lists of some thousand; values as in :func:`load_pickle`.
 
-    The file is read once, from its beginning; of what has been handed out nothing is kept but 20 bytes an array.
-    Raises InputError as load_pickle does, when it comes to the damage, and when the file holds no dict.
+    The file is read once, from its beginning; of what has been handed out nothing is kept but 20 bytes an array. In a
+    file of more than 16 MiB, what a later item shares with an earlier one must be an array, written by protocol 3 or
+    later; Python shares nothing else between items that were made apart. Raises InputError as load_pickle does, when it
+    comes to the damage, and when the file holds no dict.
     """
     with _opened(path) as file:
-        machine = _Machine(file)
+        machine = _Machine(file, hand_out=True)
         yield from machine.items()
         if not isinstance(machine.result, dict):
             raise ValueError("not a dict keyed by request ids")

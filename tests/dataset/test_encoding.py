@@ -105,8 +105,8 @@ def expected_arrays(root: Path, cascade: Cascade, zone: ZoneInfo) -> dict[str, n
     index: dict[tuple[int, int], int] = {}
     for row in rows:
         first_row.setdefault(row["request_id"], row)
-        if row[truth[0]] == 1:
-            index[row["request_id"], row["video_id"]] = row[truth[1]]
+        if row[truth[0]] == 1 and row[truth[1]] >= 0:
+            index.setdefault((row["request_id"], row["video_id"]), row[truth[1]])
 
     found: dict[str, list[Any]] = {name: [] for name in (*REQUEST_FIELDS, *ARRAYS)}
     for request, row in first_row.items():
