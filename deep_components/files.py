@@ -62,8 +62,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
-    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken as it is
-    unless it ``must_have_checksum``.
+    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken with a
+    warning unless it ``must_have_checksum``.
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
@@ -75,6 +75,8 @@ def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
     checksum = content.pop(_CHECKSUM, None)
     if (checksum is not None or must_have_checksum) and checksum != _digest(content):
         raise ValueError("it does not match its checksum, so it was damaged or changed after it was written")
+    if checksum is None:
+        logger.warning("%s: has no checksum, so damage in it would not be seen", path)
     return content
 
 

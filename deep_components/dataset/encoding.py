@@ -9,7 +9,7 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -61,25 +61,31 @@ class ColumnFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._layouts: dict[str, dict[str, Any]] = {}  # column -> where in its file what lies, as np.memmap takes it
 
     def write(
         self, name: str, rows: np.ndarray | slice, total: int, values: np.ndarray, dtype: np.dtype | type[np.generic]
     ) -> None:
         """Put ``values`` at the ``rows`` of column ``name``, which has ``total`` rows of ``dtype``, zero at first."""
         path = self.folder / f"{name}.npy"
-        if not path.exists():
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(total, *values.shape[1:]))
-            with path.open("rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        np.load(path, mmap_mode="r+")[rows] = values
+        if name in self._layouts:
+            np.memmap(path, mode="r+", **self._layouts[name])[rows] = values
+            return
+        column = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(total, *values.shape[1:]))
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        self._layouts[name] = {"offset": column.offset, "shape": column.shape, "dtype": column.dtype}
+        column[rows] = values
 
     def keep(self, rows: np.ndarray) -> None:
         """Leave only these rows (positions, rising) of every column written so far."""
-        for path in sorted(self.folder.glob("*.npy")):
+        before, self._layouts = self._layouts, {}
+        for name, layout in before.items():
+            path = self.folder / f"{name}.npy"
             old = path.rename(path.with_suffix(".old"))
             for first in range(0, len(rows), _ROWS_PER_COPY):
-                values = np.load(old, mmap_mode="r")[rows[first : first + _ROWS_PER_COPY]]
-                self.write(path.stem, slice(first, first + len(values)), len(rows), values, values.dtype)
+                values = np.memmap(old, mode="r", **layout)[rows[first : first + _ROWS_PER_COPY]]
+                self.write(name, slice(first, first + len(values)), len(rows), values, values.dtype)
             old.unlink()
 
 
