@@ -30,6 +30,14 @@ def test_a_mistake_is_one_sentence_and_2(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr() == ("", "error: data: no such folder; make it\n")
 
 
+def test_a_sentence_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken(_: list[str]) -> None:
+        raise InputError("data: holds 'forged\nlines\r\u2028here'; make it")
+
+    assert run_command(mistaken, []) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: data: holds 'forged lines  here'; make it"]
+
+
 def test_an_interruption_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: list[str]) -> None:
         raise KeyboardInterrupt
