@@ -250,9 +250,6 @@ class _Machine:
         self._handed_out: list[tuple[Any, Any]] = []
         self._outermost: dict[Any, Any] | None = None
         self.result: Any = None
-        self._handlers: list[Callable[[], bool | None]] = [self._unknown] * 256
-        for code, handler in _OPCODES.items():
-            self._handlers[code[0]] = handler.__get__(self)
 
     def items(self) -> Iterator[list[tuple[Any, Any]]]:
         """The items of the outermost dict, which are no longer in it, as lists of a piece each."""
@@ -270,7 +267,6 @@ class _Machine:
 
     def _run_piece(self) -> None:
         """Run until items of the outermost dict are there, or to the end."""
-        handlers = self._handlers
         for _ in range(_MAX_OPCODES):
             if len(self._buffer) - self._place < _LONGEST_OPCODE:
                 self._fill(_LONGEST_OPCODE)
@@ -278,7 +274,7 @@ class _Machine:
                     raise ValueError("it ends too early")
             opcode = self._buffer[self._place]
             self._place += 1
-            if handlers[opcode]():
+            if _HANDLERS[opcode](self):
                 return
         raise ValueError("more objects in one piece than a data file has")
 
@@ -635,6 +631,9 @@ _OPCODES: dict[bytes, Callable[[_Machine], bool | None]] = {
     b"b": _Machine._build,
     b"i": _Machine._instance,
 }
+
+
+_HANDLERS = [_OPCODES.get(bytes([code]), _Machine._unknown) for code in range(256)]
 
 
 def load_pickle(path: Path) -> Any:
