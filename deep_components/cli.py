@@ -1,6 +1,7 @@
 """The edge of every command: logging, progress bars, and mistakes reported as one sentence with exit code 2."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -15,8 +16,8 @@ T = TypeVar("T")
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Run ``command(argv)`` and return the process's exit code.
 
-    0 on success, 2 for an :class:`InputError` (its sentence goes to stderr), 130 when interrupted. Anything else is a
-    defect of ours and keeps its traceback.
+    0 on success, 1 when nobody reads the output any more, 2 for an :class:`InputError` (its sentence goes to stderr),
+    130 when interrupted. Anything else is a defect of ours and keeps its traceback.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -24,6 +25,9 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")  # a file's content may have come in
         return 2
+    except BrokenPipeError:  # who reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

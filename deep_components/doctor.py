@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,6 @@ def main(argv: list[str]) -> None:
             count = write_manifest(args.data_dir, log_files(args.data_dir))
             sys.stdout.write(f"{args.data_dir / MANIFEST_FILE}: written, {count} files\n\n")
         sections.append((f"data in {args.data_dir}", data(args.data_dir)))
-        logging.getLogger("deep_components.dataset").setLevel(logging.WARNING)  # the report says what is done
         for day in complete_days(args.data_dir):
             found = full_day(args.data_dir, day, zone) if args.full else quick_day(args.data_dir, day)
             sections.append((f"day {day}", found))
@@ -280,9 +280,20 @@ def _compared(root: Path, day: str) -> str:
     return "none" if read_manifest(root) is None else "the SHA-256 of all three files fit"
 
 
+@contextmanager
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    """Leave out what the logger says of its progress."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _encoded(root: Path, day: str, cascade: Cascade, zone: ZoneInfo, repairs: dict[str, int]) -> str:
     counts = recflow.read_id_counts(root)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet(logging.getLogger(encode_day.__module__)):
         try:
             repairs |= encode_day(root, day, cascade, counts, zone, ColumnFiles(Path(folder)))
         except OSError as error:

@@ -511,7 +511,7 @@ class _Machine:
         made.data = self._buffer[first : first + size]
         index = self._memo_size + 2 if put == b"\x94" else int.from_bytes(put[1:], "little")
         self._recent[index] = made
-        self._memo_size = (self._memo_size if put == b"\x94" else index - 2) + 6
+        self._memo_size = max(self._memo_size, index + 4)  # of the six entries that an array makes, it is the third
         self._stack.append(made)
         self._place = tail.end()
         return True
