@@ -1,6 +1,11 @@
-"""What a run leaves behind: config.json, <stage>.safetensors, and the state from which training goes on."""
+"""What a run leaves behind: config.json, <stage>.safetensors, and the state from which training goes on.
 
+All of it carries a SHA-256 of its content, which is verified when it is read.
+"""
+
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,8 @@ from torch import Tensor, nn
 from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, write_atomically
+from deep_components.files import atomic_path, read_json
+from deep_components.files import write_json as write_json
 from deep_components.models.embedding import FieldEmbedding, fill_initial_rows
 
 CONFIG_FILE = "config.json"
@@ -27,8 +33,11 @@ STEP_LOG_FILE = "train.jsonl"
 
 _METADATA = "run"
 _TABLES, _IDS = "embedding.", "ids."  # a stage's parameters of the tables; the ids of compacted ones
+_TENSOR_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+
+logger = logging.getLogger(__name__)
 
 
 def remove_results(run: Path) -> None:
@@ -38,24 +47,15 @@ def remove_results(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as JSON, atomically."""
-    text = json.dumps(content, indent=2, allow_nan=False, default=str) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json. InputError when there is none or it is damaged."""
     path = run / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; {run} is not the folder of a training run") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); train again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object; train again")
-    return config
 
 
 def read_training(run: Path) -> dict[str, Any]:
@@ -173,23 +173,58 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
     on_cpu = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
+    sealed = dict(metadata) | {_TENSOR_CHECKSUMS: {name: _tensor_sha256(value) for name, value in on_cpu.items()}}
+    sealed[_CHECKSUM] = _metadata_sha256(sealed)
     try:
         with atomic_path(path) as temporary:
             # One entry: safetensors writes several in random order.
-            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(sealed, sort_keys=True)})
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
 
 def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors whose names begin with ``prefix``, and the metadata, of a safetensors file. InputError when it is
-    missing or damaged."""
+    """The tensors whose names begin with ``prefix``, and the metadata, of a safetensors file; checksums are verified.
+
+    A file without checksums was not written by this project; it is taken with a warning. Raises InputError when the
+    file is missing or damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            return {name: file.get_tensor(name) for name in names}, metadata
+            names = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
+    _verify(path, metadata, names, tensors)
+    return tensors, {name: value for name, value in metadata.items() if name not in (_TENSOR_CHECKSUMS, _CHECKSUM)}
+
+
+def _verify(path: Path, metadata: Any, names: set[str], tensors: Mapping[str, Tensor]) -> None:
+    """InputError unless the checksums in the metadata hold."""
+    if isinstance(metadata, dict) and not metadata.keys() & {_CHECKSUM, _TENSOR_CHECKSUMS}:
+        logger.warning("%s: has no checksums, so damage in it would not be seen", path)
+        return
+    if not isinstance(metadata, dict) or metadata.get(_CHECKSUM) != _metadata_sha256(metadata):
+        damaged = "its metadata do"
+    elif metadata[_TENSOR_CHECKSUMS].keys() != names:
+        damaged = "its list of tensors does"
+    else:
+        wrong = [name for name in tensors if _tensor_sha256(tensors[name]) != metadata[_TENSOR_CHECKSUMS][name]]
+        damaged = f"tensor {wrong[0]} does" if wrong else ""
+    if damaged:
+        raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
+
+
+def _tensor_sha256(value: Tensor) -> str:
+    """Of a contiguous tensor's type, shape and bytes on the CPU, which are read where they lie."""
+    digest = hashlib.sha256(json.dumps([str(value.dtype), list(value.shape)]).encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _metadata_sha256(metadata: Mapping[str, Any]) -> str:
+    covered = {name: value for name, value in metadata.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()

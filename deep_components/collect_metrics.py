@@ -12,6 +12,7 @@ from typing import Any
 from deep_components import checkpoint
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.files import read_json
 
 # Arguments in which runs of one method may differ.
 _NOT_THE_METHOD = ("seed", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "loss_type")
@@ -67,11 +68,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read_run(path: Path) -> Run:
     try:
-        results, config = json.loads(path.read_text()), checkpoint.read_config(path.parent)
-    except (OSError, ValueError) as error:  # an InputError is a ValueError
+        results, config = read_json(path), checkpoint.read_config(path.parent)
+    except (OSError, ValueError, RecursionError) as error:  # an InputError is a ValueError
         raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
     needed = {"setting", "data", "test_day", "loss_type", "epochs", "seed", "num_requests"}
-    if not isinstance(results, dict) or not results.keys() >= needed or not isinstance(config.get("arguments"), dict):
+    if not results.keys() >= needed or not isinstance(config.get("arguments"), dict):
         raise InputError(f"{path}: not the results of a run; evaluate the run again")
     return Run(path.parent, config, results)
 

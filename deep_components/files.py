@@ -1,12 +1,21 @@
-"""Writing files so that no reader ever sees half of one."""
+"""Writing files so that no reader ever sees half of one, and JSON that a flipped bit does not pass unseen."""
 
+import errno
+import fcntl
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from deep_components.errors import InputError
+
+_CHECKSUM = "checksum"
+
+logger = logging.getLogger(__name__)
 
 
 def make_folder(path: Path) -> None:
@@ -43,3 +52,75 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Call ``write`` on a temporary file beside ``path``, then rename it. Errors as in :func:`atomic_path`."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         write(file)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON, atomically, with a field that holds the SHA-256 of all others."""
+    plain = json.loads(json.dumps(content, allow_nan=False, default=str))
+    text = json.dumps(plain | {_CHECKSUM: _digest(plain)}, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
+    """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken with a
+    warning unless it ``must_have_checksum``.
+
+    Raises:
+        FileNotFoundError, OSError: it cannot be read.
+        ValueError: it is no JSON object, or not what was written.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    checksum = content.pop(_CHECKSUM, None)
+    if (checksum is not None or must_have_checksum) and checksum != _digest(content):
+        raise ValueError("it does not match its checksum, so it was damaged or changed after it was written")
+    if checksum is None:
+        logger.warning("%s: has no checksum, so damage in it would not be seen", path)
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on ``path``, made if need be, which ends with the process at the latest.
+
+    ``shared`` locks do not exclude one another. Without ``wait``, yields False where another process holds it. Where
+    nothing can be locked, a read-only folder or a file system without locks, a shared lock is none, and others raise
+    OSError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        if not shared:
+            raise
+        yield True
+        return
+    try:
+        yield _lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path, wait)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, kind: int, path: Path, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            return False
+        logger.info("waiting for another process (it holds %s)", path)
+        fcntl.flock(file, kind)
+    except OSError as error:
+        if kind != fcntl.LOCK_SH or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from deep_components import run_test2, run_train2
 from deep_components.dataset.simulate import SimulationSettings, simulate
+from deep_components.files import read_json
 
 DAYS = ("2024-01-13", "2024-01-14", "2024-01-15")  # by default the first two train and the last one tests
 REQUESTS_PER_DAY = 40
@@ -52,7 +53,7 @@ def train(log: Path, run: Path, *flags: str) -> Path:
 def evaluate(log: Path, run: Path, *flags: str) -> dict[str, Any]:
     """Evaluate the run; its metrics.json."""
     run_test2.main(evaluation_arguments(log, run, *flags))
-    return json.loads((run / "metrics.json").read_text())
+    return read_json(run / "metrics.json")
 
 
 def parameters(run: Path) -> dict[str, np.ndarray]:
@@ -70,7 +71,7 @@ def same_parameters(one: Path, other: Path) -> bool:
 
 
 def config(run: Path) -> dict[str, Any]:
-    return json.loads((run / "config.json").read_text())
+    return read_json(run / "config.json")
 
 
 def logged_steps(run: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Checkpoints: what is written comes back exactly; what does not fit is a sentence."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from torch import nn
 
 from deep_components import checkpoint
 from deep_components.errors import InputError
+from deep_components.files import read_json
 
 
 def models(seed: int, width: int = 3) -> dict[str, nn.Module]:
@@ -130,7 +130,7 @@ def test_json_without_nan(tmp_path: Path) -> None:
     checkpoint.write_json(tmp_path / "file", {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.write_json(tmp_path / "file", {"a": float("nan")})
-    assert json.loads((tmp_path / "file").read_text()) == {"a": 1}
+    assert read_json(tmp_path / "file") == {"a": 1}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])

@@ -1,5 +1,6 @@
 """Exit codes and sentences of the commands."""
 
+import subprocess
 import sys
 
 import pytest
@@ -28,6 +29,26 @@ def test_a_mistake_is_one_sentence_and_2(capsys: pytest.CaptureFixture[str]) -> 
 
     assert run_command(mistaken, []) == 2
     assert capsys.readouterr() == ("", "error: data: no such folder; make it\n")
+
+
+def test_a_sentence_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken(_: list[str]) -> None:
+        raise InputError("data: holds 'forged\nlines\r\u2028here'; make it")
+
+    assert run_command(mistaken, []) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: data: holds 'forged lines  here'; make it"]
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    script = "import sys\nfrom deep_components.cli import run_command\n"
+    script += "sys.exit(run_command(lambda _: [print('line', flush=True) for _ in range(100_000)], []))"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_an_interruption_is_130(capsys: pytest.CaptureFixture[str]) -> None:

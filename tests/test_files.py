@@ -1,11 +1,13 @@
-"""Atomic writing: the old file or the new one, never half of one, and no litter."""
+"""Atomic writing: the old file or the new one, never half of one, and no litter; checksums of JSON; locks."""
 
+import errno
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, write_atomically
+from deep_components.files import atomic_path, locked, read_json, write_atomically, write_json
 
 
 def test_writes_and_makes_the_folder(tmp_path: Path) -> None:
@@ -58,3 +60,60 @@ def test_the_new_file_appears_at_the_end_only(tmp_path: Path) -> None:
         assert not path.exists()
         assert temporary.parent == path.parent  # a rename within one folder is atomic
     assert path.read_bytes() == b"new"
+
+
+# ---- JSON with a checksum --------------------------------------------------------------------------------------------
+
+
+def test_json_with_a_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "file.json"
+    content = {"float": 0.1 + 0.2, "text": "ä\n", "list": [1, None, True], "path": tmp_path, "nested": {"b": 1, "a": 2}}
+    write_json(path, content)
+    assert read_json(path) == content | {"path": str(tmp_path)}
+    text = path.read_text()
+    path.write_text(text.replace("0.30000000000000004", "0.3"))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        read_json(path)
+    assert not caplog.records
+
+
+def test_json_without_a_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "file.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    assert f"{path}: has no checksum" in caplog.text
+    with pytest.raises(ValueError, match="checksum"):
+        read_json(path, must_have_checksum=True)
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_excludes_and_ends(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / "a"
+    with locked(path) as ours:
+        assert ours
+        with locked(path, wait=False) as theirs, locked(path, shared=True, wait=False) as reading:
+            assert not theirs and not reading
+    with locked(path, wait=False) as free:
+        assert free
+
+
+def test_shared_locks_do_not_exclude_one_another(tmp_path: Path) -> None:
+    with locked(tmp_path / "a", shared=True) as one, locked(tmp_path / "a", shared=True, wait=False) as other:
+        assert one and other
+        with locked(tmp_path / "a", wait=False) as alone:
+            assert not alone
+
+
+def test_where_nothing_can_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with locked(tmp_path / "file" / "lock", shared=True) as reading:
+        assert reading
+    with pytest.raises(OSError), locked(tmp_path / "file" / "lock"):
+        pass
+    no_locks = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    with mock.patch("fcntl.flock", no_locks), locked(tmp_path / "a", shared=True) as reading:
+        assert reading
+    with mock.patch("fcntl.flock", no_locks), pytest.raises(OSError, match="No locks"), locked(tmp_path / "a"):
+        pass

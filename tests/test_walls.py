@@ -151,3 +151,48 @@ def test_importing_has_no_side_effect(tmp_path: Path) -> None:
     assert result.stderr == ""
     assert list(tmp_path.iterdir()) == []
     assert tree() == before
+
+
+def dangerous(tree: ast.AST) -> list[str]:
+    """What runs, or may run, what a file says: unrestricted unpickling, evaluation, shells."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "marshal", "shelve", "joblib", "dill"):
+            found.append(f"from {node.module}")
+        if isinstance(node, ast.Import):
+            found += [
+                name.name for name in node.names if name.name in ("marshal", "shelve", "joblib", "dill", "cPickle")
+            ]
+        if isinstance(node, ast.Attribute):
+            called = ast.unparse(node)
+            if called in (
+                "pickle.load",
+                "pickle.loads",
+                "pickle.Unpickler",
+                "os.system",
+                "np.core.multiarray.fromfile",
+            ):
+                found.append(called)
+        if isinstance(node, ast.Call):
+            call, text = ast.unparse(node.func), ast.unparse(node)
+            if call in ("eval", "exec", "__import__", "compile") or "allow_pickle=True" in text or "shell=True" in text:
+                found.append(text)
+            if call == "torch.load" and "weights_only=True" not in text:
+                found.append(text)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *sorted((PACKAGE.parent / "benchmarks").glob("*.py"))], ids=lambda p: p.stem
+)
+def test_no_file_can_run_anything(path: Path) -> None:
+    assert not dangerous(ast.parse(path.read_text()))
+
+
+def test_what_is_dangerous_is_seen() -> None:
+    samples = ["pickle.load(file)", "x = pickle.Unpickler", "torch.load(path)", "torch.load(p, weights_only=False)"]
+    samples += ["from pickle import load", "import marshal", "np.load(p, allow_pickle=True)", "eval(text)"]
+    samples += ["subprocess.run(text, shell=True)", "os.system(text)"]
+    assert all(dangerous(ast.parse(sample)) for sample in samples)
+    sound = "torch.load(p, weights_only=True); np.load(p); pickle.dump(x, file); model.eval(); re.compile(x)"
+    assert not dangerous(ast.parse(sound))

@@ -9,6 +9,7 @@ from deep_components.errors import InputError
 
 _QUARTER_HOUR = 900  # nearly all changes of an offset lie at multiples of it
 MIN_SECONDS, MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
+MIN_REQUEST_SECONDS = 631_152_000  # 1990-01-01: seconds taken for milliseconds give a day in January 1970
 
 
 def time_zone(name: str) -> ZoneInfo:

@@ -3,7 +3,11 @@
 ``cache_dir/<cascade>/<day>-<log>-<key>/`` holds one .npy file a column and ``meta.json``. The key is a digest of all
 that the content depends on (the source files' sizes and modification times, the id counts, the cascade's groups, the
 time zone and FORMAT_VERSION), so a stale cache is never opened. A folder is written under a temporary name and renamed;
-every column's SHA-256 is checked when it is opened, and a damaged folder is built anew.
+the SHA-256 of meta.json and of every column is checked when it is opened, and a damaged folder is built anew.
+
+Processes share caches: each holds a lock of the day, shared while it opens, exclusive while it builds or removes. So a
+second process waits for the first one's cache, and a temporary folder whose day can be locked is one that a killed
+process has left.
 """
 
 import hashlib
@@ -33,10 +37,13 @@ from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
 from deep_components.dataset.clock import time_zone
 from deep_components.dataset.encoding import LOG_COLUMN, ColumnFiles, encode_day
+from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
+from deep_components.files import locked, read_json, sha256_of, write_json
 from deep_components.vocabulary import IdSet
 
 FORMAT_VERSION = 2
+_META = "meta.json"
 _ID_SETS = "ids."
 _ROWS_PER_CHUNK = 1 << 14
 DEFAULT_TIME_ZONE = "Asia/Shanghai"
@@ -123,17 +130,40 @@ def open_day(
     # The log is in the name too: logs that share a --cache_dir must not take each other's days for stale.
     log = hashlib.sha256(f"{data_dir.resolve()}|{zone}".encode()).hexdigest()[:8]
     folder = parent / f"{day}-{log}-{key}"
-    if folder.exists():
-        damage = _damage(folder)
-        if damage is None:
+    with locked(_lock_path(parent, f"{day}-{log}"), shared=True):
+        if folder.exists() and _damage(folder, identity) is None:
             return _open_folder(folder, day, cascade, history_length)
-        logger.warning("%s: the cache is damaged (%s) and is built anew", folder, damage)
-        _remove_folder(folder)
-    _build_folder(folder, data_dir, day, cascade, counts, zone, identity)
-    for stale in parent.glob(f"{day}-{log}-*"):
-        if stale != folder:
-            _remove_folder(stale)
-    return _open_folder(folder, day, cascade, history_length)
+    try:
+        with locked(_lock_path(parent, f"{day}-{log}")):
+            damage = _damage(folder, identity) if folder.exists() else None
+            if damage is not None:
+                logger.warning("%s: the cache is damaged (%s) and is built anew", folder, damage)
+                shutil.rmtree(folder)
+            if not folder.exists():  # else another process has built it meanwhile
+                _build_folder(folder, data_dir, day, cascade, counts, zone, identity)
+                for stale in parent.glob(f"{day}-{log}-*"):
+                    if stale != folder:
+                        shutil.rmtree(stale)
+            opened = _open_folder(folder, day, cascade, history_length)
+        _remove_leftovers(parent)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
+        ) from error
+    return opened
+
+
+def _lock_path(parent: Path, day_and_log: str) -> Path:
+    return parent.parent / ".locks" / f"{parent.name}-{day_and_log}"
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the temporary folders of processes that were killed: of those at work, the day is locked."""
+    for leftover in parent.glob(".*.tmp"):
+        day_and_log = leftover.name[1:].partition(".")[0].rpartition("-")[0]
+        with locked(_lock_path(parent, day_and_log), wait=False) as free:
+            if free:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def default_cache_dir(data_dir: Path) -> Path:
@@ -175,22 +205,14 @@ def _build_folder(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
+        verify(data_dir, recflow.day_paths(data_dir, day))
         repairs = encode_day(data_dir, day, cascade, counts, time_zone(zone), ColumnFiles(temporary))
         _write_id_sets(temporary, counts)
         files = {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
+            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
         }
-        meta = {"identity": identity, "repairs": repairs, "files": files}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process has built the same folder meanwhile: use that one
-                raise
-    except OSError as error:
-        raise InputError(
-            f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
-        ) from error
+        write_json(temporary / _META, {"identity": identity, "repairs": repairs, "files": files})
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -205,18 +227,8 @@ def _write_id_sets(folder: Path, counts: Mapping[str, int]) -> None:
         np.save(folder / f"{_ID_SETS}{field}.npy", IdSet.of((padding, *chunks), counts[column] + 2).bits)
 
 
-def _remove_folder(folder: Path) -> None:
-    """Rename first: no reader finds a folder half removed."""
-    doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return  # another process was faster
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
 def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) -> DayCache:
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / _META, must_have_checksum=True)
     columns = {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["files"]}
     id_bits = {name.removeprefix(_ID_SETS): columns.pop(name) for name in list(columns) if name.startswith(_ID_SETS)}
     group = np.repeat(np.arange(len(cascade.groups)), cascade.group_size)
@@ -228,22 +240,19 @@ def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) 
     return DayCache(day, columns, group, meta["repairs"], checksum, id_bits, history_length)
 
 
-def _damage(folder: Path) -> str | None:
+def _damage(folder: Path, identity: Mapping[str, Any]) -> str | None:
     """What is wrong with the folder, or None."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if not isinstance(meta["repairs"], dict):
-            return "meta.json has no counts of repairs"
+        meta = read_json(folder / _META, must_have_checksum=True)
+        if meta["identity"] != json.loads(json.dumps(identity)) or not isinstance(meta["repairs"], dict):
+            return f"{_META} is another cache's"
+        if {*meta["files"], _META} != {path.name for path in folder.iterdir()}:
+            return "its files are not those that were written"
         for name, expected in meta["files"].items():
             if (folder / name).stat().st_size != expected["size"]:
                 return f"{name} has another size"
-            if _sha256(folder / name) != expected["sha256"]:
+            if sha256_of(folder / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,8 +5,11 @@ together.
 """
 
 import logging
+import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -15,7 +18,7 @@ from deep_components.batch import ITEM_FIELDS, PADDING_INDEX
 from deep_components.cascade import LABEL_CEILING, Cascade
 from deep_components.cli import progress
 from deep_components.dataset import recflow
-from deep_components.dataset.clock import MAX_SECONDS, MIN_SECONDS, wall_clock
+from deep_components.dataset.clock import MAX_SECONDS, MIN_REQUEST_SECONDS, MIN_SECONDS, wall_clock
 from deep_components.dataset.safe_pickle import PickledArray
 from deep_components.errors import InputError
 
@@ -34,6 +37,8 @@ LOG_COLUMN = {
 }
 UNSHIFTED = ("category_one",)  # encoded as it is; every other id is encoded as id + 1
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
 _REQUEST_IDS = ("user", "device", "gender", "age", "province")
@@ -42,30 +47,46 @@ _TIMES = ("weekday", "hour", "minute")
 _ITEM_WIDTH = 7  # columns of an item's row that are used
 _HISTORY_WIDTH = 8
 _MAX_WIDTH = 64  # a wider row is damage, and would be paid for in memory
-_REQUESTS_PER_CHUNK = 8192
-_LABEL_RANGE = np.iinfo(np.int16)
+_ROWS_PER_COPY = 8192
+_MAX_POSITION = int(np.iinfo(np.int16).max)  # of an item in the true order
+_MAX_VIDEO = (1 << 32) - 1
 
 
 class ColumnFiles:
-    """Columns written piece by piece into .npy files of one folder."""
+    """Columns written piece by piece into .npy files of one folder.
+
+    A file is mapped only while a piece is written, so that the pages of the whole day never count as memory; its space
+    on the disk is reserved first, so that a full disk is an OSError and not a SIGBUS.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, np.ndarray] = {}
+        self._layouts: dict[str, dict[str, Any]] = {}  # column -> where in its file what lies, as np.memmap takes it
 
-    def write(self, name: str, chunk: slice, total: int, values: np.ndarray, dtype: np.dtype) -> None:
-        """Put ``values`` at the rows ``chunk`` of column ``name``, which has ``total`` rows of ``dtype``."""
-        if name not in self._open:
-            self._open[name] = np.lib.format.open_memmap(
-                self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(total, *values.shape[1:])
-            )
-        self._open[name][chunk] = values
+    def write(
+        self, name: str, rows: np.ndarray | slice, total: int, values: np.ndarray, dtype: np.dtype | type[np.generic]
+    ) -> None:
+        """Put ``values`` at the ``rows`` of column ``name``, which has ``total`` rows of ``dtype``, zero at first."""
+        path = self.folder / f"{name}.npy"
+        if name in self._layouts:
+            np.memmap(path, mode="r+", **self._layouts[name])[rows] = values
+            return
+        column = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(total, *values.shape[1:]))
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        self._layouts[name] = {"offset": column.offset, "shape": column.shape, "dtype": column.dtype}
+        column[rows] = values
 
-    def close(self) -> None:
-        """Write all columns back to disk."""
-        for column in self._open.values():
-            column.flush()  # type: ignore[attr-defined]
-        self._open.clear()
+    def keep(self, rows: np.ndarray) -> None:
+        """Leave only these rows (positions, rising) of every column written so far."""
+        before, self._layouts = self._layouts, {}
+        for name, layout in before.items():
+            path = self.folder / f"{name}.npy"
+            old = path.rename(path.with_suffix(".old"))
+            for first in range(0, len(rows), _ROWS_PER_COPY):
+                values = np.memmap(old, mode="r", **layout)[rows[first : first + _ROWS_PER_COPY]]
+                self.write(name, slice(first, first + len(values)), len(rows), values, values.dtype)
+            old.unlink()
 
 
 def encode_day(
@@ -74,6 +95,9 @@ def encode_day(
     """Write the columns of ``day`` to ``files``: request_id, request.<field> [R], history.<field> and history.mask
     [R, 50], items.<field>, items.label and items.mask [R, N].
 
+    The day's files are read once, in pieces of some thousand requests. Beyond a piece, the memory taken is that of the
+    requests' own fields and of the true positions: some 0.6 KB a request.
+
     Returns:
         what was left out or repaired, counted.
 
@@ -81,66 +105,113 @@ def encode_day(
         InputError: a file is missing, damaged, or holds a value that cannot be encoded.
     """
     logger.info("%s: encoding into the columnar cache (once)", day)
-    repairs: dict[str, int] = {}
-    source = recflow.feather_path(data_dir, day)
+    source, path = recflow.feather_path(data_dir, day), recflow.request_path(data_dir, day)
     truth = cascade.groups[0]
     assert truth.index_field is not None
     log = recflow.read_requests(source, truth.name, truth.index_field)
-    path = recflow.request_path(data_dir, day)
-    items = recflow.read_request_dict(path)
-    listed = np.fromiter(
-        (key in items for key in log.fields["request_id"].tolist()), bool, len(log.fields["request_id"])
-    )
-    repairs["requests of all_stage without items in request_id_dict, left out"] = int((~listed).sum())
-    repairs["requests of request_id_dict without rows in all_stage, left out"] = len(items) - int(listed.sum())
-    requests = {name: values[listed] for name, values in log.fields.items()}
-    ids = requests["request_id"].tolist()
-    if not ids:
-        raise InputError(f"{path}: none of its requests stands in {source}; fetch both files again")
+    repairs = {"requests whose rows disagree in a field of the request, the first row taken": log.disagreeing}
+    ids = log.fields["request_id"]
     encoder = _Encoder(counts, zone, files, len(ids))
-    encoder.requests(source, requests)
-    positions = _TruePositions(log, requests["request_id"])
+    places = _Places(path, ids)
+    positions = _TruePositions(source, truth.index_field, log, places)
+    repairs[f"items with several {truth.index_field}, the first taken"] = positions.ambiguous
     unplaced = 0
-    for chunk in progress(_chunks(len(ids)), f"{day}: items", "chunk"):
-        unplaced += encoder.items(path, chunk, ids[chunk], [items[key] for key in ids[chunk]], cascade, positions)
+    for piece in progress(recflow.read_request_dict(path), f"{day}: items", "piece"):
+        rows, keys, groups = places.take(piece)
+        unplaced += encoder.items(path, rows, keys, groups, cascade, positions)
+    listed = np.flatnonzero(places.taken)
+    repairs["requests of all_stage without items in request_id_dict, left out"] = len(ids) - len(listed)
+    repairs["requests of request_id_dict without rows in all_stage, left out"] = places.strangers
     repairs[f"items of {truth.name} without {truth.index_field} in all_stage, left out"] = unplaced
-    del items
-    path = recflow.history_path(data_dir, day)
-    histories = recflow.read_history_dict(path)
-    repairs["requests without a history in seq_effective_50_dict, given an empty one"] = sum(
-        key not in histories for key in ids
-    )
-    for chunk in progress(_chunks(len(ids)), f"{day}: histories", "chunk"):
-        encoder.histories(path, chunk, ids[chunk], [histories.get(key) for key in ids[chunk]])
-    files.close()
+    if not len(listed):
+        raise InputError(f"{path}: none of its requests stands in {source}; fetch both files again")
+    if len(listed) < len(ids):
+        files.keep(listed)
+    encoder.total = len(listed)
+    encoder.requests(source, {name: values[listed] for name, values in log.fields.items()})
+    places = _Places(recflow.history_path(data_dir, day), ids[listed])
+    del log, positions, ids
+    encoder.histories(places.path, np.zeros(0, np.int64), [], [])  # what no history is written to is padding
+    for day_piece in progress(recflow.read_history_dict(places.path), f"{day}: histories", "piece"):
+        encoder.histories(places.path, *places.take(day_piece))
+    repairs["requests without a history in seq_effective_50_dict, given an empty one"] = int((~places.taken).sum())
     return repairs
 
 
+class _Places:
+    """Where the requests of a day stand in its columns; each may be taken from ``path`` once."""
+
+    def __init__(self, path: Path, request_ids: np.ndarray) -> None:
+        self.path = path
+        self._order = np.argsort(request_ids)
+        self._sorted_ids = request_ids[self._order]
+        self.taken = np.zeros(len(request_ids), bool)
+        self.strangers = 0  # requests met that have no place
+
+    def of(self, request_ids: np.ndarray) -> np.ndarray:
+        """The places of requests, -1 for those that have none."""
+        near = np.searchsorted(self._sorted_ids, request_ids).clip(max=len(self._sorted_ids) - 1)
+        return np.where(self._sorted_ids[near] == request_ids, self._order[near], -1)
+
+    def take(self, piece: Sequence[tuple[int, T]]) -> tuple[np.ndarray, list[int], list[T]]:
+        """(places, request ids, values) of those requests of the piece that have a place.
+
+        Raises InputError when one comes a second time.
+        """
+        places = self.of(np.array([key for key, _ in piece], np.int64))
+        known = places >= 0
+        self.strangers += int((~known).sum())
+        keys = [key for (key, _), here in zip(piece, known.tolist(), strict=True) if here]
+        values = [value for (_, value), here in zip(piece, known.tolist(), strict=True) if here]
+        rows = places[known]
+        again = self.taken[rows]
+        self.taken[rows] = True
+        again[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
+        if again.any():
+            raise InputError(f"{self.path}: holds request {keys[again.argmax()]} twice; fetch the file again")
+        return rows, keys, values
+
+
 class _TruePositions:
-    """Looks up the true position of (request, video) pairs."""
+    """Looks up the true position of (request, video) pairs.
 
-    def __init__(self, log: recflow.Requests, request_ids: np.ndarray) -> None:
-        self._sorted_ids = np.sort(request_ids)
-        known = np.isin(log.truth_request_id, request_ids)
-        keys = self._keys(log.truth_request_id[known], log.truth_video_id[known])
+    ``ambiguous`` counts pairs that the log gives several positions, the first of which is taken; a negative position is
+    none. Raises InputError for one that a label cannot hold, and for a video that no table can.
+    """
+
+    def __init__(self, path: Path, field: str, log: recflow.Requests, places: _Places) -> None:
+        given = log.truth_index >= 0
+        videos, index = log.truth_video_id[given], log.truth_index[given]
+        wrong = (index > _MAX_POSITION) | (videos < 0) | (videos > _MAX_VIDEO)
+        if wrong.any():
+            row = wrong.argmax()
+            what = f"{field} is {index[row]}" if index[row] > _MAX_POSITION else f"video_id is {videos[row]}"
+            raise InputError(
+                f"{path}: request {log.truth_request_id[given][row]}: {what}, outside the 0 .. "
+                f"{_MAX_POSITION if index[row] > _MAX_POSITION else _MAX_VIDEO} that it can be; fetch the file again"
+            )
+        keys = self._keys(places.of(log.truth_request_id[given]), videos)
         order = np.argsort(keys, kind="stable")
-        self._known, self._index = keys[order], log.truth_index[known][order]
+        self._known, self._index = keys[order], index[order].astype(np.int16)
+        first = np.searchsorted(self._known, self._known)  # of the equal keys
+        self.ambiguous = len(np.unique(self._known[self._index != self._index[first]]))
 
-    def _keys(self, request_ids: np.ndarray, video_ids: np.ndarray) -> np.ndarray:
-        """One int64 for a pair: the request's place among all, then the video, which has fewer than 2^32 ids."""
-        return (np.searchsorted(self._sorted_ids, request_ids) << 32) + video_ids
+    @staticmethod
+    def _keys(places: np.ndarray, video_ids: np.ndarray) -> np.ndarray:
+        """One int64 for a pair: the request's place, then the video, which has fewer than 2^32 ids."""
+        return (places << 32) + video_ids
 
-    def find(self, request_ids: np.ndarray, video_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(positions, whether each is known) of pairs [R, 10]; ``request_ids`` is [R, 1]."""
+    def find(self, places: np.ndarray, video_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(positions, whether each is known) of pairs [R, 10]; ``places`` is [R, 1]."""
         if not len(self._known):
             return np.zeros_like(video_ids), np.zeros(video_ids.shape, bool)
-        keys = self._keys(request_ids, np.clip(video_ids, 0, (1 << 32) - 1))
+        keys = self._keys(places, np.clip(video_ids, 0, _MAX_VIDEO))
         place = np.searchsorted(self._known, keys).clip(max=len(self._known) - 1)
-        return self._index[place], self._known[place] == keys
+        return self._index[place].astype(np.int64), self._known[place] == keys
 
 
 class _Encoder:
-    """Encodes chunks of requests and hands the columns to the files."""
+    """Encodes pieces of a day and hands the columns to the files."""
 
     def __init__(self, counts: Mapping[str, int], zone: ZoneInfo, files: ColumnFiles, total: int) -> None:
         self.counts, self.zone, self.files, self.total = counts, zone, files, total
@@ -148,10 +219,8 @@ class _Encoder:
     def requests(self, path: Path, log: Mapping[str, np.ndarray]) -> None:
         """Encode the request side, columns of the feather file."""
         everything = slice(0, self.total)
-        self._write("request_id", everything, log["request_id"], np.dtype(np.int64))
-        self._write_times(
-            "request", everything, path, log["request_id"].tolist(), log["request_timestamp"] // 1000, None
-        )
+        self._write("request_id", everything, log["request_id"], np.int64)
+        self._write_times("request", everything, path, log["request_id"], log["request_timestamp"] // 1000, None)
 
         def place_of(row: tuple[int, ...]) -> str:
             return f"request {log['request_id'][row[0]]}"
@@ -163,13 +232,14 @@ class _Encoder:
     def items(
         self,
         path: Path,
-        chunk: slice,
-        ids: list[int],
+        rows: np.ndarray,
+        ids: Sequence[int],
         requests: Sequence[Mapping[str, PickledArray]],
         cascade: Cascade,
         positions: _TruePositions,
     ) -> int:
-        """Encode all groups of a chunk; returns the number of ground-truth items left out for want of a position."""
+        """Encode all groups of requests whose places are ``rows``; returns the number of ground-truth items left out
+        for want of a position."""
         parts = [
             _stack(
                 path,
@@ -181,52 +251,51 @@ class _Encoder:
             )
             for group in cascade.groups
         ]
-        rows = np.concatenate([rows for rows, _ in parts], axis=1)  # [b, N, 7]
+        values = np.concatenate([values for values, _ in parts], axis=1)  # [b, N, 7]
         mask = np.concatenate([present for _, present in parts], axis=1)  # [b, N]
         labels = np.zeros(mask.shape, np.int64)
         size = cascade.group_size
         for place, group in enumerate(cascade.groups[1:], start=1):
             labels[:, place * size : (place + 1) * size] = group.label()
-        index, known = positions.find(np.array(ids)[:, None], rows[:, :size, 0])
+        index, known = positions.find(rows[:, None], values[:, :size, 0])
         labels[:, :size] = np.where(known, LABEL_CEILING - index, 0)
         unplaced = mask[:, :size] & ~known
         mask[:, :size] &= known
-        if (labels < _LABEL_RANGE.min).any() or (labels > _LABEL_RANGE.max).any():
-            raise InputError(
-                f"{path}: a label lies outside 16 bits; check {cascade.groups[0].index_field} in all_stage"
-            )
 
         def place_of(row: tuple[int, ...]) -> str:
             return f"request {ids[row[0]]}, {cascade.groups[row[1] // size].name}"
 
         columns = {field: recflow.ITEM_COLUMNS.index(LOG_COLUMN[field]) for field in _CONTENT_IDS}
         for field, column in columns.items():
-            encoded = self._encode(path, field, rows[:, :, column], mask, place_of)
+            encoded = self._encode(path, field, values[:, :, column], mask, place_of)
             encoded[~mask] = PADDING_INDEX.get(field, 0)
-            self._write(f"items.{field}", chunk, encoded, self._dtype(field))
-        uploaded = rows[:, :, recflow.ITEM_COLUMNS.index("upload_timestamp")]
-        self._write_times("items", chunk, path, ids, uploaded, mask)
-        self._write("items.label", chunk, labels, np.dtype(np.int16))
-        self._write("items.mask", chunk, mask, np.dtype(bool))
+            self._write(f"items.{field}", rows, encoded, self._dtype(field))
+        uploaded = values[:, :, recflow.ITEM_COLUMNS.index("upload_timestamp")]
+        self._write_times("items", rows, path, ids, uploaded, mask)
+        self._write("items.label", rows, labels, np.int16)
+        self._write("items.mask", rows, mask, np.bool_)
         return int(unplaced.sum())
 
-    def histories(self, path: Path, chunk: slice, ids: list[int], histories: Sequence[PickledArray | None]) -> None:
-        """Encode the histories of a chunk; padding positions are 0 in every field, category_one too."""
+    def histories(self, path: Path, rows: np.ndarray, ids: Sequence[int], histories: Sequence[PickledArray]) -> None:
+        """Encode the histories of requests whose places are ``rows``; padding positions are 0 in every field,
+        category_one too."""
         length = recflow.HISTORY_LENGTH
         for request_id, history in zip(ids, histories, strict=True):
-            if history is not None and history.shape[:1] != (length,):
+            if history.shape[:1] != (length,):
                 raise InputError(
-                    f"{path}: the history of request {request_id} has shape {history.shape}, "
+                    f"{path}: the history of request {request_id} has shape {reprlib.repr(history.shape)}, "
                     f"not {length} rows; fetch the file again"
                 )
-        rows, _ = _stack(path, "the history", ids, histories, length, _HISTORY_WIDTH)
-        mask = rows[:, :, recflow.HISTORY_COLUMNS.index("request_timestamp")] != 0
+        values, _ = _stack(path, "the history", ids, histories, length, _HISTORY_WIDTH)
+        mask = values[:, :, recflow.HISTORY_COLUMNS.index("request_timestamp")] != 0
         for field in _CONTENT_IDS:
             column = recflow.HISTORY_COLUMNS.index(LOG_COLUMN[field])
-            encoded = self._encode(path, field, rows[:, :, column], mask, lambda row: f"request {ids[row[0]]}, history")
+            encoded = self._encode(
+                path, field, values[:, :, column], mask, lambda row: f"request {ids[row[0]]}, history"
+            )
             encoded[~mask] = 0
-            self._write(f"history.{field}", chunk, encoded, self._dtype(field))
-        self._write("history.mask", chunk, mask, np.dtype(bool))
+            self._write(f"history.{field}", rows, encoded, self._dtype(field))
+        self._write("history.mask", rows, mask, np.bool_)
 
     def _encode(
         self,
@@ -252,28 +321,32 @@ class _Encoder:
     def _write_times(
         self,
         prefix: str,
-        chunk: slice,
+        rows: np.ndarray | slice,
         path: Path,
-        ids: Sequence[int],
+        ids: Sequence[int] | np.ndarray,
         seconds: np.ndarray,
         mask: np.ndarray | None,
     ) -> None:
-        column = "request_timestamp" if prefix == "request" else "upload_timestamp"
+        column, first = "request_timestamp", MIN_REQUEST_SECONDS
+        if mask is not None:
+            column, first = "upload_timestamp", MIN_SECONDS
         known = seconds if mask is None else np.where(mask, seconds, 0)
-        wrong = np.argwhere((known < MIN_SECONDS) | (known >= MAX_SECONDS))
+        wrong = np.argwhere((known < first) | (known >= MAX_SECONDS))
         if len(wrong):
             raise InputError(
                 f"{path}: request {ids[wrong[0][0]]}: {column} is {known[tuple(wrong[0])]} s, outside the years "
-                "1900 to 2200; is it in the unit that data/README.md names?"
+                f"{'1990' if mask is None else '1900'} to 2200; is it in the unit that data/README.md names?"
             )
         encoded = wall_clock(known, self.zone)
         for field, values in zip(_TIMES, encoded, strict=True):
             if mask is not None:
                 values[~mask] = 0
-            self._write(f"{prefix}.{field}", chunk, values, np.dtype(np.uint8))
+            self._write(f"{prefix}.{field}", rows, values, np.uint8)
 
-    def _write(self, name: str, chunk: slice, values: np.ndarray, dtype: np.dtype) -> None:
-        self.files.write(name, chunk, self.total, values, dtype)
+    def _write(
+        self, name: str, rows: np.ndarray | slice, values: np.ndarray, dtype: np.dtype | type[np.generic]
+    ) -> None:
+        self.files.write(name, rows, self.total, values, dtype)
 
     def _dtype(self, field: str) -> np.dtype:
         """The smallest unsigned type that holds every index of the field's table of count + 2 rows."""
@@ -296,8 +369,8 @@ def _stack(
             continue
         if len(array.shape) != 2 or not width <= array.shape[1] <= _MAX_WIDTH:
             raise InputError(
-                f"{path}: request {ids[place]}, {what}: shape {array.shape}, not rows of {width} to {_MAX_WIDTH} "
-                "columns; fetch the file again"
+                f"{path}: request {ids[place]}, {what}: shape {reprlib.repr(array.shape)}, not rows of {width} to "
+                f"{_MAX_WIDTH} columns; fetch the file again"
             )
         columns = columns or array.shape[1]
         counts[place] = min(array.shape[0], limit)
@@ -320,10 +393,6 @@ def _integer_rows(path: Path, what: str, array: PickledArray, limit: int, column
     if not np.array_equal(rows[:, : values.shape[1]], values):
         raise InputError(f"{path}: {what}: holds a number that is not an integer of 64 bits; fetch the file again")
     return rows.tobytes()
-
-
-def _chunks(total: int) -> list[slice]:
-    return [slice(first, min(first + _REQUESTS_PER_CHUNK, total)) for first in range(0, total, _REQUESTS_PER_CHUNK)]
 
 
 assert (*_CONTENT_IDS, *_TIMES) == ITEM_FIELDS

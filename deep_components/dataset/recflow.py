@@ -15,6 +15,7 @@ import datetime
 import json
 import pickle
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ import pyarrow as pa
 import pyarrow.feather
 
 from deep_components.cli import progress
-from deep_components.dataset.safe_pickle import PickledArray, load_pickle
+from deep_components.dataset.manifest import verify
+from deep_components.dataset.safe_pickle import PickledArray, iterate_pickle, load_pickle
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 
@@ -73,6 +75,7 @@ ORIGIN_FILE = "others/origin.json"
 PERIOD_1 = tuple(str(datetime.date(2024, 1, 13) + datetime.timedelta(days=offset)) for offset in range(23))
 
 _FEATHER_ROWS_PER_BATCH = 1 << 16
+_REQUESTS_PER_PIECE = 2000
 _COUNT_ALIASES = {"photo_id": "video_id"}  # the released id_cnt.pkl also has a blank before category_level_two
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
@@ -107,7 +110,7 @@ def available_days(root: Path, named: bool = False) -> list[str]:
     Raises InputError when there is none; and when a day lacks a file, unless the user has ``named`` the days to use: a
     day that fell out silently would change what is trained and tested on.
     """
-    complete, incomplete = _days(root)
+    complete, incomplete = days_of(root)
     if not complete:
         raise InputError(
             f"{root}: no day has its files in all_stage, request_id_dict and seq_effective_50_dict; "
@@ -119,14 +122,25 @@ def available_days(root: Path, named: bool = False) -> list[str]:
     return complete
 
 
-def _days(root: Path) -> tuple[list[str], list[str]]:
-    """Days with all, and days with only some of their three files."""
+def days_of(root: Path) -> tuple[list[str], list[str]]:
+    """Days with all, and days with only some of their three files. InputError for a day that is no date."""
     names = [
         {path.stem for path in example.parent.glob(f"*{example.suffix}") if _DAY.fullmatch(path.stem)}
         for example in day_paths(root, "any")
     ]
+    for day in sorted(set.union(*names)):
+        if not _is_date(day):
+            file = next(path for path in day_paths(root, day) if path.exists())
+            raise InputError(f"{file}: {day} is no date; name the day's files by it, or remove them")
     complete = set.intersection(*names)
     return sorted(complete), sorted(set.union(*names) - complete)
+
+
+def _is_date(day: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(day))
+    except ValueError:
+        return False
 
 
 def read_origin(root: Path) -> str:
@@ -134,11 +148,16 @@ def read_origin(root: Path) -> str:
     Period 1 is there, else "unlabelled"."""
     try:
         origin = json.loads((root / ORIGIN_FILE).read_text())["data"]
+        verify(root, [root / ORIGIN_FILE])
     except FileNotFoundError:
-        return "recflow" if set(PERIOD_1) <= set(_days(root)[0]) else "unlabelled"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return "recflow" if set(PERIOD_1) <= set(days_of(root)[0]) else "unlabelled"
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{root / ORIGIN_FILE}: not readable ({error}); make the log again") from error
-    return str(origin)
+    if not isinstance(origin, str) or not origin.isprintable() or not 0 < len(origin) <= 100:
+        raise InputError(f"{root / ORIGIN_FILE}: field data is {reprlib.repr(origin)}, not a name; make the log again")
+    return origin
 
 
 def read_id_counts(root: Path) -> dict[str, int]:
@@ -148,51 +167,74 @@ def read_id_counts(root: Path) -> dict[str, int]:
     """
     path = id_count_path(root)
     content = load_pickle(path)
+    verify(root, [path])
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dict of counts; fetch the file again")
-    counts = {_COUNT_ALIASES.get(str(key).strip(), str(key).strip()): value for key, value in content.items()}
+    counts: dict[str, Any] = {}
+    for key, value in content.items():
+        field = _COUNT_ALIASES.get(str(key).strip(), str(key).strip())
+        if field in counts and field in ID_COUNT_FIELDS and counts[field] != value:
+            raise InputError(f"{path}: field {field} is there twice, with different counts; fetch the file again")
+        counts[field] = value
     for field in ID_COUNT_FIELDS:
         if type(counts.get(field)) is not int or not 0 < counts[field] < 1 << 32:
             raise InputError(
-                f"{path}: field {field} is {counts.get(field)!r}, not a count of ids; fetch the file again"
+                f"{path}: field {field} is {reprlib.repr(counts.get(field))}, not a count of ids; fetch the file again"
             )
     return {field: counts[field] for field in ID_COUNT_FIELDS}
 
 
-def read_request_dict(path: Path) -> dict[int, dict[str, PickledArray]]:
-    """``request_id_dict/<day>.pkl``: {request_id: {group: rows}}. InputError unless it has that form."""
-    requests = _keyed_by_request(path)
-    for request_id, groups in requests.items():
-        if not isinstance(groups, dict) or not all(isinstance(rows, PickledArray) for rows in groups.values()):
-            raise InputError(f"{path}: request {request_id} is not a dict of arrays by group; fetch the file again")
-    return requests
+Groups = dict[str, PickledArray]
 
 
-def read_history_dict(path: Path) -> dict[int, PickledArray]:
-    """``seq_effective_50_dict/<day>.pkl``: {request_id: rows}. InputError unless it has that form."""
-    histories = _keyed_by_request(path)
-    for request_id, rows in histories.items():
-        if not isinstance(rows, PickledArray):
-            raise InputError(f"{path}: the history of request {request_id} is not an array; fetch the file again")
-    return histories
+def read_request_dict(path: Path) -> Iterator[list[tuple[int, Groups]]]:
+    """``request_id_dict/<day>.pkl``: (request_id, {group: rows}) of all requests, some thousand at a time.
+
+    InputError, when it comes to that, where the file has not that form.
+    """
+    for requests in _keyed_by_request(path):
+        for request_id, groups in requests:
+            if not isinstance(groups, dict) or not all(isinstance(rows, PickledArray) for rows in groups.values()):
+                raise InputError(f"{path}: request {request_id} is not a dict of arrays by group; fetch the file again")
+        yield requests
 
 
-def _keyed_by_request(path: Path) -> dict[int, Any]:
-    content = load_pickle(path)
-    if not isinstance(content, dict) or not all(type(key) is int for key in content):
-        raise InputError(f"{path}: not a dict keyed by request ids; fetch the file again")
-    return content
+def read_history_dict(path: Path) -> Iterator[list[tuple[int, PickledArray]]]:
+    """``seq_effective_50_dict/<day>.pkl``: (request_id, rows) of all requests, some thousand at a time.
+
+    InputError, when it comes to that, where the file has not that form.
+    """
+    for histories in _keyed_by_request(path):
+        for request_id, rows in histories:
+            if not isinstance(rows, PickledArray):
+                raise InputError(f"{path}: the history of request {request_id} is not an array; fetch the file again")
+        yield histories
+
+
+def _keyed_by_request(path: Path) -> Iterator[list[tuple[int, Any]]]:
+    waiting: list[tuple[int, Any]] = []
+    for items in iterate_pickle(path):
+        if not all(type(key) is int and -(1 << 63) <= key < 1 << 63 for key, _ in items):
+            raise InputError(f"{path}: not a dict keyed by request ids; fetch the file again")
+        waiting += items
+        if len(waiting) >= _REQUESTS_PER_PIECE:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
 
 
 @dataclass(frozen=True)
 class Requests:
     """The request side of a day: one [R] int64 array for each of REQUEST_COLUMNS, in order of first appearance, and
-    the true positions of the ground-truth items, one entry per row flagged so."""
+    the true positions of the ground-truth items, one entry per row flagged so. ``disagreeing`` counts the requests
+    whose rows differ in one of their fields; the first row counts."""
 
     fields: Mapping[str, np.ndarray]
     truth_request_id: np.ndarray
     truth_video_id: np.ndarray
     truth_index: np.ndarray
+    disagreeing: int = 0
 
 
 def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
@@ -201,33 +243,65 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
     A day has some 50 million rows; what is kept is one row a request and the rows flagged ``truth_flag``, so the memory
     needed is that of one column of one record batch and of the result.
 
-    Raises InputError when the file is missing or damaged, or a column is missing or not of integers.
+    Raises InputError when the file is missing or damaged, a column is missing or not of integers, or the flag is
+    neither 0 nor 1.
     """
     kept: dict[str, list[np.ndarray]] = {}
+    again: dict[str, list[np.ndarray]] = {}  # a row of every request that an earlier batch has too
+    disagreeing: list[np.ndarray] = []
     seen = np.empty(0, np.int64)  # sorted ids of the requests met so far
     for batch in _record_batches(path, (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)):
         ids = batch("request_id")
         changes = np.flatnonzero(ids[1:] != ids[:-1]) + 1  # rows of a request mostly stand together
         starts = np.concatenate([np.zeros(min(len(ids), 1), np.int64), changes])
-        distinct, first = np.unique(ids[starts], return_index=True)
+        distinct, first, run = np.unique(ids[starts], return_index=True, return_inverse=True)
         new = ~np.isin(distinct, seen, assume_unique=True)
         rows = np.sort(starts[first[new]])
         seen = np.union1d(seen, distinct[new])
-        truth_rows = np.flatnonzero(batch(truth_flag) == 1)
+        flags = batch(truth_flag)
+        if ((flags < 0) | (flags > 1)).any():
+            wrong = flags[(flags < 0) | (flags > 1)][0]
+            raise InputError(f"{path}: column {truth_flag} holds {wrong}, not 0 or 1; fetch the file again")
+        truth_rows = np.flatnonzero(flags)
+        head = starts[first][np.repeat(run, np.diff(starts, append=len(ids)))]  # of every row: its request's first
+        disagree = np.zeros(len(ids), bool)
         for name in REQUEST_COLUMNS:
-            kept.setdefault(name, []).append((ids if name == "request_id" else batch(name))[rows])
+            values = ids if name == "request_id" else batch(name)
+            kept.setdefault(name, []).append(values[rows])
+            again.setdefault(name, []).append(values[starts[first[~new]]])
+            disagree |= values != values[head]
+        disagreeing.append(np.unique(ids[disagree]))
         kept.setdefault("truth_request_id", []).append(ids[truth_rows])
         kept.setdefault("truth_video_id", []).append(batch("video_id")[truth_rows])
         kept.setdefault("truth_index", []).append(batch(truth_index)[truth_rows])
     if not len(seen):
         raise InputError(f"{path}: holds no request; fetch the file again")
     joined = {name: np.concatenate(parts) for name, parts in kept.items()}
+    fields = {name: joined[name] for name in REQUEST_COLUMNS}
+    disagreeing.append(_disagreeing(fields, {name: np.concatenate(parts) for name, parts in again.items()}))
     return Requests(
-        {name: joined[name] for name in REQUEST_COLUMNS},
+        fields,
         joined["truth_request_id"],
         joined["truth_video_id"],
         joined["truth_index"],
+        len(np.unique(np.concatenate(disagreeing))),
     )
+
+
+def check_feather(path: Path, truth_flag: str, truth_index: str) -> int:
+    """Read what :func:`read_requests` would of the first record batch, and return its number of rows. InputError when
+    that, or the columns, are not as they should be."""
+    columns = (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)
+    for batch in _record_batches(path, columns):
+        return min(len(batch(name)) for name in columns)
+    raise InputError(f"{path}: holds no request; fetch the file again")
+
+
+def _disagreeing(fields: Mapping[str, np.ndarray], again: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The ids of those requests of ``again`` that have other values in ``fields``."""
+    order = np.argsort(fields["request_id"])
+    place = order[np.searchsorted(fields["request_id"], again["request_id"], sorter=order)]
+    return again["request_id"][np.any([fields[name][place] != again[name] for name in REQUEST_COLUMNS], axis=0)]
 
 
 def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
@@ -236,8 +310,9 @@ def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[
         schema = pa.ipc.open_file(source).schema
         readers = {}
         for name in columns:
-            if name not in schema.names:
-                raise InputError(f"{path}: column {name} is missing; fetch the file again")
+            if schema.names.count(name) != 1:
+                problem = "there twice" if name in schema.names else "missing"
+                raise InputError(f"{path}: column {name} is {problem}; fetch the file again")
             if not pa.types.is_integer(schema.field(name).type):
                 raise InputError(
                     f"{path}: column {name} holds {schema.field(name).type}, not integers; fetch the file again"
@@ -256,7 +331,8 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; see data/README.md for the files expected") from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable Feather (Arrow IPC) file ({error}); fetch the file again") from error
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{path}: not a readable Feather (Arrow IPC) file ({reason}); fetch the file again") from error
 
 
 def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> np.ndarray:
@@ -264,7 +340,12 @@ def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> 
         column = readers[name].get_batch(index).column(0)
     if column.null_count:
         raise InputError(f"{path}: column {name} has {column.null_count} missing values; fetch the file again")
-    return column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
+        raise InputError(
+            f"{path}: column {name} holds {values.max()}, which is no signed 64-bit integer; fetch it again"
+        )
+    return values.astype(np.int64, copy=False)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -258,7 +261,7 @@ def test_what_was_left_out_is_counted_and_logged_each_time(root: Path, caplog: p
         day = open_day(root, DAY, TWO_STAGE)
         (message,) = caplog.messages
         assert message.startswith(DAY) and "seq_effective_50_dict" in message and message.endswith(": 12")
-        assert sorted(day.repairs.values()) == [0, 0, 0, 12]
+        assert sorted(day.repairs.values()) == [0, 0, 0, 0, 0, 12]
     assert not day.columns["history.mask"].any()
 
 
@@ -271,7 +274,7 @@ def test_an_interrupted_build_leaves_nothing(
     def interrupted(files: ColumnFiles, name: str, *rest: Any) -> None:
         write(files, name, *rest)
         if name == "items.author":
-            assert (files.folder / "request.user.npy").exists()
+            assert (files.folder / "items.video.npy").exists()
             raise error
 
     with monkeypatch.context() as patch:
@@ -341,33 +344,108 @@ def test_a_wrong_time_zone_or_day(root: Path) -> None:
 # ---------------------------------------------------------------------------------------------- two processes
 
 
-def build_with_the_other(root: Path, name: str) -> tuple[int, int]:
-    """Open the day in one of two processes, none of which is done before the other has encoded it too."""
+def build_slowly(root: Path, day: str) -> int:
+    """Open the day as another process does that has begun to encode it, until ``root/go`` is there."""
     encode_day = columnar.encode_day
 
     def encode_and_wait(*arguments: Any) -> dict[str, int]:
         repairs = encode_day(*arguments)
-        (root / f"{name}.encoded").touch()
+        (root / "encoding").touch()
         limit = time.monotonic() + 60
-        while len(list(root.glob("*.encoded"))) < 2:
-            assert time.monotonic() < limit, "the other process does not build"
+        while not (root / "go").exists():
+            assert time.monotonic() < limit, "nobody says go"
             time.sleep(0.005)
         return repairs
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columnar, "encode_day", encode_and_wait)
-        day = open_day(root, DAY, TWO_STAGE)
-        return int(day.columns["items.video"].sum()), len(day)
+        return int(open_day(root, day, TWO_STAGE).columns["items.video"].sum())
 
 
-def test_two_processes_build_the_same_day_at_once(root: Path, tmp_path: Path) -> None:
-    script = "import sys, pathlib; from tests.dataset.test_columnar import build_with_the_other as build;"
-    script += "print(*build(pathlib.Path(sys.argv[1]), 'other'))"
-    arguments = [sys.executable, "-c", script, str(root)]
-    with subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as other:
-        ours = build_with_the_other(root, "this")
+@contextmanager
+def another_process(root: Path, day: str = DAY) -> Iterator[subprocess.Popen[str]]:
+    """A process that is about to finish the cache of ``day``."""
+    script = "import sys, pathlib; from tests.dataset.test_columnar import build_slowly;"
+    script += "print(build_slowly(pathlib.Path(sys.argv[1]), sys.argv[2]))"
+    arguments = [sys.executable, "-c", script, str(root), day]
+    with subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not (root / "encoding").exists():
+                assert process.poll() is None
+                time.sleep(0.005)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_process_waits_for_the_cache(root: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with another_process(root) as other, caplog.at_level(logging.INFO):
+        Timer(0.3, (root / "go").touch).start()
+        ours = open_day(root, DAY, TWO_STAGE)
         theirs, _ = other.communicate(timeout=60)
+    assert other.returncode == 0 and builds == []
+    assert int(ours.columns["items.video"].sum()) == int(theirs)
+    assert "waiting for another process" in caplog.text
+    folder_of(root / "cache")
+
+
+def temporary_folders(root: Path) -> list[Path]:
+    return list((root / "cache" / "two_stage").glob(".*.tmp"))
+
+
+def test_what_a_killed_process_has_left_is_removed(root: Path, builds: list[str]) -> None:
+    with another_process(root) as other:
+        other.kill()
+        other.wait()
+    assert len(temporary_folders(root)) == 1
+    assert len(open_day(root, DAY, TWO_STAGE)) == 12
+    assert builds == [DAY] and not temporary_folders(root)
+
+
+def test_what_a_process_at_work_has_is_left_alone(root: Path) -> None:
+    write_log(root, random_log(5, seed=1), "2024-01-16")
+    with another_process(root) as other:
+        assert len(open_day(root, "2024-01-16", TWO_STAGE)) == 5
+        assert len(temporary_folders(root)) == 1
+        (root / "go").touch()
+        other.communicate(timeout=60)
     assert other.returncode == 0
-    alone = open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "alone")
-    assert ours == tuple(map(int, theirs.split())) == (alone.columns["items.video"].sum(), 12)
-    assert folder_of(root / "cache").name == folder_of(tmp_path / "alone").name
+    assert len(list((root / "cache" / "two_stage").iterdir())) == 2
+
+
+def test_a_prepared_cache_that_nobody_may_write_to(root: Path, builds: list[str]) -> None:
+    open_day(root, DAY, TWO_STAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+        assert len(open_day(root, DAY, TWO_STAGE)) == 12
+        with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
+            open_day(root, DAY, THREE_STAGE)
+    assert builds == [DAY]
+
+
+def test_a_full_disk_is_a_sentence(root: Path) -> None:
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    with mock.patch("os.posix_fallocate", full), pytest.raises(InputError, match=r"No space left.*--cache_dir"):
+        open_day(root, DAY, TWO_STAGE)
+    assert list((root / "cache" / "two_stage").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def peak_of_preparing(root: Path) -> int:
+    """The most memory in bytes that a process takes while it prepares the day."""
+    script = "import resource, sys, pathlib, tempfile; from deep_components.cascade import TWO_STAGE;"
+    script += "from deep_components.dataset.columnar import open_day;"
+    script += "folder = tempfile.mkdtemp(dir=sys.argv[1]);"
+    script += f"open_day(pathlib.Path(sys.argv[1]), {DAY!r}, TWO_STAGE, cache_dir=pathlib.Path(folder));"
+    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    arguments = [sys.executable, "-c", script, str(root)]
+    return int(subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout)
+
+
+def test_four_times_the_requests_do_not_take_four_times_the_memory(tmp_path: Path) -> None:
+    small, large = (write_log(tmp_path / str(size), random_log(size)) for size in (1500, 6000))
+    files = [sum(path.stat().st_size for path in recflow.day_paths(root, DAY)) for root in (small, large)]
+    assert files[1] - files[0] > 4500 * 8_000
+    assert peak_of_preparing(large) - peak_of_preparing(small) < 4500 * 2_000
