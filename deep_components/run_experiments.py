@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -185,7 +186,7 @@ def _template(args: argparse.Namespace, shared: Sequence[str]) -> plan.Run:
 
 def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
     """Where the runs of a row lie: in --output_dir itself for the one method of a script."""
-    if args.output_dir is not None and not args.several:
+    if args.output_dir is not None and not (args.several or args.by_setting):
         return args.output_dir.absolute() / (name if name.startswith(plan.UNTRAINED) else "")
     row = f"{name}_{variant}" if variant else name
     if args.output_dir is not None:
@@ -244,6 +245,15 @@ def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def _say_commits(outcomes: Sequence[Outcome]) -> None:
+    """Say so when runs that were kept were made by other code than the rest."""
+    folders = [outcome.run.folder for outcome in outcomes if outcome.status in ("finished", "kept")]
+    commits = Counter(str((records.holding(folder).record or {}).get("commit")) for folder in folders)
+    if len(commits) > 1:
+        counts = ", ".join(f"{count} at {commit}" for commit, count in commits.items())
+        logger.warning("the runs were not all made by the same commit: %s; --force makes them again", counts)
+
+
 def _report_failures(outcomes: Sequence[Outcome]) -> int:
     """Name the failed runs; the exit code: 0, 2 when every failure is a mistake in the input, else 1."""
     failed = [outcome for outcome in outcomes if outcome.status not in ("finished", "kept")]
@@ -272,6 +282,7 @@ def main(argv: list[str]) -> None:
     if args.batch_divisor > 1:
         logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)
     outcomes = _make_all(args, runs)
+    _say_commits(outcomes)
     if args.run_list is not None:
         _write_list(args.run_list, outcomes)
     code = _report_failures(outcomes)

@@ -165,6 +165,16 @@ def test_the_exit_code_of_a_mistake(log: Path, tmp_path: Path, monkeypatch: pyte
     assert finish(log, tmp_path, monkeypatch, None, ("--tau is not an option of bce", 2)) == (2, [])
 
 
+def test_runs_of_several_commits(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "seed30").mkdir()
+    (tmp_path / "seed30/run.json").write_text('{"commit": "abc"}')
+    with caplog.at_level("WARNING"):
+        finish(log, tmp_path, monkeypatch, None, None)
+    assert "not all made by the same commit: 1 at None, 1 at abc" in caplog.text
+
+
 def test_a_folder_with_another_run_is_refused_before_anything_starts(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
