@@ -11,6 +11,7 @@
 #   --jobs=2         runs at a time, spread over the CUDA devices; --threads=N of each
 #   --engine=ray     on a Ray cluster (pip install -r requirements-ray.txt; RAY_ADDRESS names it)
 #   --force          make again what is finished
+#   --discard_state  remove the saved state of a finished run (three times the models' size), which only --resume needs
 #   --resume         let a finished run go on with more --epochs or --train_days
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
 #   training, after the method's own hyper-parameters, so that they win.

@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one, all of them with --jobs)")
     user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
     user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
+    user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
     user.add_argument("--jobs", type=_at_least_one, default=1, help="runs at a time on a machine (default 1)")
     user.add_argument("--threads", type=_at_least_one, help="of each run (default: the cores divided by the jobs)")
     user.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
@@ -195,7 +196,7 @@ def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
 
 
 def _engine(args: argparse.Namespace, runs: Sequence[plan.Run]) -> Iterator[list[Outcome]]:
-    options = Options(force=args.force, extend=args.resume)
+    options = Options(args.force, args.resume, args.discard_state)
     cores = len(os.sched_getaffinity(0))
     named = args.device is not None or args.cuda is not None
     environment = os.environ.get("OMP_NUM_THREADS", "")

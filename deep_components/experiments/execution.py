@@ -41,10 +41,12 @@ class Options:
     Args:
         force: make finished runs, and runs of other arguments, again.
         extend: a run of fewer days or passes goes on.
+        discard_state: remove the saved state of a run when it is finished; it cannot be extended then.
     """
 
     force: bool = False
     extend: bool = False
+    discard_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
             attempt |= {"error": str(error)} if status == "failed" else {}
             _end(run, record, attempt, status)
             raise
+        if options.discard_state:
+            (run.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
         _end(run, record, attempt, "finished")
         return "finished"
 

@@ -26,6 +26,7 @@ class Progress:
     def __init__(self, runs: Sequence[Run]) -> None:
         self._share = {run.folder: _share(run) for run in runs}
         self._open = {run.folder: run for run in runs}
+        self._training: dict[Path, str] = {}
         shown = sys.stderr.isatty()
         self._bar = tqdm(
             total=len(runs), initial=sum(self._share.values()), bar_format=_BAR, disable=not shown, leave=False
@@ -44,15 +45,13 @@ class Progress:
         """Read how far the open runs are."""
         if self._bar.disable:
             return
-        training = []
         for folder, run in self._open.items():
             share = _share(run)
             if share > self._share[folder]:
                 self._share[folder] = share
-                training.append(run.title)
+                self._training[folder] = run.title
         self._bar.n = sum(self._share.values())
-        if training:
-            self._bar.set_postfix_str("; ".join(training), refresh=False)
+        self._bar.set_postfix_str("; ".join(self._training.values()), refresh=False)
         self._bar.refresh()
 
     def ended(self, outcome: Outcome) -> None:
@@ -63,6 +62,7 @@ class Progress:
             self._bar.initial += 1 - self._share[folder]
         self._share[folder] = 1.0
         self._open.pop(folder, None)
+        self._training.pop(folder, None)
         logger.info("[%d/%d] %s: %s", self._ended, len(self._share), outcome.run.title, _sentence(outcome))
 
 

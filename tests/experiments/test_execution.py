@@ -10,6 +10,7 @@ import pytest
 
 from deep_components.experiments.execution import Commands, Options, Outcome, Slot, error_sentence, execute
 from deep_components.experiments.plan import Run
+from deep_components.experiments.records import LOCK_FILE
 from tests.experiments.runs import CHECKSUMS, DAYS, calls, fake_run, on_days, record
 
 
@@ -145,6 +146,13 @@ def test_extend(tmp_path: Path) -> None:
     assert "--resume" in calls(run)[-1]
 
 
+def test_the_saved_state_can_be_discarded(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    make(run, discard_state=True)
+    assert not (run.folder / "training_state.safetensors").exists()
+    assert make(run).status == "kept"
+
+
 def test_an_untrained_cascade(tmp_path: Path) -> None:
     run = fake_run(tmp_path, epochs=0, lr=0.5)
     assert make(run).status == "finished"
@@ -176,12 +184,11 @@ def test_a_folder_has_one_runner(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     run.folder.mkdir()
     hold = f"""
-import sys, time
-from pathlib import Path
-from deep_components.experiments.records import locked
-with locked(Path({str(run.folder)!r})):
-    print("held", flush=True)
-    sys.stdin.read()
+import fcntl, sys
+file = open({str(run.folder / LOCK_FILE)!r}, "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
 """
     with subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
