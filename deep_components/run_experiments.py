@@ -109,19 +109,17 @@ def make_plan(args: argparse.Namespace, methods: Sequence[plan.Method], training
     """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
     of a seed, is among them once.
 
-    Raises InputError when the data cannot be used. Caches are built here, before several processes want them.
+    Raises InputError when the data cannot be used, or two runs would share a folder. Caches are built here, before
+    several processes want them.
     """
     given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
     shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    arguments = {
-        method.name: [*plan.divide_batch(method.arguments, args.batch_divisor), *training, *shared]
-        for method in methods
-    }
-    parsed = {name: plan.parse_training(words, args.train) for name, words in arguments.items()}
+    arguments = [[*plan.divide_batch(method.arguments, args.batch_divisor), *training, *shared] for method in methods]
+    parsed = [plan.parse_training(words, args.train) for words in arguments]
     template, mode = _template(args, shared), _mode(args)
     variant = "_".join(word for word in (args.variant, mode) if word)
-    names = _untrained_names(args, list(parsed.values()))
-    runs: dict[tuple[str, int], plan.Run] = {}
+    names = _untrained_names(args, parsed)
+    runs: dict[Path, plan.Run] = {}
 
     def add(name: str, folder: str, variant: str, known: dict[str, Any], words: Sequence[str]) -> None:
         run = replace(
@@ -133,15 +131,14 @@ def make_plan(args: argparse.Namespace, methods: Sequence[plan.Method], training
             training=tuple(words),
             identity=plan.identity(known, args.streaming),
         )
-        runs.setdefault((folder, run.seed), run)
+        if runs.setdefault(run.folder, run).identity != run.identity:
+            raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
 
     for seed in args.seeds:
-        for method, untrained in zip(methods, names, strict=True):
-            known, words = parsed[method.name] | {"seed": seed}, arguments[method.name]
+        for method, words, known, untrained in zip(methods, arguments, parsed, names, strict=True):
             if args.untrained and known["epochs"]:
-                add(plan.UNTRAINED, untrained, mode, known | {"epochs": 0}, [*words, "--epochs=0"])
-            add(method.name, method.name, variant, known, words)
-    plan.check_distinct(list(runs.values()))
+                add(plan.UNTRAINED, untrained, mode, known | {"seed": seed, "epochs": 0}, [*words, "--epochs=0"])
+            add(method.name, method.name, variant, known | {"seed": seed}, words)
     return list(runs.values())
 
 

@@ -58,6 +58,11 @@ def test_methods_of_other_sizes_have_their_own_untrained_cascade(log: Path) -> N
     ]  # fmt: skip
 
 
+def test_two_rows_of_one_name(log: Path) -> None:
+    with pytest.raises(InputError, match="two rows of the table"):
+        plan(log, "--output_dir=O", methods=[*LCRON, *LCRON, "--tau=20"])
+
+
 def test_the_default_folders(log: Path) -> None:
     assert folders(plan(log, "--seeds=30")) == [
         f"runs/two_stage/untrained/{log.name}/seed30", f"runs/two_stage/lcron/{log.name}/seed30"

@@ -178,15 +178,6 @@ def read_data(data_dir: Path, days: Mapping[str, tuple[str, int]]) -> Data:
     )
 
 
-def check_distinct(runs: Sequence[Run]) -> None:
-    """InputError when two runs of a plan would share a folder."""
-    seen: dict[Path, Run] = {}
-    for run in runs:
-        if run.folder in seen:
-            raise InputError(f"{run.folder}: {seen[run.folder].title} and {run.title} would both be made there")
-        seen[run.folder] = run
-
-
 def methods_of(argv: Sequence[str]) -> list[Method]:
     """The methods of ``--method=NAME hyper-parameters --method=NAME hyper-parameters ...``."""
     methods: list[Method] = []

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ RUN_FILE = "run.json"
 STREAMING_FILE = "streaming.json"
 LOG_FILE = "run.log"
 LOCK_FILE = ".runner.lock"
+PATIENCE = 10.0  # seconds that the commands of a killed runner may need to end
 
 _RESULTS = (checkpoint.COST_FILE, checkpoint.STATE_FILE, checkpoint.METRICS_FILE, STREAMING_FILE)
 
@@ -29,15 +31,23 @@ def locked(folder: Path) -> Iterator[int]:
     make_folder(folder)
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another process is making this run; wait for it, or name another --output_dir"
-            ) from error
+        _lock(descriptor, folder)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise InputError(
+                    f"{folder}: another process is making this run; wait for it, or name another --output_dir"
+                ) from error
+        time.sleep(0.1)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from deep_components.experiments import records
 from deep_components.experiments.execution import Commands, Options, Outcome, Slot, error_sentence, execute
 from deep_components.experiments.plan import Run
-from deep_components.experiments.records import LOCK_FILE
 from tests.experiments.runs import CHECKSUMS, DAYS, calls, fake_run, on_days, record
 
 
@@ -180,12 +180,13 @@ def test_error_sentences() -> None:
     assert error_sentence("", 3) == "ended with exit code 3"
 
 
-def test_a_folder_has_one_runner(tmp_path: Path) -> None:
+def test_a_folder_has_one_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "PATIENCE", 0.2)
     run = fake_run(tmp_path)
     run.folder.mkdir()
     hold = f"""
 import fcntl, sys
-file = open({str(run.folder / LOCK_FILE)!r}, "w")
+file = open({str(run.folder / records.LOCK_FILE)!r}, "w")
 fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.read()

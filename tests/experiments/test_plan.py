@@ -8,7 +8,6 @@ from deep_components.errors import InputError
 from deep_components.experiments.plan import (
     Method,
     Part,
-    check_distinct,
     divide_batch,
     identity,
     methods_of,
@@ -16,7 +15,6 @@ from deep_components.experiments.plan import (
     schedule,
     untrained_name,
 )
-from tests.experiments.runs import fake_run
 from tests.helpers import DAYS
 
 
@@ -89,9 +87,3 @@ def test_a_stream_tests_every_day_from_the_second(log: Path) -> None:
     assert schedule(log, None, None, validation=True, streaming=True) == (Part(DAYS[:1], DAYS[1]),)
     with pytest.raises(InputError, match="is a training day"):
         schedule(log, None, DAYS[0], streaming=True)
-
-
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    check_distinct([fake_run(tmp_path, 30), fake_run(tmp_path, 31)])
-    with pytest.raises(InputError, match="would both be made there"):
-        check_distinct([fake_run(tmp_path, 30), fake_run(tmp_path, 30)])
