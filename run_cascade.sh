@@ -6,6 +6,7 @@
 #   --output_dir=O   default: runs/<setting>/<name>/<data folder>; a run is O/seed<seed>, or O/<name>/seed<seed> of a table
 #   --seeds=30,31    default: 30,31,32,33,34
 #   --methods=a,b    only these rows of a table
+#   --batch_divisor=8 divides the scripts' batch sizes, for a small log; the simulated one has it by itself
 #   --validation     for tuning: train on all training days but the last, and test on that one
 #   --streaming      test each day with what was trained on all days before it, in one training that goes on
 #   --jobs=2         runs at a time, spread over the CUDA devices; --threads=N of each
