@@ -3,94 +3,92 @@
 #
 # The user's arguments:
 #   --data_dir=D     a log in RecFlow's layout; default: data/ if RecFlow lies there, else a log simulated in data/simulated
-#   --output_dir=O   default: runs/<setting>/<name>/<data folder>; a run is O/seed<seed>
+#   --output_dir=O   default: runs/<setting>/<name>/<data folder>; a run is O/seed<seed>, or O/<name>/seed<seed> of a table
 #   --seeds=30,31    default: 30,31,32,33,34
+#   --methods=a,b    only these rows of a table
+#   --batch_divisor=8 divides the scripts' batch sizes, for a small log; the simulated one has it by itself
+#   --validation     for tuning: train on all training days but the last, and test on that one
+#   --streaming      test each day with what was trained on all days before it, in one training that goes on
+#   --jobs=2         runs at a time, spread over the CUDA devices; --threads=N of each
+#   --engine=ray     on a Ray cluster (pip install -r requirements-ray.txt; RAY_ADDRESS names it)
+#   --force          make again what is finished
+#   --discard_state  remove the saved state of a finished run (three times the models' size), which only --resume needs
+#   --resume         let a finished run go on with more --epochs or --train_days
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
 #   training, after the method's own hyper-parameters, so that they win.
-#   --resume goes on where a run has a saved state, and starts the others.
-# Runs that are already in the output folder are made again. UNTRAINED=no leaves out the untrained cascade; RUN_LIST names
-# a file that gets a line per run.
+# Finished runs are kept, unfinished ones go on where they were, and a folder that holds another run is refused.
+# UNTRAINED=no leaves out the untrained cascade. Exit code: 0; 2 when the input was refused; 1 when a run failed otherwise.
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-name=$1
-shift
 
-train_args=()
-while [ "$1" != -- ]; do
-    train_args+=("$1")
+if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a line each
+    printf -- '--method=%s\n' "$1"
     shift
-done
-shift
-
-data_dir='' output_dir='' seeds=30,31,32,33,34 resume='' user_args=() test_args=() both_args=()
-while [ $# -gt 0 ]; do
-    option=${1%%=*}
-    case $option in
-        --data_dir | --output_dir | --seeds | --seed | --test_day | --cache_dir | --time_zone | --cuda | --device)
-            if [ "$option" = "$1" ]; then # written as: --option value
-                [ $# -ge 2 ] || { printf 'error: %s needs a value\n' "$option" >&2; exit 2; }
-                set -- "$1=$2" "${@:3}"
-            fi
-            ;;
-    esac
-    case $option in
-        --data_dir) data_dir=${1#*=} ;;
-        --output_dir) output_dir=${1#*=} ;;
-        --seeds | --seed) seeds=${1#*=} ;;
-        --test_day | --save_scores) test_args+=("$1") ;;
-        --cache_dir | --time_zone | --cuda | --device) both_args+=("$1") ;;
-        --resume) resume=yes ;;
-        --help | -h)
-            sed -n '/^# Train and evaluate/,/^$/s/^# \{0,1\}//p' "$root/run_cascade.sh"
-            exit 0
-            ;;
-        *) user_args+=("$1") ;;
-    esac
-    shift
-done
-
-source "$root/setup.sh"
-
-if [ -z "$data_dir" ]; then
-    if [ -d "$root/data/all_stage" ]; then
-        data_dir=$root/data
-    else
-        data_dir=$root/data/simulated
-        printf '%s\n' \
-            '***********************************************************************************************' \
-            '** There is no data under data/, so this runs on a SIMULATED log (data/simulated).           **' \
-            '** It shows that everything works; its numbers say nothing about a real recommender.         **' \
-            '** For real data see data/README.md.                                                         **' \
-            '***********************************************************************************************' >&2
-        mkdir -p "$root/data"
-        (
-            if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
-            if [ ! -e "$data_dir/others/origin.json" ]; then
-                "$PYTHON" -m deep_components.dataset.simulate --output_dir="$data_dir"
-            fi
-        ) 9>"$root/data/.simulated.lock"
-        train_args+=(--batch_size=128) # 1,024 would leave 16 steps in this small log
-    fi
-fi
-data_name=$(basename -- "$(cd -- "$data_dir" 2>/dev/null && pwd || printf '%s' "$data_dir")")
-output_dir=${output_dir:-$root/runs/$setting/$name/$data_name}
-
-runs=()
-for seed in ${seeds//,/ }; do
-    for run in "untrained/seed$seed" "seed$seed"; do
-        extra=()
-        if [ "${run%%/*}" = untrained ]; then # the same cascade before its first step
-            [ "${UNTRAINED:-yes}" = yes ] || continue
-            extra=(--epochs=0)
-        elif [ "$resume" ] && [ -e "$output_dir/$run/training_state.safetensors" ]; then
-            extra=(--resume)
-        fi
-        "$PYTHON" -m "$train" "${train_args[@]}" "${user_args[@]}" "${both_args[@]}" "${extra[@]}" \
-            --seed="$seed" --data_dir="$data_dir" --output_dir="$output_dir/$run"
-        "$PYTHON" -m "$evaluate" "${both_args[@]}" "${test_args[@]}" \
-            --data_dir="$data_dir" --output_dir="$output_dir/$run"
-        runs+=("$output_dir/$run")
-        if [ -n "${RUN_LIST:-}" ]; then printf '%s\n' "$output_dir/$run" >>"$RUN_LIST"; fi
+    while [ "$1" != -- ]; do
+        printf '%s\n' "$1"
+        shift
     done
-done
-"$PYTHON" -m deep_components.collect_metrics "${runs[@]}"
+    exit 0
+fi
+
+run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=...] -- [the user's arguments]
+    local options=() data_dir='' argument command status=0 runs
+    while [ "$1" != -- ]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    for argument in "$@"; do
+        case $argument in
+            --data_dir | --data_dir=*) data_dir=given ;;
+            --help | -h)
+                sed -n '/^# Train and evaluate/,/^$/s/^# \{0,1\}//p' "$root/run_cascade.sh"
+                exit 0
+                ;;
+        esac
+    done
+    source "$root/setup.sh"
+    if [ -z "$data_dir" ]; then
+        data_dir=$root/data
+        if [ ! -d "$data_dir/all_stage" ]; then
+            simulate_log
+            data_dir=$root/data/simulated
+            options=(--batch_divisor=8 "${options[@]}") # a batch of 1,024 would leave 16 steps in this small log
+        fi
+        set -- "$@" --data_dir="$data_dir"
+    fi
+    if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
+    list=$(mktemp)
+    trap 'rm -f -- "$list"' EXIT
+    "$PYTHON" -m deep_components.run_experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
+        --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
+    mapfile -t runs <"$list"
+    if [ ${#runs[@]} -gt 0 ]; then
+        for command in ${collect:-collect_metrics}; do
+            "$PYTHON" -m "deep_components.$command" "${runs[@]}" || status=$?
+        done
+    fi
+    return "$status"
+}
+
+simulate_log() {
+    printf '%s\n' \
+        '***********************************************************************************************' \
+        '** There is no data under data/, so this runs on a SIMULATED log (data/simulated).           **' \
+        '** It shows that everything works; its numbers say nothing about a real recommender.         **' \
+        '** For real data see data/README.md.                                                         **' \
+        '***********************************************************************************************' >&2
+    mkdir -p "$root/data"
+    (
+        if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
+        if [ ! -e "$root/data/simulated/others/origin.json" ]; then
+            "$PYTHON" -m deep_components.dataset.simulate --output_dir="$root/data/simulated"
+        fi
+    ) 9>"$root/data/.simulated.lock"
+}
+
+if [ "${1:-}" ]; then # run_all.sh sources this file for its functions, with an empty argument
+    name=$1
+    shift
+    run_plan --method="$name" "$@"
+fi

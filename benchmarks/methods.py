@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods --data_dir=LOG --output_dir=RUNS [--expected=movielens_expected.csv]
 
-LOG lies in RecFlow's layout. Finished runs are kept, so the command can be stopped and started again. A run is what
-``two_stage/<method>.sh`` does, at --batch_size=64 by default, which suits a log of ten thousand requests.
+LOG lies in RecFlow's layout. The runs are those of ``two_stage/<method>.sh``, at --batch_size=64 by default, which
+suits a log of ten thousand requests. Finished ones are kept, so the command can be stopped and started again.
 
 The file of expected numbers has the columns setting, method, metric, mean, std, runs. A method agrees when its mean
 joint recall differs by at most 0.01 or three standard errors (icc and rankflow, which are unstable: 0.03).
@@ -13,19 +13,14 @@ import argparse
 import csv
 import math
 import os
-import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
 from deep_components import collect_metrics
 from deep_components.cascade import SETTINGS
-from deep_components.checkpoint import METRICS_FILE, read_training
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import open_day
-from deep_components.dataset.days import test_day, training_days
 from deep_components.errors import InputError
 
 METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")
@@ -52,47 +47,29 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def script_arguments(setting: str, method: str) -> list[str]:
-    """The hyper-parameters in the method's script: what stands between its name and the --."""
-    path = ROOT / setting / f"{method}.sh"
-    try:
-        text = path.read_text().replace("\\\n", " ")
-    except OSError as error:
-        raise InputError(f"{path}: no such script; name scripts of {setting}/ with --methods") from error
-    found = re.search(rf'run\.sh" {re.escape(method)}(.*?) -- "\$@"', text)
-    assert found is not None
-    return found.group(1).split()
+def make_runs(setting: str, methods: list[str], args: argparse.Namespace) -> list[Path]:
+    """Make the runs of a setting as its scripts state them, without the untrained cascade; their folders.
 
-
-def run(setting: str, method: str, seed: int, args: argparse.Namespace) -> Path:
-    """Train and evaluate one run unless a finished one is there; its folder.
-
-    Raises InputError when the folder holds a run on other data or of another batch size, or a command fails.
+    Raises InputError when there is no such script, or a run failed.
     """
-    folder: Path = args.output_dir / setting / method / f"seed{seed}"
-    if (folder / METRICS_FILE).exists():
-        before = read_training(folder)["arguments"]
-        if (before["data_dir"], before["batch_size"]) != (str(args.data_dir), args.batch_size):
-            raise InputError(
-                f"{folder}: holds a run on {before['data_dir']} with batch size {before['batch_size']}; "
-                "name another --output_dir"
-            )
-        return folder
-    number = len(SETTINGS[setting].stages)
-    where = [f"--data_dir={args.data_dir}", f"--output_dir={folder}", "--device=cpu"]
-    training = [*script_arguments(setting, method), *where, f"--batch_size={args.batch_size}", f"--seed={seed}"]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    for command in ([f"run_train{number}", *training], [f"run_test{number}", *where]):
-        done = subprocess.run(
-            [sys.executable, "-m", f"deep_components.{command[0]}", *command[1:]],
-            cwd=ROOT,
-            env=os.environ | threads,
-            stderr=subprocess.PIPE,
-            text=True,
+    stated = []
+    for method in methods:
+        script = ROOT / setting / f"{method}.sh"
+        if not script.exists():
+            raise InputError(f"{script}: no such script; name scripts of {setting}/ with --methods")
+        printed = subprocess.run(
+            ["bash", str(script)], env=os.environ | {"PRINT_METHOD": "yes"}, capture_output=True, text=True, check=True
         )
-        if done.returncode:
-            raise InputError(f"{folder}: {command[0]} failed: {done.stderr.strip()}")
-    return folder
+        stated += printed.stdout.splitlines()
+    number = len(SETTINGS[setting].stages)
+    commands = [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]
+    user = [f"--{name}={getattr(args, name)}" for name in ("data_dir", "output_dir", "batch_size", "jobs")]
+    user += [f"--seeds={','.join(map(str, args.seeds))}", "--device=cpu"]
+    runner = [sys.executable, "-m", "deep_components.run_experiments", f"--setting={setting}", *commands]
+    done = subprocess.run([*runner, "--no-untrained", "--by_setting", *stated, "--", *user], cwd=ROOT, check=False)
+    if done.returncode:
+        raise InputError(f"{setting}: not all runs could be made, see above")
+    return [args.output_dir / setting / method / f"seed{seed}" for seed in args.seeds for method in methods]
 
 
 def verdict(method: str, values: list[float], expected: dict[str, str]) -> str:
@@ -131,24 +108,7 @@ def main(argv: list[str]) -> None:
     unknown = set(settings) - SETTINGS.keys()
     if unknown or args.jobs < 1:
         raise InputError(f"--settings={args.settings} --jobs={args.jobs}: use {', '.join(SETTINGS)}; jobs from 1")
-    for setting in settings:
-        for method in methods:
-            script_arguments(setting, method)
-        for day in {*training_days(args.data_dir, None), test_day(args.data_dir, None)}:
-            open_day(args.data_dir, day, SETTINGS[setting])  # once, before several processes want the same cache
-    work = [(setting, method, seed) for seed in args.seeds for setting in settings for method in methods]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run, *item, args): item for item in work}
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                print(f"[{done}/{len(futures)}] {future.result()}", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    agree = [
-        report(args, setting, methods, [future.result() for future, item in futures.items() if item[0] == setting])
-        for setting in settings
-    ]
+    agree = [report(args, setting, methods, make_runs(setting, methods, args)) for setting in settings]
     if not all(agree):
         raise InputError("a method differs from the expected numbers by more than allowed, see above")
 

@@ -1,34 +1,38 @@
 """The bash scripts: where they run, what they pass on, what they do when something is wrong.
 
 Most tests run the scripts with a stand-in for Python that only writes down how it was called; one trains in earnest.
+What the runner makes of its arguments is tested in test_run_experiments.py.
 """
 
-import json
+import argparse
+import csv
 import os
 import shutil
 import stat
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from deep_components import run_train2
-from tests.helpers import DAYS, SMALL, config, evaluate, same_parameters, small_log, train
+from deep_components import run_experiments, run_train2, run_train3
+from deep_components.experiments.plan import Method
+from tests.helpers import DAYS, SMALL, config, same_parameters, small_log, train
 
 PROJECT = Path(__file__).parents[1]
 
-# Writes its arguments to $CALLS; fails when one of them is $FAIL_ON; passes the check of the packages.
+# Writes its arguments to $CALLS; fails when one of them is $FAIL_ON; passes the check of the packages. As the runner,
+# it names two finished runs, unless $NO_RUNS.
 RECORDER = """#!/usr/bin/env bash
 if [ "$1" = - ]; then cat >/dev/null; exit 0; fi
 { printf '%s\\x1f' "$@"; printf '\\x1e'; } >>"$CALLS"
 for argument in "$@"; do
+    case $argument in --run_list=*) [ "${NO_RUNS:-}" ] || printf '%s\\n' 'run 1' 'run 2' >"${argument#*=}" ;; esac
     if [ "$argument" = "${FAIL_ON:-}" ]; then echo "error: told to fail" >&2; exit 2; fi
 done
-case $2 in *.collect_metrics) echo "the table" ;; esac
+case $2 in *.collect_*) echo "the table" ;; esac
 """
 
 
@@ -64,15 +68,16 @@ class Recorded:
         self.project = folder / "the project"
         self.calls_file = folder / "calls"
         self.python = executable(folder / "python", RECORDER)
-        for name in ("run_cascade.sh", "run_all.sh", "setup.sh", "requirements.txt", "two_stage"):
+        scripts = ("run_cascade.sh", "run_all.sh", "setup.sh", "requirements.txt", "two_stage", "three_stage", "paper")
+        for name in scripts:
             source = PROJECT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, self.project / name)
 
-    def run(self, *arguments: str, script: str = "lcron", check: bool = True, **changes: str) -> str:
+    def run(self, *arguments: str, script: str = "two_stage/lcron", check: bool = True, **changes: str) -> str:
         """Its standard output."""
         self.calls_file.unlink(missing_ok=True)
         env = environment(PYTHON=str(self.python), CALLS=str(self.calls_file), **changes)
-        path = self.project / "two_stage" / f"{script}.sh"
+        path = self.project / f"{script}.sh"
         self.result = bash(path, *arguments, cwd=self.folder, env=env, check=check)
         return self.result.stdout
 
@@ -82,6 +87,11 @@ class Recorded:
         every = [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
         return [call[2:] for call in every if call[0] == "-m" and call[1].endswith(module)]
 
+    def plan(self) -> tuple[argparse.Namespace, list[Method], list[str]]:
+        """What the one call of the runner asks for."""
+        (call,) = self.calls("run_experiments")
+        return run_experiments.parse_args(call)
+
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Recorded:
@@ -89,161 +99,177 @@ def recorded(tmp_path: Path) -> Recorded:
     return Recorded(tmp_path)
 
 
-def value(call: Sequence[str], option: str) -> str:
-    """The value that counts: the last one given."""
-    return [argument for argument in call if argument.startswith(option + "=")][-1].split("=", 1)[1]
-
-
 # ---- what is passed on -----------------------------------------------------------------------------------------------
 
 
-def test_five_seeds_untrained_and_trained(recorded: Recorded) -> None:
-    assert recorded.run("--data_dir=D", "--output_dir=O") == "the table\n"
-    runs = [f"O/{kind}seed{seed}" for seed in range(30, 35) for kind in ("untrained/", "")]
-    for module in ("run_train2", "run_test2"):
-        calls = recorded.calls(module)
-        assert [value(call, "--output_dir") for call in calls] == runs
-        assert {value(call, "--data_dir") for call in calls} == {"D"}
-    for run, call in zip(runs, recorded.calls("run_train2"), strict=True):
-        assert value(call, "--seed") == run[-2:]
-        assert ("--epochs=0" in call) == ("untrained" in run)
-        assert "--loss_type=lcron" in call
-        assert "--tau=50" in call
-    assert recorded.calls("collect_metrics") == [runs]
+def test_a_method_with_its_hyper_parameters(recorded: Recorded) -> None:
+    assert recorded.run("--data_dir=D", "--output_dir=O", "--lr=0.02", "--tau", "20", "--no-shuffle") == "the table\n"
+    args, methods, training = recorded.plan()
+    assert methods == [Method("lcron", ("--loss_type=lcron", "--tau=50", "--lr=0.01", "--batch_size=1024"))]
+    assert training == ["--lr=0.02", "--tau", "20", "--no-shuffle"]
+    assert (args.setting, args.data_dir, args.output_dir) == ("two_stage", Path("D"), Path("O"))
+    assert (args.train, args.evaluate) == ("deep_components.run_train2", "deep_components.run_test2")
+    assert args.seeds == [30, 31, 32, 33, 34]
+    assert args.runs_dir == recorded.project / "runs"
+    assert (args.untrained, args.several, args.jobs, args.force, args.batch_divisor) == (True, False, 1, False, 1)
 
 
-@pytest.mark.parametrize("arguments", [["--seeds=30"], ["--seeds", "30"], ["--seed=30"]])
-def test_one_seed(arguments: list[str], recorded: Recorded) -> None:
-    recorded.run("--data_dir=D", "--output_dir=O", *arguments)
-    assert recorded.calls("collect_metrics") == [["O/untrained/seed30", "O/seed30"]]
+@pytest.mark.parametrize("arguments", [["--data_dir=a log"], ["--data_dir", "a log"]])
+def test_a_named_log(arguments: list[str], recorded: Recorded) -> None:
+    recorded.run(*arguments)
+    assert recorded.plan()[0].data_dir == Path("a log")
+    assert "SIMULATED" not in recorded.result.stderr
 
 
-def test_the_users_arguments_win(recorded: Recorded) -> None:
-    recorded.run("--data_dir=D", "--seeds=30", "--lr=0.02", "--tau", "20", "--no-shuffle")
-    for call in recorded.calls("run_train2"):
-        assert call.index("--lr=0.02") > call.index("--lr=0.01")
-        assert call[call.index("--tau") + 1] == "20"
-        assert call.index("--tau") > call.index("--tau=50")
-        assert "--no-shuffle" in call
-    assert not any({"--lr=0.02", "--tau", "--no-shuffle"} & set(call) for call in recorded.calls("run_test2"))
-
-
-@pytest.mark.parametrize("joined", [True, False])
-def test_which_command_gets_which_argument(joined: bool, recorded: Recorded) -> None:
-    given = {"--test_day": "2024-02-03", "--cache_dir": "a cache", "--time_zone": "UTC", "--device": "cpu"}
-    pairs = [[f"{name}={text}"] if joined else [name, text] for name, text in given.items()]
-    recorded.run("--data_dir=a log", "--output_dir=an output", "--seeds=30", "--save_scores", *chain(*pairs))
-    trainings, evaluations = recorded.calls("run_train2"), recorded.calls("run_test2")
-    for call in trainings + evaluations:
-        assert {f"{name}={given[name]}" for name in ("--cache_dir", "--time_zone", "--device")} <= set(call)
-        assert value(call, "--data_dir") == "a log"
-        assert value(call, "--output_dir") in ("an output/seed30", "an output/untrained/seed30")
-    for call in evaluations:
-        assert {"--test_day=2024-02-03", "--save_scores"} <= set(call)
-    for call in trainings:
-        assert not {"--test_day=2024-02-03", "--test_day", "--save_scores"} & set(call)
-
-
-def test_the_default_output_folder(recorded: Recorded) -> None:
-    recorded.run("--data_dir=some/where/my log", "--seeds=30")
-    (call,) = recorded.calls("collect_metrics")
-    assert call[-1] == str(recorded.project / "runs/two_stage/lcron/my log/seed30")
+def test_the_runs_go_into_the_table(recorded: Recorded) -> None:
+    recorded.run("--data_dir=D")
+    assert recorded.calls("collect_metrics") == [["run 1", "run 2"]]
 
 
 def test_without_data_a_log_is_simulated(recorded: Recorded) -> None:
-    recorded.run("--seeds=30")
-    simulated = str(recorded.project / "data/simulated")
+    recorded.run()
+    simulated = recorded.project / "data/simulated"
     assert recorded.calls("dataset.simulate") == [[f"--output_dir={simulated}"]]
     assert "SIMULATED" in recorded.result.stderr
-    for call in recorded.calls("run_train2"):
-        assert value(call, "--data_dir") == simulated
-        assert value(call, "--batch_size") == "128"
-    recorded.run("--seeds=30", "--batch_size=64")
-    assert {value(call, "--batch_size") for call in recorded.calls("run_train2")} == {"64"}
+    args, _, _ = recorded.plan()
+    assert (args.data_dir, args.batch_divisor) == (simulated, 8)
 
 
 def test_a_simulated_log_is_made_once(recorded: Recorded) -> None:
     origin = recorded.project / "data/simulated/others/origin.json"
     origin.parent.mkdir(parents=True)
     origin.write_text('{"data": "simulated"}')
-    recorded.run("--seeds=30")
+    recorded.run()
     assert recorded.calls("dataset.simulate") == []
     assert "SIMULATED" in recorded.result.stderr
 
 
 def test_recflow_in_the_data_folder_is_used(recorded: Recorded) -> None:
     (recorded.project / "data/all_stage").mkdir(parents=True)
-    recorded.run("--seeds=30")
+    recorded.run()
     assert "SIMULATED" not in recorded.result.stderr
-    for call in recorded.calls("run_train2"):
-        assert value(call, "--data_dir") == str(recorded.project / "data")
-        assert value(call, "--batch_size") == "1024"
+    args, _, _ = recorded.plan()
+    assert (args.data_dir, args.batch_divisor) == (recorded.project / "data", 1)
 
 
 def test_untrained_can_be_left_out(recorded: Recorded) -> None:
-    recorded.run("--data_dir=D", "--output_dir=O", "--seeds=30", UNTRAINED="no")
-    assert recorded.calls("collect_metrics") == [["O/seed30"]]
+    recorded.run("--data_dir=D", UNTRAINED="no")
+    assert not recorded.plan()[0].untrained
 
 
-def test_resume_goes_to_the_runs_that_have_a_state(recorded: Recorded) -> None:
-    state = recorded.folder / "O/seed30/training_state.safetensors"
-    state.parent.mkdir(parents=True)
-    state.write_bytes(b"")
-    recorded.run("--data_dir=D", "--output_dir=O", "--seeds=30,31", "--resume")
-    resumed = [value(call, "--output_dir") for call in recorded.calls("run_train2") if "--resume" in call]
-    assert resumed == ["O/seed30"]
+def test_help(recorded: Recorded) -> None:
+    assert "--validation" in recorded.run("--help", script="paper/table_2")
+    assert recorded.calls("run_experiments") == []
 
 
-def test_all_methods_and_one_table(recorded: Recorded) -> None:
-    recorded.run("--data_dir=D", "--output_dir", "all of them", "--seeds=30", script="all")
-    folders = [value(call, "--output_dir") for call in recorded.calls("run_train2")]
-    methods = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")
-    assert folders == ["all of them/bce/untrained/seed30", *(f"all of them/{method}/seed30" for method in methods)]
-    losses = [value(call, "--loss_type") for call in recorded.calls("run_train2")]
-    assert losses == ["bce", *methods]
-    assert recorded.calls("collect_metrics")[-1] == folders
+def scripts(folder: str) -> list[str]:
+    return sorted(
+        f"{folder}/{path.stem}" for path in (PROJECT / folder).glob("*.sh") if path.stem not in ("run", "all")
+    )
 
 
-METHOD_SCRIPTS = sorted(path.stem for path in (PROJECT / "two_stage").glob("*.sh") if path.stem not in ("run", "all"))
+COMMANDS = {"two_stage": run_train2, "three_stage": run_train3}
 
 
-@pytest.mark.parametrize("script", METHOD_SCRIPTS)
+@pytest.mark.parametrize("script", scripts("two_stage") + scripts("three_stage"))
 def test_every_script_names_a_method_and_arguments_that_exist(script: str, recorded: Recorded) -> None:
-    recorded.run("--data_dir=D", "--output_dir=O", "--seeds=30", script=script, UNTRAINED="no")
-    (call,) = recorded.calls("run_train2")
-    args = run_train2.parse_args(call)
-    run_train2.build_loss(args)
+    recorded.run("--data_dir=D", script=script)
+    _, (method,), _ = recorded.plan()
+    setting, name = script.split("/")
+    args = COMMANDS[setting].parse_args([*method.arguments, "--data_dir=D", "--output_dir=O"])
+    COMMANDS[setting].build_loss(args)
     assert (args.lr, args.batch_size) == (0.01, 1024)
-    assert script.startswith(args.loss_type) or args.loss_type == "sorting"
+    assert method.name == name
+    assert name.startswith(args.loss_type) or args.loss_type == "sorting"
+
+
+# ---- the paper's tables ----------------------------------------------------------------------------------------------
+
+
+def paper_rows(table: str) -> set[tuple[str, str]]:
+    """Setting and method of each row of a table of the paper."""
+    path = PROJECT.parent / "shared/paper_tables.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: the paper's numbers are not part of the public project")
+    with path.open() as file:
+        return {(row["setting"], row["method"]) for row in csv.DictReader(file) if row["table"] == table}
+
+
+@pytest.mark.parametrize("table", ["2", "3", "4", "6", "7", "8", "9", "10", "11", "12"])
+def test_a_table_has_the_papers_rows(table: str, recorded: Recorded) -> None:
+    recorded.run("--data_dir=D", "--seeds=30", script=f"paper/table_{table}")
+    args, methods, training = recorded.plan()
+    setting = "_".join(word for word in (args.setting, args.variant) if word)
+    assert {(setting, method.name) for method in methods} == paper_rows(table)
+    assert (args.seeds, training, args.streaming) == ([30], [], False)
+    assert recorded.calls("collect_metrics") == [["run 1", "run 2"]]
+
+
+@pytest.mark.parametrize(
+    ("table", "lr", "batch_size"),
+    [(2, 0.01, 1024), (9, 0.001, 512), (10, 0.001, 2048), (11, 0.02, 512), (12, 0.02, 2048)],
+)
+def test_learning_rate_and_batch_size_of_a_table(table: int, lr: float, batch_size: int, recorded: Recorded) -> None:
+    recorded.run("--data_dir=D", script=f"paper/table_{table}")
+    args, methods, _ = recorded.plan()
+    for method in methods:
+        known = run_train2.parse_args([*method.arguments, "--data_dir=D", "--output_dir=O"])
+        assert (known.lr, known.batch_size) == (lr, batch_size)
+    assert args.variant == ("" if table == 2 else f"lr{lr:g}_bs{batch_size}")
+
+
+def test_the_other_scripts_of_the_paper(recorded: Recorded) -> None:
+    recorded.run("--data_dir=D", script="paper/figure_2")
+    args, methods, _ = recorded.plan()
+    assert (args.streaming, len(methods)) == (True, 8)
+    assert len(recorded.calls("collect_streaming")) == 1
+    recorded.run("--data_dir=D", "--output_dir=O", script="paper/section_d")
+    calls = [run_experiments.parse_args(call)[0] for call in recorded.calls("run_experiments")]
+    assert [(args.setting, args.seeds, args.untrained) for args in calls] == [
+        ("two_stage", [30], False), ("three_stage", [30], False)
+    ]  # fmt: skip
+    assert all(args.by_setting for args in calls)
+    assert len(recorded.calls("collect_costs")) == 2
+    recorded.run("--data_dir=D", script="paper/appendix_e1")
+    assert [method.name for method in recorded.plan()[1]] == ["lcron", "lcron_q_30_20"]
+
+
+@pytest.mark.parametrize("folder", ["two_stage", "three_stage"])
+def test_all_is_the_table_of_the_eight_methods(folder: str, recorded: Recorded) -> None:
+    recorded.run("--data_dir=D", script=f"{folder}/all")
+    args, methods, _ = recorded.plan()
+    assert args.setting == folder
+    names = ["bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron"]
+    assert [method.name for method in methods] == names
 
 
 # ---- when something is wrong -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("module", "fail_on", "after"),
-    [
-        ("run_train2", "--lr=abc", "run_test2"),
-        ("run_test2", "--test_day=never", "collect_metrics"),
-        ("dataset.simulate", "deep_components.dataset.simulate", "run_train2"),
-    ],
-)
-def test_a_failing_step_ends_the_script(module: str, fail_on: str, after: str, recorded: Recorded) -> None:
-    arguments = ["--seeds=30", *([fail_on] if fail_on.startswith("--") else [])]
-    assert recorded.run(*arguments, check=False, FAIL_ON=fail_on) == ""
+def test_a_failing_simulation_ends_the_script(recorded: Recorded) -> None:
+    assert recorded.run(check=False, FAIL_ON="deep_components.dataset.simulate") == ""
     assert recorded.result.returncode == 2
     assert "told to fail" in recorded.result.stderr
-    assert len(recorded.calls(module)) == 1
-    assert recorded.calls(after) == []
+    assert recorded.calls("run_experiments") == []
+
+
+def test_some_runs_fail(recorded: Recorded) -> None:
+    """The finished ones make a table, and the script fails."""
+    assert recorded.run("--data_dir=D", "--lr=abc", check=False, FAIL_ON="--lr=abc") == "the table\n"
+    assert recorded.result.returncode == 2
+
+
+def test_all_runs_fail(recorded: Recorded) -> None:
+    assert recorded.run("--data_dir=D", "--lr=abc", check=False, FAIL_ON="--lr=abc", NO_RUNS="yes") == ""
+    assert recorded.result.returncode == 2
     assert recorded.calls("collect_metrics") == []
 
 
-@pytest.mark.parametrize("option", ["--seeds", "--data_dir", "--output_dir", "--test_day", "--device"])
-def test_an_option_without_its_value(option: str, recorded: Recorded) -> None:
-    assert recorded.run(option, check=False) == ""
-    assert recorded.result.returncode == 2
-    assert recorded.result.stderr == f"error: {option} needs a value\n"
-    assert not recorded.calls_file.exists()
+def test_a_row_of_a_table_without_a_script(recorded: Recorded) -> None:
+    (recorded.project / "two_stage/icc.sh").unlink()
+    recorded.run("--data_dir=D", script="paper/table_2", check=False)
+    assert recorded.result.returncode != 0
+    assert recorded.calls("run_experiments") == []
 
 
 def test_an_interpreter_without_the_packages(tmp_path: Path) -> None:
@@ -378,24 +404,29 @@ def test_what_the_setup_leaves_is_ignored_by_git(fake: FakeSetup) -> None:
 
 
 def test_a_real_run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """From another folder, with blanks in every path, over the results of an earlier run."""
+    """From another folder, with blanks in every path; the second time it is kept, and not replaced by another."""
     log = small_log(tmp_path_factory)
     (tmp_path / "my data").symlink_to(log)
-    run = train(log, tmp_path / "my runs/seed30", "--seed=99", "--epochs=2")
-    evaluate(log, run, "--save_scores")
     sizes = [argument for argument in SMALL if not argument.startswith("--loss_type")]
-    arguments = ["--data_dir=my data", "--output_dir=my runs", "--seeds=30", "--lr=0.02", "--tau", "20", "--device=cpu"]
+    arguments = ["--data_dir=my data", "--output_dir=my runs", "--seeds=30", "--tau", "20", "--device=cpu", *sizes]
     script, env = PROJECT / "two_stage/lcron.sh", environment(PYTHON=sys.executable, OMP_NUM_THREADS="1")
-    result = bash(script, *arguments, *sizes, cwd=tmp_path, env=env)
+    result = bash(script, *arguments, "--lr=0.02", cwd=tmp_path, env=env)
+    run = tmp_path / "my runs/seed30"
     assert (config(run)["arguments"]["lr"], config(run)["arguments"]["tau"]) == (0.02, 20.0)
-    assert json.loads((run / "metrics.json").read_text())["epochs"] == 1
-    assert not (run / "scores.npz").exists()
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"two_stage, data: simulated, test day {DAYS[-1]}, 40 requests")
     assert {"method", "lcron", "untrained"} <= {line.split("  ")[0] for line in lines}
     # The same run inside this process gives the same parameters: nothing of a process matters.
     assert same_parameters(run, train(log, tmp_path / "here", "--lr=0.02", "--tau=20"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "my data", "my runs"]
+    before = (run / "rank.safetensors").stat().st_mtime_ns
+    assert bash(script, *arguments, "--lr=0.02", cwd=tmp_path, env=env).stdout == result.stdout
+    refused = bash(script, *arguments, "--lr=0.03", cwd=tmp_path, env=env, check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        f"error: {run}: holds a run with lr=0.02, not 0.03; name another --output_dir, or --force to make it again\n"
+    )
+    assert (run / "rank.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_real_mistake(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# All eight methods and one table of them (the paper's Table 2). Arguments are passed on to every method's script.
+# All eight methods and one table of them (the paper's Table 2).
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/../run_all.sh" two_stage "$@"
+source "$(dirname -- "${BASH_SOURCE[0]}")/../run_all.sh" two_stage \
+    bce icc rankflow fs_ranknet fs_lambdaloss arf arf_v2 lcron -- "$@"

@@ -1,0 +1,92 @@
+"""What the user sees of many runs: one progress bar on a terminal, and a line for each run that ends."""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from deep_components.checkpoint import STEP_LOG_FILE
+from deep_components.experiments.execution import Outcome
+from deep_components.experiments.plan import Run
+
+_BAR = "{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
+_TAIL = 4096  # bytes at the end of a step log that hold its last line
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """The share of all runs that is done, a run in training counting by its steps."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._share = {run.folder: _share(run) for run in runs}
+        self._open = {run.folder: run for run in runs}
+        self._training: dict[Path, str] = {}
+        shown = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=len(runs), initial=sum(self._share.values()), bar_format=_BAR, disable=not shown, leave=False
+        )
+        self._ended = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def look(self) -> None:
+        """Read how far the open runs are."""
+        if self._bar.disable:
+            return
+        for folder, run in self._open.items():
+            share = _share(run)
+            if share > self._share[folder]:
+                self._share[folder] = share
+                self._training[folder] = run.title
+        self._bar.n = sum(self._share.values())
+        self._bar.set_postfix_str("; ".join(self._training.values()), refresh=False)
+        self._bar.refresh()
+
+    def ended(self, outcome: Outcome) -> None:
+        """Report a run that ended."""
+        self._ended += 1
+        folder = outcome.run.folder
+        if outcome.status == "kept" and not self._bar.disable:  # no time of this session went into it
+            self._bar.initial += 1 - self._share[folder]
+        self._share[folder] = 1.0
+        self._open.pop(folder, None)
+        self._training.pop(folder, None)
+        logger.info("[%d/%d] %s: %s", self._ended, len(self._share), outcome.run.title, _sentence(outcome))
+
+
+def _sentence(outcome: Outcome) -> str:
+    if outcome.status == "kept":
+        return f"finished before, kept in {outcome.run.folder}"
+    if outcome.status == "failed":
+        return f"failed: {outcome.error}"
+    return f"{outcome.status} after {outcome.seconds:.0f} s -> {outcome.run.folder}"
+
+
+def _share(run: Run) -> float:
+    """How much of its training a run has done."""
+    step = _last(run.folder / STEP_LOG_FILE).get("step", 0)
+    return min(1.0, step / run.steps) if run.steps else 0.0
+
+
+def _last(path: Path) -> dict[str, Any]:
+    """The last whole line of a step log; {} when there is none yet."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().decode().split("\n")
+        return json.loads(lines[-2]) if len(lines) > 1 else {}
+    except (OSError, ValueError):
+        return {}

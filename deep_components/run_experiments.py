@@ -1,0 +1,292 @@
+"""Make the runs of a table: every method with every seed, trained and evaluated, finished runs kept.
+
+    python -m deep_components.run_experiments --setting=two_stage --train=deep_components.run_train2 \\
+        --evaluate=deep_components.run_test2 --method=lcron --loss_type=lcron --tau=50 -- --data_dir=D --output_dir=O
+
+The bash scripts of two_stage/, three_stage/ and paper/ call it. What stands after ``--`` are the user's arguments;
+those that are not listed here go to the training, after the method's own, so that they win.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from deep_components.cascade import SETTINGS
+from deep_components.cli import run_command
+from deep_components.dataset.columnar import DEFAULT_TIME_ZONE, open_day
+from deep_components.errors import InputError
+from deep_components.experiments import plan, records
+from deep_components.experiments.engines import run_locally, run_on_ray, slots
+from deep_components.experiments.execution import USERS_MISTAKE, Options, Outcome
+from deep_components.experiments.progress import Progress
+from deep_components.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, as 30,31") from error
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    table = parser.add_argument_group("what the scripts say")
+    table.add_argument("--setting", required=True, choices=sorted(SETTINGS))
+    table.add_argument("--train", required=True, metavar="MODULE", help="the command that trains")
+    table.add_argument("--evaluate", required=True, metavar="MODULE", help="the command that evaluates")
+    table.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs lie without --output_dir")
+    table.add_argument("--variant", default="", help="what sets the runs apart from the methods' main ones")
+    table.add_argument("--by_setting", action="store_true", help="runs lie in OUTPUT_DIR/<setting>/<method>")
+    table.add_argument("--no-untrained", dest="untrained", action="store_false", help="without the untrained cascade")
+    table.add_argument("--run_list", type=Path, help="a file that gets the folder of every finished run, a line each")
+    user = parser.add_argument_group("the user's")
+    user.add_argument("--data_dir", type=Path, required=True, help="a log in RecFlow's layout")
+    user.add_argument("--output_dir", type=Path, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
+    user.add_argument("--seeds", "--seed", type=_seeds, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
+    user.add_argument("--methods", type=_names, help="only these of a table's rows, as lcron,bce")
+    user.add_argument("--train_days", type=_names, help="day,day,... (default: all but the test day)")
+    user.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
+    user.add_argument("--validation", action="store_true", help="for tuning: the last training day is the test day")
+    user.add_argument("--streaming", action="store_true", help="each day tests what was trained on all days before it")
+    user.add_argument("--batch_divisor", type=_at_least_one, default=1, help="of the scripts' batch sizes (default 1)")
+    user.add_argument("--save_scores", action="store_true", help="also write scores.npz")
+    user.add_argument("--cache_dir", help="where the columnar cache lies (default: DATA_DIR/cache)")
+    user.add_argument("--time_zone", help="of the log")
+    user.add_argument("--cuda", help="use this CUDA device")
+    user.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one, all of them with --jobs)")
+    user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
+    user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
+    user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
+    user.add_argument("--jobs", type=_at_least_one, default=1, help="runs at a time on a machine (default 1)")
+    user.add_argument("--threads", type=_at_least_one, help="of each run (default: the cores divided by the jobs)")
+    user.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
+    return parser
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[plan.Method], list[str]]:
+    """The runner's arguments, the methods, and the user's arguments of the training."""
+    ours, users = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    first = next((place for place, word in enumerate(ours) if word.startswith("--method=")), len(ours))
+    args, training = _parser().parse_known_args([*ours[:first], *users])
+    methods = plan.methods_of(ours[first:])
+    names = [method.name for method in methods]
+    unknown = [name for name in args.methods or [] if name not in names]
+    if unknown or not methods:
+        raise InputError(f"--methods={','.join(unknown)}: choose from {', '.join(names) or 'the --method= given'}")
+    if args.cuda is not None and args.device is not None:
+        raise InputError(f"--cuda={args.cuda} and --device={args.device} both name a device; give one of them")
+    args.several = len(methods) > 1
+    return args, [method for method in methods if method.name in (args.methods or names)], training
+
+
+def make_plan(args: argparse.Namespace, methods: Sequence[plan.Method], training: Sequence[str]) -> list[plan.Run]:
+    """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
+    of a seed, is among them once.
+
+    Raises InputError when the data cannot be used, or two runs would share a folder. Caches are built here, before
+    several processes want them.
+    """
+    given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
+    shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    arguments = [[*plan.divide_batch(method.arguments, args.batch_divisor), *training, *shared] for method in methods]
+    parsed = [plan.parse_training(words, args.train) for words in arguments]
+    template, mode = _template(args, shared), _mode(args)
+    variant = "_".join(word for word in (args.variant, mode) if word)
+    names = _untrained_names(args, parsed)
+    runs: dict[Path, plan.Run] = {}
+
+    def add(name: str, folder: str, variant: str, known: dict[str, Any], words: Sequence[str]) -> None:
+        run = replace(
+            template,
+            name=name,
+            variant=variant,
+            seed=known["seed"],
+            folder=_folder(args, folder, variant) / f"seed{known['seed']}",
+            training=tuple(words),
+            identity=plan.identity(known, args.streaming),
+        )
+        if runs.setdefault(run.folder, run).identity != run.identity:
+            raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
+
+    for seed in args.seeds:
+        for method, words, known, untrained in zip(methods, arguments, parsed, names, strict=True):
+            if args.untrained and known["epochs"]:
+                add(plan.UNTRAINED, untrained, mode, known | {"seed": seed, "epochs": 0}, [*words, "--epochs=0"])
+            add(method.name, method.name, variant, known | {"seed": seed}, words)
+    return list(runs.values())
+
+
+def _mode(args: argparse.Namespace) -> str:
+    return "_".join(mode for mode in ("validation", "streaming") if getattr(args, mode))
+
+
+def _untrained_names(args: argparse.Namespace, parsed: Sequence[dict[str, Any]]) -> list[str]:
+    """The folder of each method's untrained cascade. In an --output_dir of the user's it is "untrained" where its sizes
+    are those of the first method."""
+    names = [plan.untrained_name(arguments) for arguments in parsed]
+    return [plan.UNTRAINED if args.output_dir and name == names[0] else name for name in names]
+
+
+def _template(args: argparse.Namespace, shared: Sequence[str]) -> plan.Run:
+    """What all runs of a plan have in common."""
+    parts = plan.schedule(args.data_dir, args.train_days, args.test_day, args.validation, args.streaming)
+    zone = args.time_zone or DEFAULT_TIME_ZONE
+    cache = Path(args.cache_dir) if args.cache_dir else None
+    opened = {
+        day: open_day(args.data_dir, day, SETTINGS[args.setting], cache, zone)
+        for day in sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
+    }
+    return plan.Run(
+        name="",
+        variant="",
+        setting=args.setting,
+        seed=0,
+        folder=Path(),
+        commands=(args.train, args.evaluate),
+        training=(),
+        evaluation=(*shared, *(["--save_scores"] if args.save_scores else [])),
+        identity={},
+        parts=parts,
+        data=plan.read_data(
+            args.data_dir.absolute(), {day: (cached.checksum, len(cached)) for day, cached in opened.items()}
+        ),
+        streaming=args.streaming,
+        days_named=args.train_days is not None or args.validation or args.streaming,
+        cwd=Path.cwd(),
+    )
+
+
+def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
+    """Where the runs of a row lie: in --output_dir itself for the one method of a script."""
+    if args.output_dir is not None and not (args.several or args.by_setting):
+        return args.output_dir.absolute() / (name if name.startswith(plan.UNTRAINED) else "")
+    row = f"{name}_{variant}" if variant else name
+    if args.output_dir is not None:
+        return args.output_dir.absolute() / (args.setting if args.by_setting else "") / row
+    return args.runs_dir.absolute() / args.setting / row / args.data_dir.resolve().name
+
+
+def _engine(args: argparse.Namespace, runs: Sequence[plan.Run]) -> Iterator[list[Outcome]]:
+    options = Options(args.force, args.resume, args.discard_state)
+    cores = len(os.sched_getaffinity(0))
+    named = args.device is not None or args.cuda is not None
+    environment = os.environ.get("OMP_NUM_THREADS", "")
+    threads = args.threads or (int(environment) if environment.isdecimal() else None)
+    if args.engine == "ray":
+        (slot, *_) = slots(args.jobs, 0, cores, named, threads or max(1, cores // args.jobs))
+        return run_on_ray(runs, slot, not named or args.device != "cpu", options)
+    places = slots(args.jobs, torch.cuda.device_count(), cores, named, threads)
+    if args.jobs > 1:
+        where = sorted({place.device for place in places if place.device})
+        logger.info(
+            "%d runs at a time, %d threads each%s; another number of threads may change the last digits",
+            args.jobs, places[0].threads, f", on {', '.join(where)}" if where else "",
+        )  # fmt: skip
+    return run_locally(runs, places, options)
+
+
+def _make_all(args: argparse.Namespace, runs: Sequence[plan.Run]) -> list[Outcome]:
+    """Make the runs, with one progress bar; how they ended, in the order of the plan."""
+    ended: dict[Path, Outcome] = {}
+    with logging_redirect_tqdm(), Progress(runs) as progress:
+        try:
+            for outcomes in _engine(args, runs):
+                for outcome in outcomes:
+                    ended[outcome.run.folder] = outcome
+                    progress.ended(outcome)
+                progress.look()
+        except KeyboardInterrupt:
+            done = sum(outcome.status in ("finished", "kept") for outcome in ended.values())
+            logger.info("stopped: %d of %d runs are finished; the same command goes on from here", done, len(runs))
+            raise
+    return [ended[run.folder] for run in runs]
+
+
+def _check_folders(args: argparse.Namespace, runs: Sequence[plan.Run]) -> None:
+    """InputError when a folder holds another run: better now than after hours."""
+    for run in runs:
+        if not args.force:
+            records.check_same_run(run, records.holding(run.folder), args.resume)
+
+
+def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
+    done = [outcome.run for outcome in outcomes if outcome.status in ("finished", "kept")]
+    worth = any(run.name != plan.UNTRAINED for run in done)
+    text = "".join(f"{run.folder}\n" for run in done if worth)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _say_commits(outcomes: Sequence[Outcome]) -> None:
+    """Say so when runs that were kept were made by other code than the rest."""
+    folders = [outcome.run.folder for outcome in outcomes if outcome.status in ("finished", "kept")]
+    commits = Counter(str((records.holding(folder).record or {}).get("commit")) for folder in folders)
+    if len(commits) > 1:
+        counts = ", ".join(f"{count} at {commit}" for commit, count in commits.items())
+        logger.warning("the runs were not all made by the same commit: %s; --force makes them again", counts)
+
+
+def _report_failures(outcomes: Sequence[Outcome]) -> int:
+    """Name the failed runs; the exit code: 0, 2 when every failure is a mistake in the input, else 1."""
+    failed = [outcome for outcome in outcomes if outcome.status not in ("finished", "kept")]
+    if not failed:
+        return 0
+    lines = [
+        f"error: {len(failed)} of {len(outcomes)} runs failed; the others are kept when the command is given again"
+    ]
+    for sentence in dict.fromkeys(outcome.error for outcome in failed):
+        same = [outcome for outcome in failed if outcome.error == sentence]
+        lines += [f"  {'; '.join(outcome.run.title for outcome in same)}: {sentence}"]
+        lines += [f"    {outcome.log}" for outcome in same if outcome.log is not None]
+    sys.stderr.write("\n".join(lines) + "\n")
+    return USERS_MISTAKE if all(outcome.code == USERS_MISTAKE for outcome in failed) else 1
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str]) -> None:
+    args, methods, training = parse_args(argv)
+    runs = make_plan(args, methods, training)
+    _check_folders(args, runs)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if args.batch_divisor > 1:
+        logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)
+    outcomes = _make_all(args, runs)
+    _say_commits(outcomes)
+    if args.run_list is not None:
+        _write_list(args.run_list, outcomes)
+    code = _report_failures(outcomes)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,189 @@
+"""The runner's command: what its arguments make of a plan, what is said at the end, the exit code."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deep_components import run_experiments
+from deep_components.cli import run_command
+from deep_components.errors import InputError
+from deep_components.experiments.execution import Outcome
+from deep_components.experiments.plan import Run
+from tests.helpers import DAYS
+
+SCRIPT = ["--setting=two_stage", "--train=train2", "--evaluate=test2", "--runs_dir=runs"]
+LCRON = ["--method=lcron", "--loss_type=lcron", "--tau=50", "--batch_size=16"]
+BCE = ["--method=bce", "--loss_type=bce", "--batch_size=16"]
+
+
+def plan(log: Path, *words: str, methods: list[str] = LCRON) -> list[Run]:
+    """The plan of the script's words before "--", and the user's after it."""
+    script, user = (list(words[: words.index("--")]), words[words.index("--") + 1 :]) if "--" in words else ([], words)
+    return run_experiments.make_plan(
+        *run_experiments.parse_args([*SCRIPT, *script, *methods, "--", f"--data_dir={log}", *user])
+    )
+
+
+def folders(runs: list[Run]) -> list[str]:
+    return [str(run.folder.relative_to(Path.cwd())) for run in runs]
+
+
+def test_a_script_makes_each_seed_beside_its_untrained_cascade(log: Path) -> None:
+    runs = plan(log, "--output_dir=O")
+    assert folders(runs) == [f"O/{row}seed{seed}" for seed in range(30, 35) for row in ("untrained/", "")]
+    assert [run.name for run in runs[:2]] == ["untrained", "lcron"]
+    assert [run.seed for run in runs] == [seed for seed in range(30, 35) for _ in "ab"]
+
+
+@pytest.mark.parametrize("seeds", [["--seeds=31"], ["--seeds", "31"], ["--seed=31"], ["--seeds=31,31"]])
+def test_seeds(seeds: list[str], log: Path) -> None:
+    assert folders(plan(log, "--output_dir=O", *seeds)) == ["O/untrained/seed31", "O/seed31"]
+
+
+def test_a_table_has_one_untrained_cascade_a_seed(log: Path) -> None:
+    runs = plan(log, "--output_dir=O", "--seeds=30,31", methods=LCRON + BCE)
+    assert folders(runs) == [
+        f"O/{row}/seed{seed}" for seed in (30, 31) for row in ("untrained", "lcron", "bce")
+    ]  # fmt: skip
+    assert folders(plan(log, "--output_dir=O", "--seeds=30", "--methods=bce", methods=LCRON + BCE)) == [
+        "O/untrained/seed30", "O/bce/seed30"
+    ]  # fmt: skip
+
+
+def test_methods_of_other_sizes_have_their_own_untrained_cascade(log: Path) -> None:
+    runs = plan(log, "--output_dir=O", "--seeds=30", methods=[*LCRON, *BCE, "--emb_dim=4"])
+    assert folders(runs) == [
+        "O/untrained/seed30", "O/lcron/seed30", "O/untrained_emb_dim4/seed30", "O/bce/seed30"
+    ]  # fmt: skip
+
+
+def test_two_rows_of_one_name(log: Path) -> None:
+    with pytest.raises(InputError, match="two rows of the table"):
+        plan(log, "--output_dir=O", methods=[*LCRON, *LCRON, "--tau=20"])
+
+
+def test_the_default_folders(log: Path) -> None:
+    assert folders(plan(log, "--seeds=30")) == [
+        f"runs/two_stage/untrained/{log.name}/seed30", f"runs/two_stage/lcron/{log.name}/seed30"
+    ]  # fmt: skip
+    variant = plan(log, "--variant=lr0.02_bs512", "--", "--seeds=30", "--validation", methods=LCRON + BCE)
+    assert [path.split("/")[2] for path in folders(variant)] == [
+        "untrained_validation", "lcron_lr0.02_bs512_validation", "bce_lr0.02_bs512_validation"
+    ]  # fmt: skip
+    assert [run.variant for run in variant][:2] == ["validation", "lr0.02_bs512_validation"]
+
+
+def test_what_goes_to_which_command(log: Path) -> None:
+    both = ["--cache_dir=C", "--time_zone=UTC", "--device=cpu"]
+    untrained, run = plan(
+        log, "--seeds=30", f"--test_day={DAYS[1]}", "--save_scores", "--tau", "20", "--lr=0.02", *both
+    )
+    train, test = run.train_command(run.parts[0], resume=False), run.test_command(run.parts[0])
+    assert (train[0], test[0]) == ("train2", "test2")
+    for command in (train, test):
+        assert {*both, f"--data_dir={log}", f"--output_dir={run.folder}"} <= set(command)
+    assert train.index("--tau") > train.index("--tau=50")
+    assert {"--lr=0.02", "--seed=30"} <= set(train)
+    assert {f"--test_day={DAYS[1]}", "--save_scores"} <= set(test)
+    assert not {f"--test_day={DAYS[1]}", "--save_scores"} & set(train)
+    assert not any(word.startswith(("--lr", "--tau", "--seed")) for word in test)
+    assert "--epochs=0" in untrained.train_command(untrained.parts[0], resume=False)
+    assert not any(word.startswith("--train_days") for word in train)  # the log's usual days
+    (named,) = plan(log, "--no-untrained", "--", "--seeds=30", f"--train_days={DAYS[0]}")
+    assert f"--train_days={DAYS[0]}" in named.train_command(named.parts[0], resume=False)
+
+
+def test_the_users_batch_size_is_not_divided(log: Path) -> None:
+    def batch_size(*words: str) -> int:
+        return plan(log, "--batch_divisor=8", "--", "--seeds=30", *words)[-1].identity["batch_size"]
+
+    assert (batch_size(), batch_size("--batch_size=16")) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--methods=lcron,mine"], "--methods=mine: choose from lcron"),
+        (["--cuda=0", "--device=cpu"], "both name a device"),
+        (["--test_day=2020-01-01"], "--test_day=2020-01-01: .* has only"),
+    ],
+)
+def test_mistakes(words: list[str], sentence: str, log: Path) -> None:
+    with pytest.raises(InputError, match=sentence):
+        plan(log, *words)
+
+
+@pytest.mark.parametrize("word", ["--seeds=a", "--jobs=0", "--lr=abc", "--engine=slurm"])
+def test_arguments_that_are_refused(word: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        plan(log, word)
+    assert ended.value.code == 2
+    assert word.partition("=")[0] in capsys.readouterr().err
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------------
+
+
+def finish(
+    log: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *failures: tuple[str, int] | None
+) -> tuple[int | str | None, list[str]]:
+    """The exit code and the list of runs, when the runs end so; None for a finished one."""
+
+    def engine(args: object, runs: list[Run]) -> Iterator[list[Outcome]]:
+        for run, failure in zip(runs, failures, strict=True):
+            error, code = failure or ("", 0)
+            yield [Outcome(run, "failed" if failure else "finished", error=error, code=code)]
+
+    monkeypatch.setattr(run_experiments, "_engine", engine)
+    seeds = ",".join(str(30 + place) for place in range(len(failures) // 2))
+    argv = [*SCRIPT, f"--run_list={folder / 'list'}", *LCRON, "--"]
+    argv += [f"--data_dir={log}", f"--output_dir={folder}", f"--seeds={seeds}"]
+    try:
+        code: int | str | None = run_command(run_experiments.main, argv)
+    except SystemExit as ended:
+        code = ended.code
+    return code, (folder / "list").read_text().splitlines()
+
+
+def test_all_finish(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert finish(log, tmp_path, monkeypatch, None, None) == (
+        0, [str(tmp_path / "untrained/seed30"), str(tmp_path / "seed30")]
+    )  # fmt: skip
+
+
+def test_failures_are_listed_by_their_sentence(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failures = (None, ("no memory", 1), None, None, ("lower --lr", 2), ("no memory", 1))
+    code, listed = finish(log, tmp_path, monkeypatch, *failures)
+    assert code == 1
+    assert listed == [str(tmp_path / name) for name in ("untrained/seed30", "untrained/seed31", "seed31")]
+    said = capsys.readouterr().err
+    assert "error: 3 of 6 runs failed" in said
+    assert "  lcron, seed 30; lcron, seed 32: no memory\n" in said
+    assert "  untrained, seed 32: lower --lr\n" in said
+
+
+def test_the_exit_code_of_a_mistake(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All failures are the user's: 2. And an untrained cascade alone makes no table."""
+    assert finish(log, tmp_path, monkeypatch, None, ("--tau is not an option of bce", 2)) == (2, [])
+
+
+def test_runs_of_several_commits(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "seed30").mkdir()
+    (tmp_path / "seed30/run.json").write_text('{"commit": "abc"}')
+    with caplog.at_level("WARNING"):
+        finish(log, tmp_path, monkeypatch, None, None)
+    assert "not all made by the same commit: 1 at None, 1 at abc" in caplog.text
+
+
+def test_a_folder_with_another_run_is_refused_before_anything_starts(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seed30").mkdir()
+    (tmp_path / "seed30/metrics.json").write_text("{}")
+    with pytest.raises(FileNotFoundError):  # no list: nothing was made
+        finish(log, tmp_path, monkeypatch, None, None)
