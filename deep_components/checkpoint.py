@@ -18,6 +18,7 @@ STATE_FILE = "training_state.safetensors"
 METRICS_FILE = "metrics.json"
 COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
+PER_REQUEST_FILE = "per_request.npz"
 STEP_LOG_FILE = "train.jsonl"
 
 _METADATA = "run"
@@ -28,7 +29,8 @@ _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "lo
 def remove_results(run: Path) -> None:
     """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
     stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
-    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
+    results = (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE)
+    for name in (*results, *(f"{stage}.safetensors" for stage in sorted(stages))):
         (run / name).unlink(missing_ok=True)
 
 
