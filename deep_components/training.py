@@ -36,6 +36,7 @@ from deep_components.files import make_folder, write_atomically
 from deep_components.models import build_models
 from deep_components.models.embedding import FieldEmbedding, table_ids
 from deep_components.optim.deferred_adam import DeferredAdam
+from deep_components.watching import ScalarLog, check_installed, gradient_norms, scalar_log
 
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 FEW_STEPS = 50
@@ -50,6 +51,7 @@ _FREE_ON_RESUME = (
     "device",
     "cuda",
     "print_freq",
+    "tensorboard",
     "epochs",
     "train_days",
 )
@@ -67,6 +69,7 @@ class Trainer:
         optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
             dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
         large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
+        watch_gradients: a step also returns ``gradient_norm.<stage>``.
     """
 
     def __init__(
@@ -76,8 +79,9 @@ class Trainer:
         lr: float,
         optimizer: str = "deferred_adam",
         large_table: int = LARGE_TABLE,
+        watch_gradients: bool = False,
     ) -> None:
-        self.models, self.loss = models, loss
+        self.models, self.loss, self.watch_gradients = models, loss, watch_gradients
         parts = {**models, "loss": loss}
         self.parameters = {
             f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()
@@ -114,6 +118,8 @@ class Trainer:
         terms = self.loss(*scores, batch.targets)
         terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
+        if self.watch_gradients:
+            values |= gradient_norms(self.models)
         for optimizer in self.optimizers:
             optimizer.step()
         if self.deferred is not None:
@@ -165,8 +171,8 @@ class Trainer:
 class StepLog:
     """train.jsonl: an object per step. Terms stay on the device until :meth:`flush`: a step waits for nothing."""
 
-    def __init__(self, path: Path, origin: str, kept_steps: int) -> None:
-        self.path, self.origin = path, origin
+    def __init__(self, path: Path, origin: str, kept_steps: int, scalars: ScalarLog | None = None) -> None:
+        self.path, self.origin, self.scalars = path, origin, scalars
         try:
             lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
         except OSError as error:
@@ -193,6 +199,10 @@ class StepLog:
                     )
                 record = {"step": step, "day": day, **terms, "seconds": round(seconds, 6), "data": self.origin}
                 file.write(json.dumps(record) + "\n")
+                if self.scalars is not None:
+                    self.scalars.add(record)
+        if self.scalars is not None:
+            self.scalars.flush()
         self._waiting.clear()
         return float(values[-1, names.index("loss")])
 
@@ -200,6 +210,7 @@ class StepLog:
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
+    check_installed(args.tensorboard)
     origin = recflow.read_origin(args.data_dir)
     names = training_days(args.data_dir, args.train_days)
     counts = recflow.read_id_counts(args.data_dir)
@@ -214,14 +225,15 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
         for name in (names if args.epochs else [])
     ]
     steps = [steps_of(day, args.batch_size) for day in days]
-    trainer = Trainer(models, loss, args.lr, args.optimizer)
+    trainer = Trainer(models, loss, args.lr, args.optimizer, watch_gradients=args.tensorboard)
     config = _config(cascade, args, device, origin, names, counts)
     config["data_checksums"] = {day.day: day.checksum for day in days}
     position = _start(args, trainer, config)
     if origin == "simulated":
         logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
     started, first = time.perf_counter(), position["step"]
-    position = _train_days(args, trainer, days, steps, device, origin, position)
+    with scalar_log(args.output_dir, args.tensorboard, args.batch_size, first) as scalars:
+        position = _train_days(args, trainer, days, steps, device, origin, position, scalars)
     seconds = time.perf_counter() - started
     requests = (position["step"] - first) * args.batch_size
     states = {stage: model.state_dict() for stage, model in models.items()}
@@ -248,12 +260,13 @@ def _train_days(
     device: torch.device,
     origin: str,
     position: dict[str, int],
+    scalars: ScalarLog | None,
 ) -> dict[str, int]:
     """Train from ``position`` (pass, its days done, steps made) to the end; the state is saved after every day.
 
     ``steps`` are those of each day.
     """
-    log = StepLog(args.output_dir / checkpoint.STEP_LOG_FILE, origin, position["step"])
+    log = StepLog(args.output_dir / checkpoint.STEP_LOG_FILE, origin, position["step"], scalars)
     if args.epochs and 0 < args.epochs * sum(steps) < FEW_STEPS:
         logger.warning(
             "only %d training steps: the models will hardly learn; lower --batch_size", args.epochs * sum(steps)

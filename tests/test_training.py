@@ -449,6 +449,7 @@ TESTED_BELOW = {
     "dtype": "test_flag_dtype",
     "optimizer": "test_flag_optimizer",
     "print_freq": "test_flag_print_freq",
+    "tensorboard": "test_flag_tensorboard",
     "shuffle": "test_flag_shuffle",
     "init_from": "test_init_from",
     "resume": "test_resumed_after_an_interruption",
@@ -526,6 +527,16 @@ def test_flag_print_freq(
     arguments = training_arguments(log, tmp_path, f"--print_freq={print_freq}")
     assert run_command(run_train2.main, arguments) == 130
     assert len(logged_steps(tmp_path)) == written  # reports so far, and the whole first day
+
+
+def test_flag_tensorboard(log: Path, baseline: Path, tmp_path: Path) -> None:
+    """It only watches; what it writes is tested in test_watching.py."""
+    watched = train(log, tmp_path, "--tensorboard")
+    assert same_parameters(watched, baseline)
+    norms = {f"gradient_norm.{stage}" for stage in STAGES}
+    without = [{name: value for name, value in step.items() if name not in norms} for step in logged_steps(watched)]
+    assert without == logged_steps(baseline)
+    assert (watched / "tensorboard").is_dir() and not (baseline / "tensorboard").exists()
 
 
 def test_flags_of_the_device(log: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,132 @@
+"""What TensorBoard shows of a training: every step once, also of one that was interrupted and resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from deep_components import run_train2
+from deep_components.cli import run_command
+from deep_components.dataset.columnar import open_day
+from deep_components.training import Trainer
+from deep_components.watching import gradient_norms, scalar_log
+from tests.helpers import BATCH_SIZE, STAGES, logged_steps, train, training_arguments
+from tests.test_training import DAYS, TWO_STAGE, fresh
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) as TensorBoard reads them."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def logged(run: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) in train.jsonl, as float32, which TensorBoard keeps."""
+    return [(step["step"], float(np.float32(step[name]))) for step in logged_steps(run)]
+
+
+def test_the_scalars_are_those_of_the_step_log(log: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path, "--tensorboard", "--print_freq=3")
+    found = curves(run)
+    names = {"end_to_end": "term/end_to_end", **{stage: f"term/{stage}" for stage in STAGES}, "loss": "loss"}
+    names |= {f"weight.{stage}": f"weight/{stage}" for stage in STAGES}
+    names |= {f"gradient_norm.{stage}": f"gradient_norm/{stage}" for stage in STAGES}
+    assert set(found) == {*names.values(), "requests_per_second"}
+    for name, tag in names.items():
+        assert found[tag] == logged(run, name)
+    seconds = [json.loads(line)["seconds"] for line in (run / "train.jsonl").read_text().splitlines()]
+    speeds = [speed for _, speed in found["requests_per_second"]]
+    assert speeds == pytest.approx([BATCH_SIZE / second for second in seconds], rel=1e-5)
+
+
+@pytest.mark.parametrize("stopped_in", [3, 4])
+def test_a_resumed_training_continues_its_curves(
+    stopped_in: int, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second day, whose first step is made, and written, twice."""
+    arguments = training_arguments(log, tmp_path / "run", "--tensorboard", "--print_freq=1")
+    step, made = Trainer.step, 0
+
+    def interrupted(self: Trainer, batch: object) -> object:
+        nonlocal made
+        made += 1
+        if made == stopped_in:
+            raise KeyboardInterrupt
+        return step(self, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", interrupted)
+        assert run_command(run_train2.main, arguments) == 130
+    assert [place for place, _ in curves(tmp_path / "run")["loss"]] == list(range(1, stopped_in))
+    run_train2.main([*arguments, "--resume"])
+    whole = train(log, tmp_path / "whole", "--tensorboard")
+    for tag, values in curves(tmp_path / "run").items():
+        assert [place for place, _ in values] == [1, 2, 3, 4], tag
+        if tag != "requests_per_second":
+            assert values == curves(whole)[tag]
+
+
+def test_a_training_that_starts_again_leaves_no_old_curves(log: Path, tmp_path: Path) -> None:
+    train(log, tmp_path, "--tensorboard", "--epochs=2")
+    train(log, tmp_path, "--tensorboard", "--lr=0.02")
+    assert curves(tmp_path)["loss"] == logged(tmp_path, "loss")
+    train(log, tmp_path)
+    assert list((tmp_path / "tensorboard").iterdir()) == []
+
+
+def test_an_untrained_cascade_has_no_curve(log: Path, tmp_path: Path) -> None:
+    assert curves(train(log, tmp_path, "--tensorboard", "--epochs=0")) == {}
+
+
+def test_it_costs_nothing_when_not_asked_for() -> None:
+    script = "import sys, deep_components.run_train2; sys.exit('tensorboard' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_without_the_package(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run_command(run_train2.main, training_arguments(log, tmp_path / "run", "--tensorboard")) == 2
+    error = capsys.readouterr().err
+    assert "--tensorboard: the package tensorboard is missing" in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+    with scalar_log(tmp_path, wanted=False, batch_size=1, steps_made=0) as scalars:
+        assert scalars is None
+
+
+# ---- gradient norms --------------------------------------------------------------------------------------------------
+
+
+def test_gradient_norm_by_hand() -> None:
+    model = nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([12.0])
+    norms = gradient_norms({"rank": model, "retrieval": nn.Linear(2, 1)})
+    assert norms["gradient_norm.rank"].item() == pytest.approx(13)
+    assert norms["gradient_norm.retrieval"].item() == 0  # without a gradient
+
+
+def test_entries_of_one_row_are_added_up() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 1, 1, 4])).sum().backward()
+    assert table.weight.grad is not None and not table.weight.grad.is_coalesced()
+    # rows (3, 3) and (1, 1): 9 + 9 + 1 + 1
+    assert gradient_norms({"rank": table})["gradient_norm.rank"].item() == pytest.approx(20**0.5)
+
+
+def test_sparse_and_dense_tables_have_the_same_norms(log: Path) -> None:
+    batch = open_day(log, DAYS[0], TWO_STAGE, history_length=5).batch(np.arange(10))
+    norms = []
+    for optimizer in ("adam", "deferred_adam", "sparse_adam"):
+        trainer = Trainer(*fresh(log), lr=0.01, optimizer=optimizer, large_table=0, watch_gradients=True)
+        terms = trainer.step(batch)
+        norms.append([terms[f"gradient_norm.{stage}"].item() for stage in STAGES])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9) == norms[2]
+    assert all(norm > 0 for norm in norms[0])
