@@ -179,3 +179,10 @@ def test_it_prints(page: Page) -> None:
     assert pdf.startswith(b"%PDF") and len(pdf) > 20_000
     assert page.run("window.openParts") == page.run("document.querySelectorAll('details').length") > before
     assert page.run(opened) == before
+
+
+def test_captions_are_read_without_scrolling(page: Page) -> None:
+    page.resize(360)
+    captions = "[...document.querySelectorAll('caption:not(.hidden) span')].filter((one) => one.offsetParent)"
+    rights = page.run(f"{captions}.map((one) => one.getBoundingClientRect().right)")
+    assert len(rights) >= 4 and max(rights) <= 360
