@@ -87,6 +87,7 @@ def gradient_norms(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     for stage, model in models.items():
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         parts = [torch.linalg.vector_norm(g.coalesce().values() if g.is_sparse else g) for g in gradients]
-        total = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+        nothing = next(model.parameters()).new_zeros(())
+        total = torch.linalg.vector_norm(torch.stack(parts)) if parts else nothing
         norms[f"{GRADIENT_NORM}.{stage}"] = total.detach()
     return norms
