@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FOLDER = "tensorboard"
 GRADIENT_NORM = "gradient_norm"
 
-_NO_TERMS = ("step", "day", "data", "seconds", "loss")
+_NO_TERMS = ("step", "day", "data", "seconds", "loss", "skipped")
 _GROUPS = ("weight", GRADIENT_NORM)
 
 
@@ -27,11 +27,12 @@ class ScalarLog:
         self._writer, self._batch_size = writer, batch_size
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write a line of train.jsonl."""
+        """Write a line of train.jsonl; a value that was not finite, null there, is left out."""
         scalars = {"loss": record["loss"], "requests_per_second": self._batch_size / max(record["seconds"], 1e-9)}
         scalars |= {_tag(name): value for name, value in record.items() if name not in _NO_TERMS}
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, record["step"])
+            if value is not None:
+                self._writer.add_scalar(tag, value, record["step"])
 
     def flush(self) -> None:
         """Let TensorBoard see what was written."""

@@ -81,6 +81,17 @@ def test_a_training_that_starts_again_leaves_no_old_curves(log: Path, tmp_path: 
     assert list((tmp_path / "tensorboard").iterdir()) == []
 
 
+def test_values_that_were_not_finite_are_left_out(tmp_path: Path) -> None:
+    with scalar_log(tmp_path, wanted=True, batch_size=8, steps_made=0) as scalars:
+        assert scalars is not None
+        for step, loss in ((1, 0.5), (2, None), (3, 0.25)):
+            other = {"day": "2024-01-13", "rank": 1.0, "seconds": 2.0, "skipped": True, "data": "simulated"}
+            scalars.add({"step": step, "loss": loss, **other})
+    found = curves(tmp_path)
+    assert found["loss"] == [(1, 0.5), (3, 0.25)]
+    assert set(found) == {"loss", "term/rank", "requests_per_second"}
+
+
 def test_an_untrained_cascade_has_no_curve(log: Path, tmp_path: Path) -> None:
     assert curves(train(log, tmp_path, "--tensorboard", "--epochs=0")) == {}
 

@@ -23,7 +23,8 @@ RUN_FILE = "run.json"
 # Arguments in which runs of one method may differ. Checksums see to it that the data are the same wherever they lie.
 _NOT_THE_METHOD = (
     *("seed", "output_dir", "data_dir", "cache_dir", "device", "cuda"),
-    *("print_freq", "resume", "loss_type", "tensorboard"),
+    *("print_freq", "resume", "loss_type", "tensorboard", "save_minutes"),
+    *("table_memory", "day_on_device", "compact_from", "compile"),  # where and how, to rounding the same numbers
 )
 # Arguments that an untrained cascade depends on.
 _UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")

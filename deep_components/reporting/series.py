@@ -38,7 +38,8 @@ def learning_curves(row: Row, problems: list[str]) -> dict[str, Curve]:
     """The loss, its terms and weights of a method over the requests trained on.
 
     The steps are cut into at most POINTS equal parts; a point is the mean of a part, at its middle. Only the steps that
-    all seeds made, and the terms that all have, count. A damaged train.jsonl is left out and named in ``problems``.
+    all seeds made, and the terms that all have, count; a step that was skipped has no value, and a part of such steps
+    no point. A damaged train.jsonl is left out and named in ``problems``.
     """
     logs = _read_each(row, read_steps, problems)
     if not logs:
@@ -52,12 +53,16 @@ def learning_curves(row: Row, problems: list[str]) -> dict[str, Curve]:
     curves = {}
     for name in names:
         seeds = np.stack([_part_means(log[name][:length], edges) for log in logs])
-        curves[name] = _curve(name, x, seeds)
-    return curves
+        there = np.isfinite(seeds).all(axis=0)
+        if there.any():
+            curves[name] = _curve(name, [at for at, kept in zip(x, there, strict=True) if kept], seeds[:, there])
+    return curves if "loss" in curves else {}
 
 
 def read_steps(run: Run) -> dict[str, np.ndarray]:
     """Term -> value per step [S], of a run's train.jsonl; empty when there is none or it has no step.
+
+    NaN stands for the values of a skipped step, which were not finite and are null in the file.
 
     Raises InputError when a line is damaged.
     """
@@ -71,10 +76,10 @@ def read_steps(run: Run) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: not readable ({error}); its curves are left out") from error
     if not records:
         return {}
-    if not all(isinstance(record, dict) and _finite(record.get("loss")) for record in records):
+    if not all(isinstance(record, dict) and "loss" in record and _logged(record["loss"]) for record in records):
         raise InputError(f"{path}: a line lacks the loss; its curves are left out")
-    names = [name for name in records[0] if name not in _NO_TERMS and _finite(records[0][name])]
-    kept = [name for name in names if all(_finite(record.get(name)) for record in records)]
+    names = [name for name in records[0] if name not in _NO_TERMS and _logged(records[0][name])]
+    kept = [name for name in names if all(name in record and _logged(record[name]) for record in records)]
     return {printable(name): np.array([record[name] for record in records], dtype=np.float64) for name in kept}
 
 
@@ -130,7 +135,16 @@ def _curve(name: str, x: list[float], seeds: np.ndarray) -> Curve:
 
 
 def _part_means(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
+    """Mean of the finite values of each part; NaN for a part without any."""
+    finite = np.isfinite(values)
+    sums = np.add.reduceat(np.where(finite, values, 0), edges[:-1])
+    counts = np.add.reduceat(finite, edges[:-1], dtype=np.int64)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _logged(value: Any) -> bool:
+    """A finite number, or null for one that was not."""
+    return value is None or _finite(value)
 
 
 def _finite(value: Any) -> bool:

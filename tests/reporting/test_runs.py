@@ -66,7 +66,10 @@ def test_other_numbers_of_epochs_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 31}, {"output_dir": "y"}, {"cuda": 1}, {"resume": True}, {"data_dir": "z"}, {"tensorboard": True}],
+    [
+        *({"seed": 31}, {"output_dir": "y"}, {"data_dir": "z"}, {"cuda": 1}, {"resume": True}),
+        *({"compile": False}, {"tensorboard": True}),
+    ],
     ids=str,
 )
 def test_what_does_not_make_a_method(changed: dict[str, Any], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Curves from what runs logged: means of parts by hand, seeds as a band, damaged logs named."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from deep_components.reporting.series import learning_curves, streaming_curves
 from tests.reporting.fake_runs import write_run
 
 
-def write_steps(run: Path, losses: list[float], **terms: list[float]) -> Path:
+def write_steps(run: Path, losses: Sequence[float | None], **terms: list[float]) -> Path:
     records = [
         {"step": step, "day": "2024-01-13", "loss": loss, **{name: values[step - 1] for name, values in terms.items()}}
         | {"seconds": 0.1, "data": "simulated"}
@@ -64,6 +65,22 @@ def test_seeds_of_different_length_are_cut_to_the_shortest(tmp_path: Path) -> No
     write_steps(write_run(tmp_path / "a"), [1, 1, 1])
     write_steps(write_run(tmp_path / "b", seed=31), [3, 3])
     assert learning_curves(row_of(tmp_path), [])["loss"].mean == [2, 2]
+
+
+def test_skipped_steps_have_no_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are null in the log; a part of nothing else has no point."""
+    monkeypatch.setattr(series, "POINTS", 3)
+    write_steps(write_run(tmp_path / "a"), [4, None, None, None, 1, 3])
+    write_steps(write_run(tmp_path / "b", seed=31), [2, 4, 1, 1, None, 5])
+    problems: list[str] = []
+    curve = learning_curves(row_of(tmp_path), problems)["loss"]
+    assert (curve.mean, curve.low, curve.high) == ([3.5, 3.5], [3, 2], [4, 5])
+    assert curve.x == [1.5, 5.5] and problems == []
+
+
+def test_only_skipped_steps(tmp_path: Path) -> None:
+    write_steps(write_run(tmp_path / "a"), [None, None])
+    assert learning_curves(row_of(tmp_path), []) == {}
 
 
 @pytest.mark.parametrize("content", ['{"step": 1', "[]", '{"step": 1}', '{"loss": "1"}', '{"loss": NaN}', "\xff"])
