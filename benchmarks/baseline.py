@@ -6,7 +6,6 @@ once a group; torch's dense Adam moves whole tables, one optimizer a stage; metr
 models' parameters are ours, so the scores must be equal, which ``python -m benchmarks.step`` checks.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -106,14 +105,20 @@ class BaselineTrainer:
 
 
 def load_day(data_dir: Path, day: str) -> tuple[dict[str, np.ndarray], dict[int, Any], dict[int, Any]]:
-    """A day's files as they are. Unpickles without restriction: only for logs that a benchmark has made itself."""
+    """A day's files as they are."""
     table = pyarrow.feather.read_table(recflow.feather_path(data_dir, day))
     columns = {name: table[name].to_numpy() for name in table.column_names}
-    dicts = []
-    for path in (recflow.request_path(data_dir, day), recflow.history_path(data_dir, day)):
-        with path.open("rb") as file:
-            dicts.append(pickle.load(file))
-    return columns, dicts[0], dicts[1]
+    items = {
+        request: {name: rows.to_numpy() for name, rows in groups.items()}
+        for part in recflow.read_request_dict(recflow.request_path(data_dir, day))
+        for request, groups in part
+    }
+    histories = {
+        request: rows.to_numpy()
+        for part in recflow.read_history_dict(recflow.history_path(data_dir, day))
+        for request, rows in part
+    }
+    return columns, items, histories
 
 
 def _clock(seconds: int) -> list[int]:

@@ -31,7 +31,7 @@ def ours(args: argparse.Namespace, data_dir: Path) -> Callable[[], float]:
 
     def work() -> float:
         scored = score_day(trainer.models, day, args.batch_size, torch.device(args.device), trainer.prepare)
-        results = summary(cascade, scored, torch.from_numpy(day.group))
+        _, results = summary(cascade, scored, torch.from_numpy(day.group))
         return float(next(value for name, value in results.items() if name.startswith("joint_recall")))
 
     return work

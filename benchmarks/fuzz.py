@@ -112,7 +112,7 @@ def tensors(path: Path) -> dict[str, Any]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    (read,) = read_runs([run])
+    (read,) = read_runs([run]).runs
     return {"config": dict(read.config), "results": dict(read.results)}
 
 

@@ -18,10 +18,12 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from deep_components import collect_metrics
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.reporting.results import build_results
+from deep_components.reporting.runs import read_runs
+from deep_components.reporting.tables import text
 
 METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")
 DIFFERS = "DIFFERS"
@@ -84,8 +86,8 @@ def verdict(method: str, values: list[float], expected: dict[str, str]) -> str:
 
 def report(args: argparse.Namespace, setting: str, methods: list[str], folders: list[Path]) -> bool:
     """Print the setting's table and verdicts; False when one differs."""
-    runs = collect_metrics.read_runs(folders)
-    print(collect_metrics.table(runs))
+    collected = read_runs(folders)
+    print(text(build_results(collected)))
     expected: dict[str, dict[str, str]] = {}
     if args.expected:
         with args.expected.open() as file:
@@ -93,7 +95,7 @@ def report(args: argparse.Namespace, setting: str, methods: list[str], folders: 
         expected = {row["method"]: row for row in rows}
     verdicts = {}
     for method in methods:
-        values = [run.results[JOINT] for run in runs if run.folder.parent.name == method]
+        values = [run.results[JOINT] for run in collected.runs if run.folder.parent.name == method]
         if method in expected:
             verdicts[method] = verdict(method, values, expected[method])
             print(f"  {method:<14} {mean(values):.4f}, {verdicts[method]}")

@@ -74,6 +74,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--optimizer", choices=["deferred_adam", "adam", "sparse_adam"], default="deferred_adam",
                         help="of the ID tables: dense Adam at sparse cost (default), dense, or SparseAdam")  # fmt: skip
     parser.add_argument("--print_freq", type=_positive_int, default=50, help="steps between reports (default 50)")
+    parser.add_argument("--tensorboard", action="store_true",
+                        help="write scalars for TensorBoard to OUTPUT_DIR/tensorboard, gradient norms too")  # fmt: skip
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
     parser.add_argument("--init_from", type=Path, metavar="RUN", help="start from the models of another run's folder")

@@ -29,6 +29,7 @@ METRICS_FILE = "metrics.json"
 LOCK_FILE = ".lock"
 COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
+PER_REQUEST_FILE = "per_request.npz"
 STEP_LOG_FILE = "train.jsonl"
 
 _METADATA = "run"
@@ -43,7 +44,8 @@ logger = logging.getLogger(__name__)
 def remove_results(run: Path) -> None:
     """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
     stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
-    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
+    results = (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE)
+    for name in (*results, *(f"{stage}.safetensors" for stage in sorted(stages))):
         (run / name).unlink(missing_ok=True)
 
 

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ def score_day(
 
 
 def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate the run in args.output_dir (evaluation_parser) and write metrics.json, and scores.npz if asked for.
+    """Evaluate the run in args.output_dir (evaluation_parser): writes per_request.npz, metrics.json, and if asked for
+    scores.npz.
 
     Returns:
         the content of metrics.json.
@@ -91,7 +93,7 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
     checkpoint.load_models(args.output_dir, models)
     use_kernels(models, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
     scored = score_day(models, day, args.batch_size, device, BatchRows(ids, {}, {}))
-    results = summary(cascade, scored, torch.from_numpy(day.group))
+    metrics, results = summary(cascade, scored, torch.from_numpy(day.group))
     results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}
     results |= {"test_day_checksum": day.checksum}
@@ -101,16 +103,25 @@ def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, An
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
     (args.output_dir / checkpoint.SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
+    _write_arrays(args.output_dir / checkpoint.PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
     if args.save_scores:
-        arrays: dict[str, Any] = {key: value.numpy() for key, value in scored.items()}
-        arrays["data"] = np.array(results["data"])
-        write_atomically(args.output_dir / checkpoint.SCORES_FILE, lambda file: np.savez_compressed(file, **arrays))
+        data = np.array(results["data"])
+        _write_arrays(args.output_dir / checkpoint.SCORES_FILE, scored, data=data)
     checkpoint.write_json(args.output_dir / checkpoint.METRICS_FILE, results)
     return results
 
 
-def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> dict[str, Any]:
-    """Means of all metrics over the requests where they are defined. InputError when a score is not finite."""
+def _write_arrays(path: Path, tensors: Mapping[str, Tensor], **arrays: np.ndarray) -> None:
+    """Write the tensors and arrays as a compressed .npz, atomically."""
+    contents: dict[str, Any] = {name: values.numpy() for name, values in tensors.items()} | arrays
+    write_atomically(path, lambda file: np.savez_compressed(file, **contents))
+
+
+def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The metrics per request, and their means over the requests where they are defined.
+
+    InputError when a score is not finite.
+    """
     mask = scored["mask"]
     for stage in cascade.stage_names:
         broken = int((~scored[stage].isfinite() & mask).sum())
@@ -133,4 +144,4 @@ def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> di
         results[name] = mean if np.isfinite(mean) else None
     results["num_requests"] = len(mask)
     results["num_requests_without_ground_truth"] = int((~relevant.any(dim=-1)).sum())
-    return results
+    return metrics, results

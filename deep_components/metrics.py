@@ -54,11 +54,20 @@ def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quota
     Returns:
         the share of the K ground-truth items that survive every stage; NaN for a request without any.
     """
+    return cascade_survival(scores, mask, relevant, quotas)[-1]
+
+
+def cascade_survival(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> list[Tensor]:
+    """The share of the ground-truth items that is left after each stage of the cascade: one [R] per stage.
+
+    Arguments as in :func:`joint_recall`, which is the last of them.
+    """
     relevant = relevant & mask
-    alive = mask.double()
+    alive, left = mask.double(), []
     for stage_scores, quota in zip(scores, quotas, strict=True):
         alive = survival(stage_scores, alive, quota)
-    return (alive * relevant).sum(dim=-1) / relevant.sum(dim=-1)
+        left.append((alive * relevant).sum(dim=-1) / relevant.sum(dim=-1))
+    return left
 
 
 def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
@@ -118,20 +127,16 @@ def cascade_metrics(
         num_relevant: the K in the names and the cut of NDCG.
 
     Returns:
-        ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``, ``<stage>_kendall_tau``;
-        [R] each.
+        ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``, ``<stage>_kendall_tau``, and
+        ``survival_after_<stage>``: the share of the ground truth left after the stage, in the cascade; [R] each.
     """
-    last = list(quotas.values())[-1]
-    metrics = {
-        f"joint_recall@{num_relevant}@{last}": joint_recall(
-            [scores[stage] for stage in quotas], mask, relevant, list(quotas.values())
-        )
-    }
+    left = cascade_survival([scores[stage] for stage in quotas], mask, relevant, list(quotas.values()))
+    metrics = {f"joint_recall@{num_relevant}@{list(quotas.values())[-1]}": left[-1]}
     for stage, quota in quotas.items():
         metrics[f"{stage}_recall@{num_relevant}@{quota}"] = recall(scores[stage], mask, relevant, quota)
         metrics[f"{stage}_ndcg@{num_relevant}"] = ndcg(scores[stage], labels, mask, num_relevant)
         metrics[f"{stage}_kendall_tau"] = kendall_tau(scores[stage], labels, mask)
-    return metrics
+    return metrics | {f"survival_after_{stage}": share for stage, share in zip(quotas, left, strict=True)}
 
 
 def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from deep_components.models import build_models
 from deep_components.models.embedding import FieldEmbedding
 from deep_components.trainer import Trainer, gathered_fields
 from deep_components.vocabulary import IdSet
+from deep_components.watching import ScalarLog, check_installed, scalar_log
 
 FEW_STEPS = 50
 
@@ -59,6 +60,7 @@ _FREE_ON_RESUME = (
     "day_on_device",
     "print_freq",
     "save_minutes",
+    "tensorboard",
     "epochs",
     "train_days",
 )
@@ -104,10 +106,13 @@ class StepLog:
         method: the loss's name.
         kept_steps: the steps made before.
         skips: whether steps that are not finite were left out; otherwise they are an error.
+        scalars: also gets every step.
     """
 
-    def __init__(self, path: Path, origin: str, method: str, kept_steps: int, skips: bool) -> None:
-        self.path, self.origin, self.method, self.skips = path, origin, method, skips
+    def __init__(
+        self, path: Path, origin: str, method: str, kept_steps: int, skips: bool, scalars: ScalarLog | None = None
+    ) -> None:
+        self.path, self.origin, self.method, self.skips, self.scalars = path, origin, method, skips, scalars
         try:
             lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
             self.seconds = sum(json.loads(line)["seconds"] for line in lines)
@@ -136,7 +141,12 @@ class StepLog:
                     self._not_finite(f"{self.method}, step {step}, day {day}: the loss is {terms['loss']}", broken)
                     record["skipped"] = True
                 self.seconds += round(seconds, 6)
-                file.write(json.dumps(record | {"seconds": round(seconds, 6), "data": self.origin}) + "\n")
+                record |= {"seconds": round(seconds, 6), "data": self.origin}
+                file.write(json.dumps(record) + "\n")
+                if self.scalars is not None:
+                    self.scalars.add(record)
+        if self.scalars is not None:
+            self.scalars.flush()
         self._waiting.clear()
         return float(values[-1, names.index("loss")])
 
@@ -149,6 +159,7 @@ class StepLog:
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
+    check_installed(args.tensorboard)
     device = choose_device(args)
     kernels = load_kernels(DTYPES[args.dtype]) if args.compile else None
     keep_freed_memory()
@@ -182,7 +193,8 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
         if origin == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
-        position, seconds = _train_days(run, position)
+        with scalar_log(args.output_dir, args.tensorboard, args.batch_size, before) as scalars:
+            position, seconds = _train_days(run, position, scalars)
         _finish(run, initial_seed, position, seconds)
     if not args.epochs:
         logger.info("%s, seed %d: untrained -> %s", cascade.name, args.seed, args.output_dir)
@@ -339,7 +351,7 @@ def _start(run: Run, config: dict[str, Any]) -> Position:
     return position
 
 
-def _train_days(run: Run, position: Position) -> tuple[Position, float]:
+def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tuple[Position, float]:
     """Train from ``position`` to the end; the state is saved after every day, and every --save_minutes within it.
 
     Returns:
@@ -350,7 +362,7 @@ def _train_days(run: Run, position: Position) -> tuple[Position, float]:
     """
     args = run.args
     path = args.output_dir / checkpoint.STEP_LOG_FILE
-    log = StepLog(path, run.origin, args.loss_type, position.step, run.trainer.skip_nonfinite)
+    log = StepLog(path, run.origin, args.loss_type, position.step, run.trainer.skip_nonfinite, scalars)
     total = args.epochs * sum(run.steps)
     if 0 < total < FEW_STEPS:
         logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)

@@ -115,11 +115,11 @@ def test_a_tensor_that_was_taken_away_or_exchanged(run: Path, tmp_path: Path) ->
 
 def test_results(run: Path) -> None:
     """config.json and metrics.json: refused, or what they say is unchanged."""
-    (sound,) = read_runs([run])
+    (sound,) = read_runs([run]).runs
     refused = 0
     for _ in flips([run / "config.json", run / "metrics.json"], FLIPS_OF_RESULTS):
         try:
-            (read,) = read_runs([run])
+            (read,) = read_runs([run]).runs
         except InputError as error:
             assert str(run) in str(error)
             refused += 1

@@ -36,6 +36,7 @@ METRICS = [
     "joint_recall@10@20",
     *("retrieval_recall@10@30", "retrieval_ndcg@10", "retrieval_kendall_tau"),
     *("rank_recall@10@20", "rank_ndcg@10", "rank_kendall_tau"),
+    *("survival_after_retrieval", "survival_after_rank"),
 ]
 
 
@@ -48,6 +49,11 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path) -> Path:
     """A trained run that the test may change."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def per_request_of(run: Path) -> dict[str, np.ndarray]:
+    with np.load(run / "per_request.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def scores_of(run: Path) -> dict[str, np.ndarray]:
@@ -63,6 +69,7 @@ def refused(log: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: st
     assert error.count("\n") == 1
     assert not (run / "metrics.json").exists()
     assert not (run / "scores.npz").exists()
+    assert not (run / "per_request.npz").exists()
     assert leftovers(run) == []
     return error
 
@@ -101,6 +108,18 @@ def test_scores_npz(log: Path, run: Path) -> None:
     assert np.array_equal(scores["request_id"], day.request_id.numpy())
     assert np.array_equal(scores["labels"], day.targets.labels.numpy())
     assert np.array_equal(scores["mask"], day.targets.mask.numpy())
+
+
+def test_per_request_npz(log: Path, run: Path) -> None:
+    """Every metric of metrics.json per request, in file order; its mean over the requests is the metric."""
+    results = evaluate(log, run, "--save_scores")
+    arrays = per_request_of(run)
+    assert list(arrays) == ["request_id", *METRICS]
+    assert arrays["request_id"].dtype == np.int64
+    assert np.array_equal(arrays["request_id"], scores_of(run)["request_id"])
+    for name in METRICS:
+        assert arrays[name].shape == (REQUESTS_PER_DAY,) and arrays[name].dtype == np.float64
+        assert results[name] == pytest.approx(np.nanmean(arrays[name]), abs=1e-12)
 
 
 def test_scores_only_when_asked_for(log: Path, run: Path) -> None:
@@ -150,9 +169,10 @@ def test_the_batch_size_does_not_matter(batch_size: int, log: Path, run: Path) -
 
 def test_evaluating_twice_gives_the_same_bytes(log: Path, run: Path) -> None:
     evaluate(log, run, "--save_scores")
-    before = contents(run, "metrics.json", "scores.npz")
+    names = ("metrics.json", "scores.npz", "per_request.npz")
+    before = contents(run, *names)
     evaluate(log, run, "--save_scores")
-    assert contents(run, "metrics.json", "scores.npz") == before
+    assert contents(run, *names) == before
 
 
 def test_the_run_is_read_only(log: Path, run: Path) -> None:
@@ -227,6 +247,7 @@ def test_requests_without_ground_truth(
     best = scored["rank"].argsort(dim=-1, descending=True)[kept, :20]
     expected = pytest.approx((best < 10).sum(dim=-1).double().mean().item() / 10, abs=1e-12) if kept else None
     assert results["rank_recall@10@20"] == expected
+    assert np.flatnonzero(np.isnan(per_request_of(run)["joint_recall@10@20"])).tolist() == without
 
 
 def models_of(log: Path, run: Path) -> dict[str, nn.Module]:

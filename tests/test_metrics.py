@@ -16,7 +16,7 @@ from sklearn.metrics import ndcg_score
 from torch import Tensor
 
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
-from deep_components.metrics import cascade_metrics, joint_recall, kendall_tau, ndcg, recall, survival
+from deep_components.metrics import cascade_metrics, cascade_survival, joint_recall, kendall_tau, ndcg, recall, survival
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -160,6 +160,12 @@ def test_joint_recall_by_hand(first: list[int], second: list[int], quotas: list[
     assert recalled.tolist() == pytest.approx([expected])
 
 
+def test_what_is_left_after_each_stage_by_hand() -> None:
+    # The first stage keeps items 0, 2 and 3 of four, of which only 0 is relevant; the second keeps 2 and 3.
+    left = cascade_survival([tensor([[4, 1, 3, 2]]), tensor([[1, 9, 2, 3]])], FOUR, FIRST_TWO, [3, 2])
+    assert [share.tolist() for share in left] == [[0.5], [0.0]]
+
+
 def test_ndcg_by_hand() -> None:
     # Items in the order of the scores have labels 1, 3, 2; cut at 2: DCG = 1 + 3 / log2(3), ideal = 3 + 2 / log2(3).
     value = ndcg(tensor([[1.0, 2.0, 0.5]]), tensor([[3, 1, 2]], torch.int64), FOUR[:, :3], k=2)
@@ -258,6 +264,16 @@ def test_recall_is_the_cascade_of_one_stage_and_only_falls_with_more_stages(requ
         assert joint.isnan() and alone.isnan()
 
 
+@quick
+@given(requests())
+def test_ground_truth_is_only_lost_along_the_cascade(request: Request) -> None:
+    values = metrics_of(request)
+    after_first, after_last = values["survival_after_first"], values["survival_after_second"]
+    assert not (after_last > after_first + 1e-12).any()
+    assert_same({"first": after_first}, {"first": values["first_recall@4@5"]})  # it sees all items
+    assert_same({"last": after_last}, {"last": values["joint_recall@4@3"]})
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_only_the_order_of_the_scores_counts(scale: float) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -304,4 +320,6 @@ def test_names_of_the_tables() -> None:
         "rank_recall@10@20",
         "rank_ndcg@10",
         "rank_kendall_tau",
+        "survival_after_retrieval",
+        "survival_after_rank",
     ]

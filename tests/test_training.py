@@ -216,8 +216,7 @@ def test_resuming_removes_the_results_of_the_shorter_run(log: Path, tmp_path: Pa
     train(log, tmp_path, "--epochs=1")
     evaluate(log, tmp_path, "--save_scores")
     train(log, tmp_path, "--epochs=2", "--resume")
-    assert not (tmp_path / "metrics.json").exists()
-    assert not (tmp_path / "scores.npz").exists()
+    assert not any((tmp_path / name).exists() for name in ("metrics.json", "scores.npz", "per_request.npz"))
 
 
 @pytest.mark.parametrize(
@@ -453,6 +452,7 @@ TESTED_BELOW = {
     "dtype": "test_flag_dtype",
     "optimizer": "test_flag_optimizer",
     "print_freq": "test_flag_print_freq",
+    "tensorboard": "test_flag_tensorboard",
     "shuffle": "test_flag_shuffle",
     "init_from": "test_init_from",
     "resume": "test_resumed_after_an_interruption",
@@ -537,6 +537,16 @@ def test_flag_print_freq(
     arguments = training_arguments(log, tmp_path, f"--print_freq={print_freq}")
     assert run_command(run_train2.main, arguments) == 130
     assert len(logged_steps(tmp_path)) == written  # reports so far, and the whole first day
+
+
+def test_flag_tensorboard(log: Path, baseline: Path, tmp_path: Path) -> None:
+    """It only watches; what it writes is tested in test_watching.py."""
+    watched = train(log, tmp_path, "--tensorboard")
+    assert same_parameters(watched, baseline)
+    norms = {f"gradient_norm.{stage}" for stage in STAGES}
+    without = [{name: value for name, value in step.items() if name not in norms} for step in logged_steps(watched)]
+    assert without == logged_steps(baseline)
+    assert (watched / "tensorboard").is_dir() and not (baseline / "tensorboard").exists()
 
 
 def test_flags_of_the_device(log: Path, baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

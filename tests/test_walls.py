@@ -80,6 +80,18 @@ def test_the_dataset_knows_no_model_and_no_loss(name: str) -> None:
     assert not forbidden(name, *(f"deep_components.{part}" for part in parts))
 
 
+@pytest.mark.parametrize("name", within("deep_components.reporting"))
+def test_reports_know_results_only(name: str) -> None:
+    parts = ("models", "loss", "metrics", "training", "evaluation", "optim", "batch", "watching")
+    assert not forbidden(name, "torch", *(f"deep_components.{part}" for part in parts))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".report" not in name and "collect" not in name])
+def test_nothing_flows_back_from_reports(name: str) -> None:
+    assert within("deep_components.reporting")
+    assert not forbidden(name, "deep_components.reporting", "deep_components.report", "deep_components.collect_metrics")
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_imports_a_command(name: str) -> None:
     commands = {module for module in MODULES if module.rpartition(".")[2].startswith("run_")}

@@ -17,7 +17,10 @@ from deep_components.errors import InputError
 UNTRAINED = "untrained"
 
 # Arguments of the training that do not make it another run.
-_WHEREABOUTS = ("data_dir", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "train_days")
+_WHEREABOUTS = (
+    *("data_dir", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "train_days"),
+    *("tensorboard", "save_minutes", "table_memory", "day_on_device", "compact_from"),
+)
 # What an untrained cascade depends on.
 _UNTRAINED = ("seed", "epochs", "emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deep_components import checkpoint
+from deep_components import checkpoint, files
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run, optional
 from deep_components.files import make_folder
@@ -53,14 +53,11 @@ def _lock(descriptor: int, folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file, None without the file. InputError when it is damaged."""
     try:
-        content = json.loads(path.read_text())
+        return files.read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); --force makes the run again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; --force makes the run again")
-    return content
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""The paper's numbers (Tables 2-4, 6-12 and Appendix E.1; RecFlow), and which rows of ours they stand beside."""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deep_components.dataset.recflow import PERIOD_1
+
+TABLES = Path(__file__).with_name("paper_tables.csv")
+
+# What every run of the paper has in common.
+_PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_from": None}
+
+
+@dataclass(frozen=True)
+class PaperNumber:
+    """Mean and standard deviation over five seeds; some tables give no deviation."""
+
+    table: str
+    mean: float
+    std: float | None
+
+
+@cache
+def _tables() -> list[dict[str, str]]:
+    with TABLES.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def comparable(results: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run follows the paper's protocol: RecFlow's Period 1, its last day to test on, one pass."""
+    arguments = config["arguments"]
+    days = (config.get("train_days"), results["test_day"]) == (list(PERIOD_1[:-1]), PERIOD_1[-1])
+    alike = all(arguments.get(name) == value for name, value in _PROTOCOL.items())
+    return results["data"] == "recflow" and days and alike and arguments.get("optimizer") != "sparse_adam"
+
+
+def paper_number(setting: str, name: str, arguments: Mapping[str, Any], metric: str) -> PaperNumber | None:
+    """The paper's number for a row of this name and these arguments, from the first table that has it.
+
+    The name alone does not do: with another learning rate a row keeps its name.
+    """
+    for row in _tables():
+        if (row["setting"], row["method"], row["metric"]) != (setting, name, metric):
+            continue
+        wanted = dict(pair.split("=") for pair in row["arguments"].split())
+        if all(_text(arguments.get(key)) == value for key, value in wanted.items()):
+            return PaperNumber(row["table"], float(row["mean"]), float(row["std"]) if row["std"] else None)
+    return None
+
+
+def _text(value: Any) -> str:
+    """An argument as the tables' file writes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(_text(part) for part in value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)

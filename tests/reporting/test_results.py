@@ -1,0 +1,225 @@
+"""Means, the best, and our method against the others: in the right direction, and only where there is something to
+test by."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from deep_components.errors import InputError
+from deep_components.reporting.results import Results, Row, build_results, metric_title
+from deep_components.reporting.runs import read_runs
+from deep_components.reporting.statistics import bootstrap_intervals, holm
+from tests.reporting.fake_runs import add_requests, write_run, write_runs
+
+JOINT, NDCG = "joint_recall@10@20", "rank_ndcg@10"
+LOW, MIDDLE, HIGH = (0.70, 0.71, 0.69, 0.72), (0.75, 0.76, 0.74, 0.755), (0.80, 0.81, 0.79, 0.815)
+
+
+def results_of(folder: Path, **options: Any) -> Results:
+    return build_results(read_runs([folder]), **options)
+
+
+def row(results: Results, name: str) -> Row:
+    return next(row for row in results.rows if row.name == name)
+
+
+def methods(folder: Path, **recalls: tuple[float, ...]) -> Path:
+    for name, values in recalls.items():
+        write_runs(folder / name, values, name=name)
+    return folder
+
+
+def test_mean_and_sample_deviation(tmp_path: Path) -> None:
+    cell = row(results_of(methods(tmp_path, lcron=(0.8, 0.9, 0.7))), "lcron").cells[JOINT]
+    assert cell.mean == pytest.approx(0.8)
+    assert cell.std == pytest.approx(0.1)  # deviations 0, 0.1, -0.1: sqrt((0.01 + 0.01) / (3 - 1))
+
+
+def test_an_undefined_metric(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", None)
+    write_run(tmp_path / "two", 0.5, seed=31)
+    write_runs(tmp_path / "bce", LOW, name="bce")
+    results = results_of(tmp_path)
+    assert row(results, "lcron").cells[JOINT].mean is None
+    (comparison,) = results.compared(JOINT)
+    assert (comparison.difference, comparison.p, comparison.verdict) == (None, None, "not tested")
+
+
+# ---- the best --------------------------------------------------------------------------------------------------------
+
+
+def best(results: Results) -> list[str]:
+    return [row.name for row in results.rows if row.cells[JOINT].best]
+
+
+def test_the_best_is_marked(tmp_path: Path) -> None:
+    write_runs(tmp_path / "untrained", (0.9, 0.9), epochs=0)
+    assert best(results_of(methods(tmp_path, a=LOW, b=HIGH, c=MIDDLE))) == ["b"]
+
+
+def test_means_that_are_printed_alike_are_both_best(tmp_path: Path) -> None:
+    assert best(results_of(methods(tmp_path, a=(0.80001,), b=(0.80002,), c=(0.7999,)))) == ["a", "b"]
+
+
+def test_a_single_method_is_not_the_best(tmp_path: Path) -> None:
+    write_runs(tmp_path / "untrained", (0.2, 0.3), epochs=0)
+    assert best(results_of(methods(tmp_path, a=LOW))) == []
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def test_ours_against_each_other_trained_row(tmp_path: Path) -> None:
+    write_runs(tmp_path / "untrained", (0.4, 0.5), epochs=0)
+    results = results_of(methods(tmp_path, bce=LOW, lcron=HIGH, arf=MIDDLE))
+    assert results.ours == "lcron"
+    assert [comparison.baseline for comparison in results.compared(JOINT)] == ["arf", "bce"]
+    p_values = [stats.ttest_ind(HIGH, values, equal_var=False).pvalue for values in (MIDDLE, LOW)]
+    assert [comparison.p for comparison in results.compared(JOINT)] == pytest.approx(p_values)
+    assert [comparison.p_holm for comparison in results.compared(JOINT)] == pytest.approx(holm(p_values))
+    assert [comparison.difference for comparison in results.compared(JOINT)] == pytest.approx(
+        [np.mean(HIGH) - np.mean(MIDDLE), np.mean(HIGH) - np.mean(LOW)]
+    )
+
+
+def test_another_row_is_compared(tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, bce=LOW, lcron=HIGH), compare="bce")
+    assert results.ours == "bce"
+    assert [comparison.baseline for comparison in results.comparisons] == ["lcron", "lcron"]
+
+
+@pytest.mark.parametrize("test", ["welch", "paired"])
+def test_a_significantly_worse_result_is_never_better(test: Any, tmp_path: Path) -> None:
+    """Every verdict turns round when the two methods change places."""
+    folder = methods(tmp_path, low=LOW, high=HIGH, alike=(0.80, 0.807, 0.793, 0.812))
+    by_high = results_of(folder, compare="high", test=test)
+    assert [(made.baseline, made.verdict) for made in by_high.compared(JOINT)] == [
+        ("alike", "no difference shown"),
+        ("low", "better"),
+    ]
+    by_low = results_of(folder, compare="low", test=test)
+    assert {made.baseline: made.verdict for made in by_low.compared(JOINT)} == {"alike": "worse", "high": "worse"}
+    assert all(made.difference is not None and made.difference < 0 for made in by_low.compared(JOINT))
+
+
+def test_the_correction_decides(tmp_path: Path) -> None:
+    """Alone the difference is significant, among nine baselines it is not."""
+    ours, theirs = (0.80, 0.81, 0.79, 0.80), (0.785, 0.79, 0.775, 0.785)
+    assert 0.01 < stats.ttest_ind(ours, theirs, equal_var=False).pvalue < 0.05
+    alone = results_of(methods(tmp_path / "alone", lcron=ours, a=theirs))
+    assert [made.verdict for made in alone.compared(JOINT)] == ["better"]
+    among = results_of(methods(tmp_path / "among", lcron=ours, **{f"b{place}": theirs for place in range(9)}))
+    assert {made.verdict for made in among.compared(JOINT)} == {"no difference shown"}
+
+
+def test_paired_by_the_seeds_that_both_have(tmp_path: Path) -> None:
+    """Its difference is of those seeds too, so that it and the test cannot point in two directions."""
+    write_runs(tmp_path / "lcron", (0.70, 0.71, 0.69, 0.99), name="lcron")
+    write_runs(tmp_path / "bce", (0.5, 0.76, 0.77, 0.76), first_seed=29, name="bce")  # seeds 30, 31, 32 are common
+    (made,) = results_of(tmp_path, test="paired").compared(JOINT)
+    expected = stats.ttest_rel((0.70, 0.71, 0.69), (0.76, 0.77, 0.76))
+    assert made.p == pytest.approx(expected.pvalue)
+    assert made.difference == pytest.approx(np.mean((0.70, 0.71, 0.69)) - np.mean((0.76, 0.77, 0.76)))
+    assert made.verdict == "worse"
+
+
+def test_one_seed_is_no_test_and_said_so(tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, lcron=HIGH, bce=(0.7,)))
+    assert [(made.p, made.verdict) for made in results.compared(JOINT)] == [(None, "not tested")]
+    assert any("fewer than two seeds" in note and "bce" in note for note in results.notes)
+
+
+def test_no_spread_is_no_test_and_said_so(tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, lcron=(0.8, 0.8), bce=(0.7, 0.7)))
+    assert [made.verdict for made in results.compared(JOINT)] == ["not tested"]
+    assert any("no spread" in note for note in results.notes)
+
+
+def test_untested_baselines_do_not_count_in_the_correction(tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, lcron=HIGH, bce=LOW, arf=(0.7,)))
+    (made,) = [made for made in results.compared(JOINT) if made.baseline == "bce"]
+    assert made.p_holm == made.p
+
+
+def test_no_such_row(tmp_path: Path) -> None:
+    write_runs(tmp_path / "untrained", (0.2, 0.3), epochs=0)
+    with pytest.raises(InputError, match=r"--compare=lcorn.*bce, lcron"):
+        results_of(methods(tmp_path, lcron=HIGH, bce=LOW), compare="lcorn")
+    with pytest.raises(InputError, match="--compare=untrained"):
+        results_of(tmp_path, compare="untrained")
+
+
+def test_nothing_called_lcron(tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, arf=HIGH, bce=LOW))
+    assert results.ours is None and results.comparisons == []
+    assert any("--compare" in note for note in results.notes)
+
+
+# ---- the interval over requests --------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_of_the_means_over_seeds(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.uniform(0.5, 1, (3, 60)), generator.uniform(0, 0.9, (2, 60))
+    for name, values in (("lcron", ours), ("bce", theirs)):
+        for seed, per_request in enumerate(values):
+            add_requests(write_run(tmp_path / name / str(seed), seed=seed, name=name), per_request)
+    (made,) = results_of(tmp_path).compared(JOINT)
+    difference = ours.mean(axis=0) - theirs.mean(axis=0)
+    assert made.interval == pytest.approx(bootstrap_intervals(difference[None])[0])
+    assert made.difference == pytest.approx(difference.mean())
+    assert made.interval is not None and made.interval[0] < difference.mean() < made.interval[1]
+
+
+def test_it_is_paired(tmp_path: Path) -> None:
+    """Requests differ much, methods always by the same: the interval has no width."""
+    per_request = np.random.default_rng(1).uniform(0, 0.8, 60)
+    for name, shift in (("lcron", 0.1), ("bce", 0.0)):
+        add_requests(write_run(tmp_path / name, name=name), per_request + shift)
+    (made,) = results_of(tmp_path).compared(JOINT)
+    assert made.interval == pytest.approx((0.1, 0.1))
+
+
+def test_other_requests_are_not_paired(tmp_path: Path) -> None:
+    add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
+    add_requests(write_run(tmp_path / "bce", name="bce"), [0.4] * 40, ids=range(1, 41))
+    results = results_of(tmp_path)
+    assert [made.interval for made in results.compared(JOINT)] == [None]
+    assert any("No interval" in note and "bce" in note for note in results.notes)
+
+
+def test_runs_of_before_have_no_interval(tmp_path: Path) -> None:
+    add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
+    write_run(tmp_path / "bce", name="bce")
+    results = results_of(tmp_path)
+    assert [made.interval for made in results.compared(JOINT)] == [None]
+    assert any("evaluate those runs again" in note for note in results.notes)
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_numbers_are_stands_beside_them(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", results={"data": "simulated", "warning": "SIMULATED DATA"})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text(json.dumps({"arguments": {}}))
+    results = results_of(tmp_path)
+    assert results.about == {
+        "setting": "two_stage",
+        "data": "simulated",
+        "test_day": "2024-02-04",
+        "num_requests": 40,
+        "test_day_checksum": None,
+    }
+    assert results.warnings == ["SIMULATED DATA"]
+    assert list(results.left_out) == [str(tmp_path / "b")]
+
+
+def test_titles() -> None:
+    assert metric_title("joint_recall@10@20") == "Joint Recall@10@20"
+    assert metric_title("rank_ndcg@10") == "Rank NDCG@10"
+    assert metric_title("retrieval_kendall_tau") == "Retrieval Kendall tau"
