@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, write_atomically
+from deep_components.files import atomic_path, temporaries, write_atomically
 from deep_components.models.embedding import FieldEmbedding, fill_initial_rows
 
 CONFIG_FILE = "config.json"
@@ -33,9 +33,20 @@ _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "lo
 
 def remove_results(run: Path) -> None:
     """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
-    stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
-    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, *(f"{stage}.safetensors" for stage in sorted(stages))):
+    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, *_model_files()):
         (run / name).unlink(missing_ok=True)
+
+
+def _model_files() -> list[str]:
+    stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
+    return [f"{stage}.safetensors" for stage in sorted(stages)]
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
+    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, *_model_files()):
+        for leftover in temporaries(run / name):
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that no reader ever sees half of one."""
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -37,6 +38,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def temporaries(path: Path) -> list[Path]:
+    """The temporary files that :func:`atomic_path` has for ``path``, in use or left by a killed process."""
+    return [other for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if other.is_file()]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
