@@ -1,6 +1,6 @@
 """Kills trainings at random points, goes on with --resume, and compares what they end in with trainings left alone.
 
-    python -m benchmarks.soak [--kills=500] [--seed=0] [--each_point]
+    python -m benchmarks.soak [--kills=500] [--seed=0] [--each_point] [--variant=NAME]
 
 A training of a small simulated log dies by SIGKILL, again and again, until it happens to reach its end: half of the
 times at a chosen point (in the middle of writing a file, before or after renaming or removing one, before a step), else
@@ -155,9 +155,6 @@ class Soak:
         """A training that nobody kills, and its results."""
         if name not in self.references:
             run = self.folder / f"reference-{len(self.references)}"
-            if not VARIANTS[name].own_cache:
-                self.train(name, run)  # so that the cache is there when the time is taken
-                shutil.rmtree(run)
             outcome = self.train(name, run)
             if outcome.code:
                 raise RuntimeError(f"{name}: exit code {outcome.code}\n{self._said(run)}")
@@ -271,6 +268,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each_point", action="store_true", help="first kill a training at every kind of point")
+    parser.add_argument("--variant", choices=VARIANTS, help="train in this way alone")
     return parser.parse_args(argv)
 
 
@@ -283,11 +281,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(Path(folder), args.seed)
         if args.each_point:
-            points = soak.reference("saved after each step")[0].points
+            name = args.variant or "saved after each step"
+            points = soak.reference(name)[0].points
             for point in dict.fromkeys(points):
-                soak.kill_until_done("saved after each step", first=points.index(point) + 1)
+                soak.kill_until_done(name, first=points.index(point) + 1)
         while soak.counts["kills"] < args.kills and not soak.different:
-            soak.kill_until_done(soak.random.choice(list(VARIANTS)))
+            soak.kill_until_done(args.variant or soak.random.choice(list(VARIANTS)))
     report = {**soak.counts, "killed": dict(soak.killed_at), "different": soak.different}
     print(json.dumps(report | {"seconds": round(time.perf_counter() - began)}, indent=1))
     if soak.different:
