@@ -24,6 +24,7 @@ from deep_components.cli import run_command
 from deep_components.trainer import Trainer
 from tests.helpers import leftovers, logged_steps, train, training_arguments
 
+pytestmark = pytest.mark.usefixtures("short_rules")
 KILLS, VARIANT = 12, "compacted and deferred"
 FLAGS = ("--epochs=2", "--save_minutes=1e-9")  # the state is saved after every step
 WITHOUT_STATE = ("--epochs=2", "--save_minutes=0")
