@@ -474,10 +474,12 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
         old = before.get("arguments", {}).get(name)
         if name not in _FREE_ON_RESUME and old != value:
             raise InputError(f"--resume: {run} was trained with --{name}={old}, not {value}; give the same arguments")
-    if before.get("kernels") != config["kernels"]:
-        logger.warning(
-            "%s was trained with other kernels: the last digits will differ from a run that was not stopped", run
-        )
+    for name in ("kernels", "threads", "device", "versions"):  # docs/determinism.md
+        if before.get(name) != config[name]:
+            logger.warning(
+                "%s was trained with %s=%s, not %s: the last digits will differ from a run that was not stopped",
+                run, name, before.get(name), config[name],
+            )  # fmt: skip
     days = before.get("train_days", [])
     if days != config["train_days"][: len(days)]:
         raise InputError(f"--resume: {run} was trained on {', '.join(days)}; give the same days, or the same and more")

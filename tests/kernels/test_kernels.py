@@ -76,8 +76,9 @@ def plain_logits(history: Tensor, items: Tensor, weight: Tensor, bias: Tensor, m
 def test_attention_has_the_values_and_gradients_of_the_formula(inputs: tuple[Tensor, ...]) -> None:
     *parts, mask, upstream = inputs
     kernels, tolerance = compiled(parts[0].dtype), TOLERANCE[parts[0].dtype]
-    leaves = [part.requires_grad_() for part in parts]
-    ours, theirs = _CompiledLogits.apply(kernels, *leaves, mask), plain_logits(*leaves, mask)
+    leaves = history, items, weight, bias = [part.requires_grad_() for part in parts]
+    ours = _CompiledLogits.apply(kernels, *leaves, mask)
+    theirs = plain_logits(history, items, weight, bias, mask)
     torch.testing.assert_close(ours, theirs, **tolerance)
     assert (ours[(~mask).unsqueeze(1).expand_as(ours)] == ours.new_tensor(PADDING_LOGIT)).all()
     expected = torch.autograd.grad(theirs, leaves, upstream)
