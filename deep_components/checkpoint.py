@@ -102,9 +102,16 @@ def save_models(
 
 
 def saved_ids(run: Path, stage: str) -> dict[str, np.ndarray]:
-    """The ids of the compacted tables of a stage's checkpoint."""
-    tensors, _ = load_tensors(run / f"{stage}.safetensors", _IDS)
-    return {name.removeprefix(_IDS): value.numpy() for name, value in tensors.items()}
+    """The ids of the compacted tables of a stage's checkpoint. InputError when they are damaged."""
+    path = run / f"{stage}.safetensors"
+    tensors, _ = load_tensors(path, _IDS)
+    return {name.removeprefix(_IDS): _checked_ids(path, name, value) for name, value in tensors.items()}
+
+
+def _checked_ids(path: Path, name: str, ids: Tensor) -> np.ndarray:
+    if ids.dtype != torch.int64 or ids.ndim != 1 or (len(ids) and ids[0] < 0) or not (ids.diff() > 0).all():
+        raise InputError(f"{path}: {name} is not a list of ascending ids; train again")
+    return ids.numpy()
 
 
 @torch.no_grad()
@@ -124,7 +131,8 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> int | None:
     for stage, model in models.items():
         path = run / f"{stage}.safetensors"
         tensors, note = load_tensors(path)
-        ids = {name.removeprefix(_IDS): tensors.pop(name).numpy() for name in list(tensors) if name.startswith(_IDS)}
+        listed = [name for name in tensors if name.startswith(_IDS)]
+        ids = {name.removeprefix(_IDS): _checked_ids(path, name, tensors.pop(name)) for name in listed}
         expected = dict(model.state_dict())
         embedding = getattr(model, "embedding", None)
         known = embedding.ids if isinstance(embedding, FieldEmbedding) else {}
@@ -150,7 +158,7 @@ def _rows_of_ids(
 ) -> Tensor:
     """The rows of the ``wanted`` ids (ascending) of a saved table, whose rows are those of the ``saved`` ids."""
     saved = np.arange(len(table)) if saved is None else saved
-    if saved.shape != (len(table),) or not (np.diff(saved) > 0).all():
+    if saved.shape != (len(table),):
         raise InputError(f"{path}: the ids of {name} do not fit its table; train again")
     place = np.searchsorted(saved, wanted).clip(max=max(len(saved) - 1, 0))
     there = saved[place] == wanted if len(saved) else np.zeros(len(wanted), bool)
@@ -198,6 +206,8 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata are not an object")
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}, metadata
     except FileNotFoundError as error:

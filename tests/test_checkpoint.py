@@ -1,16 +1,24 @@
 """Checkpoints: what is written comes back exactly; what does not fit is a sentence."""
 
 import json
+import tempfile
 from pathlib import Path
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from deep_components import checkpoint
+from deep_components.cascade import TWO_STAGE
 from deep_components.errors import InputError
+from deep_components.models import build_models
+from deep_components.models.embedding import ID_FIELDS
+from deep_components.vocabulary import IdSet
 
 
 def models(seed: int, width: int = 3) -> dict[str, nn.Module]:
@@ -143,3 +151,108 @@ def test_a_damaged_config(text: str, tmp_path: Path) -> None:
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not the folder of a training run"):
         checkpoint.read_config(tmp_path)
+
+
+# ---- compacted tables ------------------------------------------------------------------------------------------------
+
+VOCABULARY, ROWS = dict.fromkeys(ID_FIELDS, 20) | {"video": 100}, 102
+some = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+videos = st.sets(st.integers(1, ROWS - 1), max_size=12).map(lambda ids: np.array(sorted({0, *ids})))
+
+
+def cascade_models(seed: int | None, video_ids: np.ndarray | None = None) -> dict[str, nn.Module]:
+    ids = {} if video_ids is None else {"video": IdSet.of([video_ids], ROWS)}
+    return build_models(TWO_STAGE, VOCABULARY, 3, 8, seed, ids)
+
+
+def videos_of(model: nn.Module) -> torch.Tensor:
+    return model.get_parameter("embedding.video").detach()
+
+
+def saved(folder: Path, video_ids: np.ndarray | None) -> dict[str, nn.Module]:
+    """Models of seed 5 whose video rows have moved, written with their seed."""
+    stages = cascade_models(5, video_ids)
+    with torch.no_grad():
+        for model in stages.values():
+            model.get_parameter("embedding.video").add_(1)
+    listed = None if video_ids is None else {"video": video_ids}
+    checkpoint.save_models(folder, states(stages), {"initial_seed": 5}, listed)
+    return stages
+
+
+@some
+@given(before=videos, after=videos)
+def test_rows_go_to_their_ids_and_missing_ids_get_the_checkpoint_s_initial_values(
+    before: np.ndarray, after: np.ndarray
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, loaded = saved(Path(folder), before), cascade_models(9, after)
+        assert checkpoint.load_models(Path(folder), loaded) == 5
+        assert np.array_equal(checkpoint.saved_ids(Path(folder), "rank")["video"], before)
+    initial = cascade_models(5)
+    for stage, model in loaded.items():
+        for row, one in enumerate(after):
+            expected = (
+                videos_of(source[stage])[np.searchsorted(before, one)]
+                if one in before
+                else videos_of(initial[stage])[one]
+            )
+            assert torch.equal(videos_of(model)[row], expected)
+
+
+@some
+@given(after=videos)
+def test_a_whole_table_gives_a_compacted_one_its_rows(after: np.ndarray) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, loaded = saved(Path(folder), None), cascade_models(9, after)
+        checkpoint.load_models(Path(folder), loaded)
+        assert checkpoint.saved_ids(Path(folder), "rank") == {}
+    for stage, model in loaded.items():
+        assert torch.equal(videos_of(model), videos_of(source[stage])[after])
+
+
+def test_a_compacted_table_fills_a_whole_one(tmp_path: Path) -> None:
+    chosen = np.array([0, 4, 101])
+    source, loaded, initial = saved(tmp_path, chosen), cascade_models(9), cascade_models(5)
+    checkpoint.load_models(tmp_path, loaded)
+    for stage, model in loaded.items():
+        expected = videos_of(initial[stage]).clone()
+        expected[chosen] = videos_of(source[stage])
+        assert torch.equal(videos_of(model), expected)
+
+
+def test_an_id_that_a_checkpoint_without_a_seed_lacks(tmp_path: Path) -> None:
+    stages = cascade_models(5, np.array([0, 4]))
+    checkpoint.save_models(tmp_path, states(stages), {}, {"video": np.array([0, 4])})
+    with pytest.raises(InputError, match=r"table retrieval\.video lacks id 7"):
+        checkpoint.load_models(tmp_path, cascade_models(9, np.array([0, 4, 7])))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([4, 0, 7]),
+        torch.tensor([0, 4, 4]),
+        torch.tensor([-1, 0, 4]),
+        torch.tensor([0.0, 4.0, 7.0]),
+        torch.tensor([[0, 4, 7]]),
+        torch.tensor([0, 4]),
+    ],
+    ids=["unsorted", "repeated", "negative", "fractions", "a matrix", "too few"],
+)
+def test_damaged_ids(ids: torch.Tensor, tmp_path: Path) -> None:
+    stages = cascade_models(5, np.array([0, 4, 7]))
+    for stage, state in states(stages).items():
+        save_file(state | {"ids.video": ids}, tmp_path / f"{stage}.safetensors")
+    with pytest.raises(InputError, match=r"retrieval\.safetensors: .*ids.*train again"):
+        checkpoint.load_models(tmp_path, cascade_models(9, np.array([0, 4, 7])))
+    if len(ids) == 3 or ids.ndim > 1:
+        with pytest.raises(InputError, match=r"rank\.safetensors: ids\.video is not a list of ascending ids"):
+            checkpoint.saved_ids(tmp_path, "rank")
+
+
+def test_metadata_that_are_no_object(tmp_path: Path) -> None:
+    for stage, state in states(models(0)).items():
+        save_file(state, tmp_path / f"{stage}.safetensors", metadata={"run": "[1]"})
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        checkpoint.load_models(tmp_path, models(0))
