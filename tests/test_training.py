@@ -846,3 +846,25 @@ def test_a_state_that_does_not_fit(log: Path) -> None:
     del state["parameter/loss/weight.rank"]
     with pytest.raises(InputError, match=r"loss/weight\.rank is missing"):
         trainer.restore(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generator/cpu", None),
+        ("generator/cpu", torch.zeros(3)),
+        ("last/rank/embedding.video", torch.tensor(99)),
+        ("last/rank/embedding.video", torch.tensor(-1)),
+    ],
+)
+def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, log: Path, day: DayCache) -> None:
+    """A step never made would have the compiled loops read beyond the rules' end."""
+    trainer = Trainer(*fresh(log), lr=0.01, large_table=0)
+    run_steps(trainer, day, range(0, 20, 10))
+    state = {key: tensor.clone() for key, tensor in trainer.state().items()}
+    if value is None:
+        del state[name]
+    else:
+        state[name] = value if value.ndim else torch.full_like(state[name], int(value))
+    with pytest.raises(InputError, match=rf"the saved state does not fit: {name}"):
+        trainer.restore(state)
