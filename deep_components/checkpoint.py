@@ -1,6 +1,8 @@
 """What a run leaves behind: config.json, <stage>.safetensors, and the state from which training goes on."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def remove_leftovers(run: Path) -> None:
     """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
     for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, *_model_files()):
         for leftover in temporaries(run / name):
-            leftover.unlink(missing_ok=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -193,9 +195,17 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
 def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -> None:
     on_cpu = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
     try:
-        with atomic_path(path) as temporary:
+        with (
+            atomic_path(path) as temporary,
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder,
+        ):
+            # safetensors has a temporary file of its own, under a name that tells nothing: killed, it must be found.
+            written = Path(folder) / path.name
             # One entry: safetensors writes several in random order.
-            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+            save_file(on_cpu, written, metadata={_METADATA: json.dumps(dict(metadata), sort_keys=True)})
+            temporary.touch()
+            written.chmod(temporary.stat().st_mode & 0o777)  # as any file; safetensors' are for their owner alone
+            written.replace(temporary)
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 

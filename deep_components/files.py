@@ -41,8 +41,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def temporaries(path: Path) -> list[Path]:
-    """The temporary files that :func:`atomic_path` has for ``path``, in use or left by a killed process."""
-    return [other for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if other.is_file()]
+    """The temporary files and folders of writers of ``path``, in use or left by a killed process."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -114,6 +115,27 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
     assert where == position
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+
+
+def test_a_file_half_written_by_a_killed_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors writes to a file of its own naming first: that too must lie where it is looked for."""
+    seen: list[Path] = []
+
+    def watched(*args: Any, **options: Any) -> None:
+        save_file(*args, **options)
+        seen.extend(path for path in tmp_path.rglob("*") if not path.is_dir())
+
+    monkeypatch.setattr(checkpoint, "save_file", watched)
+    checkpoint.save_state(tmp_path / checkpoint.STATE_FILE, {"a": torch.zeros(2)}, {})
+    [written] = seen
+    assert written.parent.parent == tmp_path and written.parent.name.startswith(f".{checkpoint.STATE_FILE}.")
+    assert list(tmp_path.iterdir()) == [tmp_path / checkpoint.STATE_FILE]
+
+
+def test_checkpoints_may_be_read_by_whom_other_files_may_be(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    checkpoint.save_state(tmp_path / "state", {"a": torch.zeros(2)}, {})
+    assert (tmp_path / "state").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 def test_a_state_without_a_position(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_killed_trainings_end_in_the_same_bytes() -> None:
 def test_what_a_killed_write_left_is_removed(log: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     tmp_path.joinpath(f".{STATE_FILE}.4711.tmp").write_bytes(b"half")
     tmp_path.joinpath(".rank.safetensors.4711.tmp").write_bytes(b"half")
+    tmp_path.joinpath(f".{STATE_FILE}.abc.tmp").mkdir()
+    tmp_path.joinpath(f".{STATE_FILE}.abc.tmp", ".tmpAbCdEf").write_bytes(b"half")
     tmp_path.joinpath(".notes.tmp").write_bytes(b"mine")
     train(log, tmp_path, *FLAGS, "--resume")
     assert leftovers(tmp_path) == [tmp_path / ".notes.tmp"]
