@@ -6,6 +6,8 @@ All of it carries a SHA-256 of its content, which is verified when it is read.
 import hashlib
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, read_json
+from deep_components.files import atomic_path, read_json, temporaries
 from deep_components.files import write_json as write_json
 from deep_components.models.embedding import FieldEmbedding, fill_initial_rows
 
@@ -43,10 +45,20 @@ logger = logging.getLogger(__name__)
 
 def remove_results(run: Path) -> None:
     """Remove the models of every stage and what an evaluation made of them: a new training is about to replace them."""
-    stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
-    results = (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE)
-    for name in (*results, *(f"{stage}.safetensors" for stage in sorted(stages))):
+    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE, *_model_files()):
         (run / name).unlink(missing_ok=True)
+
+
+def _model_files() -> list[str]:
+    stages = {stage for cascade in SETTINGS.values() for stage in cascade.stage_names}
+    return [f"{stage}.safetensors" for stage in sorted(stages)]
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
+    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, *_model_files()):
+        for leftover in temporaries(run / name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -93,9 +105,16 @@ def save_models(
 
 
 def saved_ids(run: Path, stage: str) -> dict[str, np.ndarray]:
-    """The ids of the compacted tables of a stage's checkpoint."""
-    tensors, _ = load_tensors(run / f"{stage}.safetensors", _IDS)
-    return {name.removeprefix(_IDS): value.numpy() for name, value in tensors.items()}
+    """The ids of the compacted tables of a stage's checkpoint. InputError when they are damaged."""
+    path = run / f"{stage}.safetensors"
+    tensors, _ = load_tensors(path, _IDS)
+    return {name.removeprefix(_IDS): _checked_ids(path, name, value) for name, value in tensors.items()}
+
+
+def _checked_ids(path: Path, name: str, ids: Tensor) -> np.ndarray:
+    if ids.dtype != torch.int64 or ids.ndim != 1 or (len(ids) and ids[0] < 0) or not (ids.diff() > 0).all():
+        raise InputError(f"{path}: {name} is not a list of ascending ids; train again")
+    return ids.numpy()
 
 
 @torch.no_grad()
@@ -115,7 +134,8 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> int | None:
     for stage, model in models.items():
         path = run / f"{stage}.safetensors"
         tensors, note = load_tensors(path)
-        ids = {name.removeprefix(_IDS): tensors.pop(name).numpy() for name in list(tensors) if name.startswith(_IDS)}
+        listed = [name for name in tensors if name.startswith(_IDS)]
+        ids = {name.removeprefix(_IDS): _checked_ids(path, name, tensors.pop(name)) for name in listed}
         expected = dict(model.state_dict())
         embedding = getattr(model, "embedding", None)
         known = embedding.ids if isinstance(embedding, FieldEmbedding) else {}
@@ -141,7 +161,7 @@ def _rows_of_ids(
 ) -> Tensor:
     """The rows of the ``wanted`` ids (ascending) of a saved table, whose rows are those of the ``saved`` ids."""
     saved = np.arange(len(table)) if saved is None else saved
-    if saved.shape != (len(table),) or not (np.diff(saved) > 0).all():
+    if saved.shape != (len(table),):
         raise InputError(f"{path}: the ids of {name} do not fit its table; train again")
     place = np.searchsorted(saved, wanted).clip(max=max(len(saved) - 1, 0))
     there = saved[place] == wanted if len(saved) else np.zeros(len(wanted), bool)
@@ -178,9 +198,17 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any]) -
     sealed = dict(metadata) | {_TENSOR_CHECKSUMS: {name: _tensor_sha256(value) for name, value in on_cpu.items()}}
     sealed[_CHECKSUM] = _metadata_sha256(sealed)
     try:
-        with atomic_path(path) as temporary:
+        with (
+            atomic_path(path) as temporary,
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder,
+        ):
+            # safetensors has a temporary file of its own, under a name that tells nothing: killed, it must be found.
+            written = Path(folder) / path.name
             # One entry: safetensors writes several in random order.
-            save_file(on_cpu, temporary, metadata={_METADATA: json.dumps(sealed, sort_keys=True)})
+            save_file(on_cpu, written, metadata={_METADATA: json.dumps(sealed, sort_keys=True)})
+            temporary.touch()
+            written.chmod(temporary.stat().st_mode & 0o777)  # as any file; safetensors' are for their owner alone
+            written.replace(temporary)
     except SafetensorError as error:
         raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
 
@@ -194,6 +222,8 @@ def load_tensors(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError("its metadata are not an object")
             names = set(file.keys())
             tensors = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
     except FileNotFoundError as error:

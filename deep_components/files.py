@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -46,6 +47,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def temporaries(path: Path) -> list[Path]:
+    """The temporary files and folders of writers of ``path``, in use or left by a killed process."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -1,7 +1,8 @@
 """How much memory a training will need, and whether there is so much."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 # per request, item and unit of the towers' first layer; measured with benchmarks/memory.py.
 _PER_POSITION, _PER_UNIT = 6, 14
 _WORTH_SAYING = 1 << 30
+
+ROOT = Path("/")
 
 
 def table_bytes(models: Mapping[str, nn.Module], gathered: tuple[str, ...], itemsize: int) -> tuple[int, int]:
@@ -55,24 +58,42 @@ def check_memory(needed: Mapping[torch.device, int]) -> None:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device: for a CPU what the system and the process's group leave."""
+    """Bytes that can still be allocated on the device: for a CPU what the system and the process's groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    limits = [_meminfo("MemAvailable")]
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (group / "memory.max", group / "memory.current"),
-        (group / "memory" / "memory.limit_in_bytes", group / "memory" / "memory.usage_in_bytes"),
-    ):
-        try:
-            limits.append(int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such group, or "max": no limit
-            continue
-    return max(0, min(limits))
+    return max(0, min([_meminfo("MemAvailable"), *_group_limits()]))
 
 
 def _meminfo(name: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in (ROOT / "proc/meminfo").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/meminfo has no {name}")
+
+
+def _group_limits() -> Iterator[int]:
+    """What is left in each of the control groups, of version 1 or 2, that the process is in."""
+    try:
+        lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, names = ROOT / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        elif not controllers:
+            top, names = ROOT / "sys/fs/cgroup", ("memory.max", "memory.current", "")
+        else:
+            continue
+        folder = top / group.lstrip("/")
+        # In a container the path may be that of the world outside, and the group's files lie at the top.
+        for place in (folder, *(parent for parent in folder.parents if parent.is_relative_to(top))):
+            with suppress(OSError, ValueError):  # no such file, or "max": no limit
+                yield _left(place, *names)
+
+
+def _left(group: Path, limit: str, usage: str, prefix: str) -> int:
+    """A group's limit less its usage, without the file cache, which the system gives back when memory is asked for."""
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cache = sum(int(statistics.get(f"{prefix}{part}_file", 0)) for part in ("active", "inactive"))
+    return int((group / limit).read_text()) - max(0, int((group / usage).read_text()) - cache)

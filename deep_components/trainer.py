@@ -197,8 +197,15 @@ class Trainer:
                     self._copy(moment, state, f"{key}/{name}", name)
                 if f"last/{name}" in state:
                     self._copy(self.deferred.last[name], state, f"last/{name}", name)
-                assert len(table) == len(self.deferred.last[name])
-        torch.set_rng_state(state["generator/cpu"])
+                last = self.deferred.last[name]
+                if len(table) and not 0 <= int(last.min()) <= int(last.max()) <= self.deferred.steps:
+                    raise InputError(f"the saved state does not fit: last/{name} names steps never made; train again")
+        try:
+            torch.set_rng_state(state["generator/cpu"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise InputError(
+                "the saved state does not fit: generator/cpu is missing or damaged; train again"
+            ) from error
         if self.device.type == "cuda" and "generator/cuda" in state:
             torch.cuda.set_rng_state(state["generator/cuda"], self.device)
 

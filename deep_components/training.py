@@ -10,11 +10,13 @@ import fcntl
 import json
 import logging
 import math
+import os
 import platform
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +63,7 @@ _FREE_ON_RESUME = (
     "print_freq",
     "save_minutes",
     "tensorboard",
+    "on_nonfinite",
     "epochs",
     "train_days",
 )
@@ -145,6 +148,8 @@ class StepLog:
                 file.write(json.dumps(record) + "\n")
                 if self.scalars is not None:
                     self.scalars.add(record)
+            file.flush()
+            os.fsync(file.fileno())  # a state that is saved next must not outlive these lines when the power fails
         if self.scalars is not None:
             self.scalars.flush()
         self._waiting.clear()
@@ -160,6 +165,11 @@ class StepLog:
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
     check_installed(args.tensorboard)
+    if args.init_from is not None and args.init_from.resolve() == args.output_dir.resolve():
+        raise InputError(
+            f"--init_from={args.init_from} is --output_dir, where the training would remove the models that it starts "
+            "from; name another --output_dir"
+        )
     device = choose_device(args)
     kernels = load_kernels(DTYPES[args.dtype]) if args.compile else None
     keep_freed_memory()
@@ -235,25 +245,28 @@ def _generators(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of a SIGINT or SIGTERM; a second one ends the process at once."""
+    """A list that gets the number of a SIGINT or SIGTERM; a second one ends the process at once. A signal that the
+    process was started to ignore stays ignored."""
     received: list[int] = []
+    before: dict[int, Any] = {}
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         received.append(number)
-        signal.signal(number, before[number])
+        put_back()
 
-    before: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        try:
-            before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: signals are its own
-            break
+    if threading.current_thread() is threading.main_thread():  # signals are its own
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back()
 
 
 def initial_models(
@@ -339,16 +352,34 @@ def _start(run: Run, config: dict[str, Any]) -> Position:
     """Prepare the run's folder; the position to start from."""
     folder: Path = run.args.output_dir
     position = Position()
-    if run.args.resume:
-        _check_same_run(folder, config)
+    if run.args.resume and _can_resume(run, config):
         tensors, place = checkpoint.load_state(run.state_file)
         run.trainer.restore(tensors)
         position = Position(**place)
+        checkpoint.remove_results(folder)  # they must not stand beside this training's
     else:
-        run.state_file.unlink(missing_ok=True)
-    checkpoint.remove_results(folder)  # they must not stand beside this training's
+        checkpoint.remove_results(folder)
+        run.state_file.unlink(missing_ok=True)  # before config.json: an old state never stands beside a new config
+    checkpoint.remove_leftovers(folder)
     checkpoint.write_json(folder / checkpoint.CONFIG_FILE, config)
     return position
+
+
+def _can_resume(run: Run, config: Mapping[str, Any]) -> bool:
+    """Whether there is a state to go on from; without one --resume starts at the beginning, so that it can be given
+    from the first time on. InputError when the folder holds another run, or a complete one without its state."""
+    folder: Path = run.args.output_dir
+    has_state = run.state_file.exists()
+    if has_state or (folder / checkpoint.CONFIG_FILE).exists():
+        _check_same_run(folder, config)
+    if has_state:
+        return True
+    if (folder / checkpoint.COST_FILE).exists():
+        raise InputError(
+            f"{run.state_file}: no such file, but the training is complete; leave out --resume to train again"
+        )
+    logger.info("--resume: %s holds no saved state; training starts at the beginning", folder)
+    return False
 
 
 def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tuple[Position, float]:
@@ -442,6 +473,12 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"--resume: {run} is a {before['setting']} run, not {config['setting']}; use its own command")
     if (before["data"], before["id_counts"]) != (config["data"], config["id_counts"]):
         raise InputError(f"--resume: {run} was trained on other data (origin or id counts differ); give the same log")
+    known = before.get("data_checksums", {})
+    for day, checksum in config["data_checksums"].items():
+        if known.get(day, checksum) != checksum:
+            raise InputError(
+                f"--resume: {run} was trained on another day {day} (its checksum differs); give the same log"
+            )
     if (before["arguments"]["epochs"] or 0) > config["arguments"]["epochs"]:
         raise InputError(
             f"--resume: {run} was started with --epochs={before['arguments']['epochs']}; give as many or more"
@@ -450,10 +487,12 @@ def _check_same_run(run: Path, config: Mapping[str, Any]) -> None:
         old = before.get("arguments", {}).get(name)
         if name not in _FREE_ON_RESUME and old != value:
             raise InputError(f"--resume: {run} was trained with --{name}={old}, not {value}; give the same arguments")
-    if before.get("kernels") != config["kernels"]:
-        logger.warning(
-            "%s was trained with other kernels: the last digits will differ from a run that was not stopped", run
-        )
+    for name in ("kernels", "threads", "device", "versions"):  # docs/determinism.md
+        if before.get(name) != config[name]:
+            logger.warning(
+                "%s was trained with %s=%s, not %s: the last digits will differ from a run that was not stopped",
+                run, name, before.get(name), config[name],
+            )  # fmt: skip
     days = before.get("train_days", [])
     if days != config["train_days"][: len(days)]:
         raise InputError(f"--resume: {run} was trained on {', '.join(days)}; give the same days, or the same and more")

@@ -29,10 +29,13 @@ class IdSet:
 
     @classmethod
     def of(cls, arrays: Iterable[np.ndarray], size: int) -> "IdSet":
-        """The ids that occur in the arrays. IndexError when one is not below ``size``."""
+        """The ids that occur in the arrays. IndexError when one is not from 0 .. size - 1."""
         present = np.zeros(-(-size // _WORD) * _WORD, bool)
+        valid = present[:size]
         for ids in arrays:
-            present[ids] = True
+            if ids.size and ids.min() < 0:  # numpy would count from the end
+                raise IndexError(f"{ids.min()} is not an id")
+            valid[ids] = True
         return cls(np.packbits(present, bitorder="little").view(np.uint64))
 
     @property

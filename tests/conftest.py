@@ -1,10 +1,12 @@
 """Fixtures and settings that several test modules share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from deep_components.optim import deferred_adam
 from tests.helpers import small_log
 
 # Matrices in tests are so small that threads only wait for one another: up to thirty times slower on busy cores.
@@ -18,6 +20,14 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: the golden numbers are not part of the public project")
     return folder
+
+
+@pytest.fixture(scope="module")
+def short_rules() -> Iterator[None]:
+    """Deferred Adam's rules for fewer steps at a time: fitting 2,048 of them takes longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deferred_adam, "_STEPS_AT_A_TIME", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -94,8 +94,9 @@ def _resident_batches(
 
 def _short(values: torch.Tensor) -> torch.Tensor:
     """int64 as int32 where all values fit."""
+    limits = torch.iinfo(torch.int32)
     fits = values.dtype == torch.int64 and (
-        not values.numel() or int(values.abs().max()) <= torch.iinfo(torch.int32).max
+        not values.numel() or (int(values.min()) >= limits.min and int(values.max()) <= limits.max)
     )
     return values.int() if fits else values
 

@@ -38,7 +38,8 @@ class BatchRows:
         return replace(batch, features=with_table_ids(batch.features, rows))
 
     def distinct_rows(self, batch: CascadeBatch) -> CascadeBatch:
-        """The batch with its distinct rows listed, in the order of their first use after the padding row."""
+        """The batch with its distinct rows listed, in the order of their first use after the padding row. IndexError
+        when a table lacks a row."""
         if not self._place:
             return batch
         distinct, places = {}, {}
@@ -54,6 +55,8 @@ class BatchRows:
         used."""
         place = self._place[field]
         rows = np.concatenate([[self.paddings[field]], ids.numpy()])
+        if rows.min() < 0:  # numpy would count from the end, compiled loops read what lies before the table
+            raise IndexError(f"{rows.min()} is not a row of the table {field}")
         order = np.arange(len(rows), dtype=np.int32)
         place[rows[::-1]] = order[::-1]  # of several equal rows the last assignment stays: the first use
         first = place[rows]

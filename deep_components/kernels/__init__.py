@@ -229,7 +229,7 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     """The kernels for a number type, compiled first when they are not there; None, and why in the log, without them."""
     try:
         return Kernels(_compiled(_REAL[dtype]), dtype)
-    except (OSError, KeyError, subprocess.SubprocessError) as error:
+    except (OSError, KeyError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(
             "the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "

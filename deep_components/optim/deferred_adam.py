@@ -13,6 +13,7 @@ every step t, gives F(t; v) = sum_n W_n(t) / (sqrt(v) + eps G_n(t)), with 6 node
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -77,6 +78,12 @@ class DriftRule:
         return total * vectors[:, 0, :] ** 2, scale * (1 - values) / (1 + values)
 
 
+@cache
+def _drift_rule(betas: tuple[float, float], decays: tuple[float, float]) -> DriftRule:
+    """Fitted once a process: it depends on nothing else."""
+    return DriftRule(betas, decays)
+
+
 class DeferredAdam:
     """Adam (no weight decay, constant lr) over embedding tables, equal to dense torch.optim.Adam.
 
@@ -107,7 +114,6 @@ class DeferredAdam:
         self.last = {
             name: torch.zeros(len(table), dtype=torch.int32, device=table.device) for name, table in self.tables.items()
         }
-        self._rules: dict[torch.dtype, DriftRule] = {}
         self._fitted: dict[tuple[torch.dtype, torch.device], _Fitted] = {}
 
     @torch.no_grad()
@@ -171,7 +177,7 @@ class DeferredAdam:
     def _rule(self, table: Tensor) -> "_Fitted":
         """What the drift up to the current step needs, in the table's type and place."""
         decays = self._decays(table.dtype)
-        rule = self._rules.setdefault(table.dtype, DriftRule(self.betas, decays))
+        rule = _drift_rule(self.betas, decays)
         key = (table.dtype, table.device)
         if key not in self._fitted or len(self._fitted[key].weights) <= self.steps:
             rule.extend(self.steps + 1)

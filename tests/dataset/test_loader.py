@@ -11,6 +11,7 @@ import torch
 
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import TWO_STAGE
+from deep_components.dataset import loader
 from deep_components.dataset.columnar import DayCache, open_day
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError
@@ -97,6 +98,26 @@ def test_batches_go_to_the_device_asked_for(day: DayCache) -> None:
 
 def test_no_requests_give_no_batches(day: DayCache) -> None:
     assert list(batches(day, np.zeros(0, np.int64), 4, CPU)) == []
+
+
+@pytest.mark.parametrize("value", [0, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, -(2**63)])
+def test_a_resident_day_loses_no_digit(value: int) -> None:
+    """-2^63 is its own absolute value."""
+    values = torch.tensor([1, value])
+    assert torch.equal(loader._long(loader._short(values)), values)
+    assert (loader._short(values).dtype == torch.int32) == (-(2**31) <= value < 2**31)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [4, 1 << 13])
+def test_a_resident_day_gives_the_same_batches(
+    day: DayCache, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_REQUESTS_PER_COPY", rows_at_a_time)
+    order = training_order(day, seed=2, epoch=0, shuffle=True)[:17]
+    pairs = zip(batches(day, order, 5, CPU), batches(day, order, 5, CPU, day_on_device=True), strict=True)
+    for one, other in pairs:
+        for ours, theirs in zip(tensors(one), tensors(other), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 # ---------------------------------------------------------------------------------------------- the thread

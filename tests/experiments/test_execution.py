@@ -11,6 +11,7 @@ import pytest
 from deep_components.experiments import records
 from deep_components.experiments.execution import Commands, Options, Outcome, Slot, error_sentence, execute
 from deep_components.experiments.plan import Run
+from deep_components.files import read_json, write_json
 from tests.experiments.runs import CHECKSUMS, DAYS, calls, fake_run, on_days, record
 
 
@@ -235,8 +236,8 @@ def test_a_stream_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_stream_stopped_between_training_and_test(tmp_path: Path) -> None:
     run = fake_run(tmp_path, streaming=True)
     make(run)
-    content = json.loads((run.folder / "streaming.json").read_text())
-    (run.folder / "streaming.json").write_text(json.dumps(content | {"days": content["days"][:2]}))
+    content = read_json(run.folder / "streaming.json")
+    write_json(run.folder / "streaming.json", content | {"days": content["days"][:2]})
     (run.folder / "metrics.json").unlink()
     assert make(run).status == "finished"
     assert streamed(run) == WHOLE

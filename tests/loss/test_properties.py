@@ -239,10 +239,15 @@ def test_extreme_scores_stay_finite(method: Method, present: float) -> None:
                        present=present, dtype=torch.float32)  # fmt: skip
     extreme = {stage: 1e4 * scores.sign() for stage, scores in batch.scores.items()}
     extreme["rank"] = torch.where(batch.scores["rank"].abs() < 0.5, 1e4 * batch.scores["rank"], extreme["rank"])
-    result = step(method.build_weighted(torch.float32), batch.replace(extreme))
-    assert result.loss.isfinite()
-    for grad in (*result.grads.values(), *result.weight_grads.values()):
-        assert grad.isfinite().all()
+    alike = {stage: 1e4 + scores for stage, scores in batch.scores.items()}
+    opposed = {
+        stage: torch.full_like(scores, 1e4 * (-1) ** place) for place, (stage, scores) in enumerate(alike.items())
+    }
+    wrong_way = {stage: torch.linspace(-1e4, 1e4, scores.shape[1]).expand_as(scores) for stage, scores in alike.items()}
+    for scores in (extreme, alike, opposed, wrong_way):
+        result = step(method.build_weighted(torch.float32), batch.replace(scores))
+        for value in (*result.terms.values(), *result.grads.values(), *result.weight_grads.values()):
+            assert value.isfinite().all()
 
 
 @every_loss

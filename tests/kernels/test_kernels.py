@@ -1,0 +1,403 @@
+"""The compiled loops against PyTorch's formulas, and what happens where nothing can be compiled."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from deep_components import kernels as module
+from deep_components.kernels import Kernels, in_parallel, load_kernels
+from deep_components.models.din import PADDING_LOGIT, _CompiledLogits, attention_logits
+from deep_components.models.tower import _linear_relu
+from deep_components.optim.deferred_adam import DeferredAdam
+from tests.helpers import config, same_parameters, train
+
+BETAS, EPS, LR = (0.9, 0.999), 1e-8, 0.01
+DTYPES = (torch.float32, torch.float64)
+TOLERANCE: dict[torch.dtype, Any] = {
+    torch.float32: {"rtol": 2e-5, "atol": 2e-5},
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+}
+pytestmark = pytest.mark.usefixtures("short_rules")
+some = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+dtypes = st.sampled_from(DTYPES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def compiled(dtype: torch.dtype) -> Kernels:
+    kernels = load_kernels(dtype)
+    assert kernels is not None, "the tests need a C compiler"
+    return kernels
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def attention_inputs(draw: st.DrawFn) -> tuple[Tensor, ...]:
+    """history [B, L, H], items [B, N, H], weight [H], bias [1], mask [B, L], gradient [B, N, L]; odd sizes."""
+    dtype, generator = draw(dtypes), torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    batch, num_items = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 7]))
+    length, units = draw(st.sampled_from([1, 2, 9])), draw(st.sampled_from([1, 3, 8, 17]))
+    valid = draw(st.sampled_from([0.0, 0.5, 1.0]))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    mask = torch.rand(batch, length, generator=generator) < valid
+    parts = (normal(batch, length, units), normal(batch, num_items, units), normal(units), normal(1))
+    return *parts, mask, normal(batch, num_items, length)
+
+
+def plain_logits(history: Tensor, items: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    hidden = (history.unsqueeze(1) + items.unsqueeze(2)).relu()  # [B, N, L, H]
+    return (hidden @ weight + bias).masked_fill(~mask.unsqueeze(1), PADDING_LOGIT)
+
+
+@some
+@given(inputs=attention_inputs())
+def test_attention_has_the_values_and_gradients_of_the_formula(inputs: tuple[Tensor, ...]) -> None:
+    *parts, mask, upstream = inputs
+    kernels, tolerance = compiled(parts[0].dtype), TOLERANCE[parts[0].dtype]
+    leaves = history, items, weight, bias = [part.requires_grad_() for part in parts]
+    ours = _CompiledLogits.apply(kernels, *leaves, mask)
+    theirs = plain_logits(history, items, weight, bias, mask)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    assert (ours[(~mask).unsqueeze(1).expand_as(ours)] == ours.new_tensor(PADDING_LOGIT)).all()
+    expected = torch.autograd.grad(theirs, leaves, upstream)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves, upstream), expected, **tolerance)
+
+
+@some
+@given(inputs=attention_inputs())
+def test_attention_is_that_of_pytorch_s_operators(inputs: tuple[Tensor, ...]) -> None:
+    history, items, weight, bias, mask, _ = inputs
+    ours = compiled(history.dtype).attention_forward(history, items, weight, bias, mask, PADDING_LOGIT)
+    theirs = (attention_logits(history, items, weight) + bias).masked_fill(~mask.unsqueeze(1), PADDING_LOGIT)
+    torch.testing.assert_close(ours, theirs, **TOLERANCE[history.dtype])
+
+
+@some
+@given(inputs=attention_inputs(), number=st.sampled_from([2, 3, 8]))
+def test_attention_does_not_depend_on_the_number_of_threads(inputs: tuple[Tensor, ...], number: int) -> None:
+    history, items, weight, bias, mask, upstream = inputs
+    kernels, results = compiled(history.dtype), []
+    for count in (1, number):
+        with threads(count):
+            forward = kernels.attention_forward(history, items, weight, bias, mask, PADDING_LOGIT)
+            results.append((forward, *kernels.attention_backward(history, items, mask, upstream)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@every_dtype
+@pytest.mark.parametrize("where", ["history", "items", "weight", "bias"])
+def test_attention_hides_no_nan(dtype: torch.dtype, where: str) -> None:
+    torch.manual_seed(0)
+    parts = {"history": torch.randn(2, 3, 4), "items": torch.randn(2, 5, 4), "weight": torch.randn(4)}
+    parts = {name: part.to(dtype) for name, part in (parts | {"bias": torch.randn(1)}).items()}
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    parts[where].view(-1)[1 if where != "bias" else 0] = float("nan")
+    history, items, weight, bias = parts.values()
+    ours = compiled(dtype).attention_forward(history, items, weight, bias, mask, PADDING_LOGIT)
+    theirs = plain_logits(history, items, weight, bias, mask)
+    assert theirs.isnan().any() and torch.equal(ours.isnan(), theirs.isnan())
+
+
+@every_dtype
+def test_a_nan_at_padding_stays_out(dtype: torch.dtype) -> None:
+    history, items = torch.randn(1, 3, 4, dtype=dtype), torch.randn(1, 2, 4, dtype=dtype)
+    history[0, 1] = float("nan")
+    mask = torch.tensor([[True, False, True]])
+    logits = compiled(dtype).attention_forward(history, items, history[0, 0], history[0, 0, :1], mask, PADDING_LOGIT)
+    assert logits.isfinite().all()
+
+
+# ---- look-ups --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def look_ups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """A table [rows, d], a strided vector of ids, and how many columns stand before its rows in the output."""
+    dtype, generator = draw(dtypes), torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    rows, dim = draw(st.sampled_from([1, 2, 30])), draw(st.sampled_from([1, 3, 8]))
+    ids = torch.randint(rows, (draw(st.sampled_from([1, 2, 50])), draw(st.integers(1, 4))), generator=generator)
+    table = torch.randn(rows, dim, generator=generator, dtype=dtype)
+    return table, ids[:, draw(st.integers(0, ids.shape[1] - 1))], draw(st.integers(0, 5))
+
+
+@some
+@given(drawn=look_ups())
+def test_gather_is_indexing(drawn: tuple[Tensor, Tensor, int]) -> None:
+    table, ids, before = drawn
+    whole = torch.full((len(ids), before + table.shape[1] + 2), 7, dtype=table.dtype)
+    compiled(table.dtype).gather(table, ids, whole[:, before:-2])
+    assert torch.equal(whole[:, before:-2], table[ids])
+    assert (whole[:, :before] == 7).all() and (whole[:, -2:] == 7).all()
+
+
+@some
+@given(drawn=look_ups(), padding=st.integers(0, 2))
+def test_scatter_add_is_the_gradient_of_an_embedding(drawn: tuple[Tensor, Tensor, int], padding: int) -> None:
+    table, ids, before = drawn
+    grad = torch.randn(len(ids), before + table.shape[1], dtype=table.dtype)[:, before:]
+    start = table.clone()
+    compiled(table.dtype).scatter_add(table, ids, grad, padding)
+    leaf = start.clone().requires_grad_()
+    looked_up = torch.nn.functional.embedding(ids, leaf, padding_idx=padding if padding < len(leaf) else None)
+    looked_up.backward(grad)
+    assert leaf.grad is not None
+    torch.testing.assert_close(table - start, leaf.grad, **TOLERANCE[table.dtype])
+
+
+@every_dtype
+@pytest.mark.parametrize("bad", [-1, 5, 2**40, -(2**62)])
+def test_an_id_that_is_not_a_row(dtype: torch.dtype, bad: int) -> None:
+    with pytest.raises(IndexError, match="not one of the 5 rows"):
+        compiled(dtype).gather(torch.zeros(5, 3, dtype=dtype), torch.tensor([0, bad]), torch.zeros(2, 3, dtype=dtype))
+
+
+@every_dtype
+def test_look_ups_hide_no_nan(dtype: torch.dtype) -> None:
+    table, out = torch.zeros(3, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
+    table[1, 0] = float("nan")
+    compiled(dtype).gather(table, torch.tensor([0, 1]), out)
+    assert out.isnan().tolist() == [[False, False], [True, False]]
+    compiled(dtype).scatter_add(table, torch.tensor([2, 0]), out.flip(0), padding=0)
+    assert table.isnan().tolist() == [[False, False], [True, False], [True, False]]
+
+
+# ---- deferred Adam ---------------------------------------------------------------------------------------------------
+
+
+def optimizers(dtype: torch.dtype, dim: int, rows: int = 12) -> list[DeferredAdam]:
+    """Without and with compiled loops, on equal tables."""
+    start = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return [
+        DeferredAdam({"t": torch.nn.Parameter(start.clone())}, LR, BETAS, EPS, kernels)
+        for kernels in (None, compiled(dtype))
+    ]
+
+
+def run_steps(optimizer: DeferredAdam, dim: int, steps: int, seed: int) -> None:
+    """Steps with gradients of some rows; between them, steps without any."""
+    generator = torch.Generator().manual_seed(seed)
+    table = optimizer.tables["t"]
+    for _ in range(steps):
+        rows = torch.randperm(len(table), generator=generator)[: int(torch.randint(1, 6, (), generator=generator))]
+        values = optimizer.gather("t", rows)
+        assert torch.equal(values, table[rows])
+        gradient = torch.randn(len(rows), dim, generator=generator).to(table.dtype)
+        optimizer.step({"t": (rows, gradient * 10.0 ** torch.randint(-8, 2, (len(rows), 1), generator=generator))})
+        for _ in range(int(torch.randint(0, 4, (), generator=generator))):
+            optimizer.step({})
+
+
+@settings(some, max_examples=8)
+@given(dtype=dtypes, dim=st.sampled_from([1, 3, 8]), seed=st.integers(0, 10**6))
+def test_deferred_adam_is_that_of_pytorch_s_operators(dtype: torch.dtype, dim: int, seed: int) -> None:
+    pair = optimizers(dtype, dim)
+    for optimizer in pair:
+        run_steps(optimizer, dim, 12, seed)
+        optimizer.flush()
+    plain, ours = pair
+    torch.testing.assert_close(ours.tables["t"], plain.tables["t"], **TOLERANCE[dtype])
+    torch.testing.assert_close(ours.first["t"], plain.first["t"], **TOLERANCE[dtype])
+    torch.testing.assert_close(ours.second["t"], plain.second["t"], **TOLERANCE[dtype])
+    assert torch.equal(ours.last["t"], plain.last["t"]) and (ours.last["t"] == ours.steps).all()
+
+
+@every_dtype
+def test_deferred_adam_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    results = []
+    for count in (1, 3):
+        optimizer = optimizers(dtype, 3)[1]
+        with threads(count):
+            run_steps(optimizer, 3, 10, seed=1)
+            optimizer.flush()
+        results.append((optimizer.tables["t"], optimizer.first["t"], optimizer.second["t"], optimizer.last["t"]))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@every_dtype
+def test_deferred_adam_hides_no_nan(dtype: torch.dtype) -> None:
+    optimizer, rows = optimizers(dtype, 2)[1], torch.tensor([3, 4])
+    optimizer.gather("t", rows)
+    optimizer.step({"t": (rows, torch.tensor([[float("nan"), 1.0], [1.0, 1.0]], dtype=dtype))})
+    optimizer.step({})
+    optimizer.flush()
+    table = optimizer.tables["t"]
+    assert table[3].isnan().tolist() == [True, False] and not table[4].isnan().any()
+    assert table.isnan().sum() == 1
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_task_is_done_once(count: int) -> None:
+    with threads(count):
+        assert sorted(in_parallel([lambda k=k: k for k in range(11)])) == list(range(11))  # type: ignore[misc]
+        assert in_parallel([]) == []
+
+
+def test_a_task_s_error_is_raised() -> None:
+    def fails() -> None:
+        raise IndexError("bad")
+
+    for place in range(3):
+        tasks = [lambda: None] * 3
+        tasks[place] = fails
+        with threads(3), pytest.raises(IndexError, match="bad"):
+            in_parallel(tasks)
+
+
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing remembered of earlier loads, before and after."""
+    caches = (module.load_kernels, module._private_folder)
+    for cache in caches:
+        cache.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_without_a_compiler_training_runs(
+    fresh: pytest.MonkeyPatch, log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train(log, tmp_path / "plain", "--no-compile")
+    fresh.setenv("PATH", str(tmp_path))
+    fresh.delenv("CC", raising=False)
+    with caplog.at_level("WARNING"):
+        run = train(log, tmp_path / "run")
+        train(log, tmp_path / "again")
+    said = [record.getMessage() for record in caplog.records if "kernels" in record.getMessage()]
+    assert len(said) == 1 and "no C compiler" in said[0] and "--no-compile" in said[0]
+    assert config(run)["kernels"] == "pytorch"
+    assert same_parameters(run, plain)
+
+
+@pytest.mark.parametrize("script", ["exit 1", 'echo "no such flag" >&2; [ "$1" = --version ]', "kill -9 $$"])
+def test_a_compiler_that_fails(
+    script: str, fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    fresh.setenv("CC", str(compiler))
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with caplog.at_level("WARNING"):
+        assert load_kernels(torch.float32) is None
+    assert len(caplog.records) == 1 and "\n" not in caplog.records[0].getMessage()
+    if "flag" in script:
+        assert "no such flag" in caplog.text
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [compiler]  # nothing is left
+
+
+def test_compiled_once_and_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_kernels(torch.float32) is not None
+    [library] = (tmp_path / "lcron" / "kernels").iterdir()
+    made = library.stat().st_mtime_ns
+    module.load_kernels.cache_clear()
+    assert load_kernels(torch.float32) is not None
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "lcron" / "kernels").iterdir()] == [made]
+    assert (tmp_path / "lcron" / "kernels").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("home", ["a file", "others write there", "no folder at all"])
+def test_a_cache_home_that_cannot_be_used(home: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies there would be executed: only a folder of the user's own will do."""
+    place = tmp_path / "home"
+    if home == "others write there":
+        (place / "lcron" / "kernels").mkdir(parents=True)
+        (place / "lcron" / "kernels").chmod(0o777)
+    else:
+        place.write_text("") if home == "a file" else None
+    fresh.setenv("XDG_CACHE_HOME", str(place) if home != "no folder at all" else "/proc/nothing")
+    kernels = compiled(torch.float32)
+    out = torch.zeros(1, 2)
+    kernels.gather(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out)
+    assert out.tolist() == [[1.0, 2.0]]
+    if home == "others write there":
+        assert list((place / "lcron" / "kernels").iterdir()) == []
+
+
+def test_several_compile_at_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As processes do that start together: each runs its own compiler, and all use one library."""
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begin = threading.Barrier(3)
+
+    def compiles() -> Path:
+        begin.wait()
+        return module._compiled("float")
+
+    with ThreadPoolExecutor(3) as pool:
+        libraries = {future.result() for future in [pool.submit(compiles) for _ in range(3)]}
+    assert libraries == set((tmp_path / "lcron" / "kernels").iterdir()) and len(libraries) == 1
+    out = torch.zeros(1, 2)
+    Kernels(libraries.pop(), torch.float32).gather(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out)
+    assert out.tolist() == [[1.0, 2.0]]
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("groups", [1, 7])
+@pytest.mark.parametrize("rows_per_group", [1, 3, 200])
+def test_a_layer_is_linear_and_relu(dtype: torch.dtype, groups: int, rows_per_group: int) -> None:
+    """Values and gradients of ReLU(x W^T + b), with one bias for all rows or one a group of rows."""
+    generator = torch.Generator().manual_seed(rows_per_group)
+    shapes = (groups, rows_per_group, 5), (6, 5), (groups, 6) if groups > 1 else (6,)
+    leaves = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    inputs, weight, bias = leaves
+    ours = _linear_relu(inputs, weight, bias, compiled(dtype))
+    theirs = (inputs @ weight.t() + (bias.unsqueeze(1) if groups > 1 else bias)).relu()
+    torch.testing.assert_close(ours, theirs, **TOLERANCE[dtype])
+    upstream = torch.randn(theirs.shape, generator=generator, dtype=dtype)
+    expected = torch.autograd.grad(theirs, leaves, upstream)
+    found = torch.autograd.grad(ours, leaves, upstream)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE[dtype])
+
+
+@every_dtype
+def test_a_layer_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    out, grad = torch.randn(2500, 9, dtype=dtype), torch.randn(2500, 9, dtype=dtype)
+    results = []
+    for count in (1, 3):
+        with threads(count):
+            forward = out.clone()
+            compiled(dtype).bias_relu(forward, out[:1].contiguous())
+            results.append((forward, *compiled(dtype).relu_backward(out, grad, 1)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@every_dtype
+def test_a_layer_hides_no_nan(dtype: torch.dtype) -> None:
+    inputs = torch.tensor([[1.0, float("nan")], [1.0, 2.0]], dtype=dtype)
+    out = _linear_relu(inputs, torch.eye(2, dtype=dtype), torch.zeros(2, dtype=dtype), compiled(dtype))
+    assert out.isnan().any(dim=-1).tolist() == [True, False]

@@ -1,0 +1,96 @@
+"""What docs/determinism.md promises: the same seed gives the same bytes on a CPU, and of what they do not depend."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.soak import results
+from deep_components import training
+from deep_components.trainer import Trainer
+from tests.helpers import DAYS, parameters, train
+
+pytestmark = pytest.mark.usefixtures("short_rules")
+VARIANTS = {"compiled": (), "pytorch": ("--no-compile",), "deferred": ("--compact_from=1",)}
+
+
+class Course:
+    """Trainings of one variant, all with one seed."""
+
+    def __init__(self, log: Path, folder: Path, flags: tuple[str, ...]) -> None:
+        self.log, self.folder, self.flags, self.made = log, folder, flags, 0
+        self.expected = self.train()
+
+    def train(self, *flags: str, threads: int = 1) -> dict[str, Any]:
+        self.made += 1
+        return self.again(*flags, threads=threads)
+
+    def again(self, *flags: str, threads: int = 1) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        try:
+            return results(train(self.log, self.run, *self.flags, *flags))
+        finally:
+            torch.set_num_threads(1)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / str(self.made)
+
+
+@pytest.fixture(params=VARIANTS)
+def course(
+    request: pytest.FixtureRequest, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Course]:
+    if request.param == "deferred":
+        monkeypatch.setattr(training, "Trainer", partial(Trainer, large_table=0))
+    yield Course(log, tmp_path, VARIANTS[request.param])
+
+
+def test_the_bytes_depend_on_the_seed_alone(course: Course, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    np.random.seed(2)  # noqa: NPY002 (the process's global generators must not matter)
+    assert course.train() == course.expected
+    assert course.train(f"--cache_dir={tmp_path / 'cold'}") == course.expected
+    assert course.train("--day_on_device") == course.expected
+    assert course.train("--print_freq=1", "--save_minutes=1e-9") == course.expected
+    other = course.train("--seed=31")
+    assert all(other[name] != course.expected[name] for name in other if name.endswith(".safetensors"))
+
+
+def test_stopping_and_resuming_does_not_matter(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, made = Trainer.step, 0
+
+    def stops(self: Trainer, batch: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made in (2, 4):  # in a day, and at the beginning of the rest of it
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        course.train("--save_minutes=1e-9")
+    with pytest.raises(KeyboardInterrupt):
+        course.again("--resume", "--save_minutes=0", "--day_on_device")
+    assert course.again("--resume") == course.expected
+
+
+def test_the_number_of_threads(course: Course) -> None:
+    """One number of threads, one result; another number may round differently, and no more than that."""
+    single = parameters(course.run)
+    assert course.train(threads=2) == course.train(threads=2)
+    for name, value in parameters(course.run).items():
+        np.testing.assert_allclose(value, single[name], rtol=0, atol=2e-3, err_msg=name)
+
+
+def test_resuming_elsewhere_is_said(log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    course = Course(log, tmp_path, (f"--train_days={DAYS[0]}",))
+    assert "the last digits will differ" not in caplog.text
+    course.again("--resume")
+    assert "the last digits will differ" not in caplog.text
+    course.again("--resume", threads=2)
+    assert "was trained with threads=1, not 2: the last digits will differ" in caplog.text
