@@ -77,18 +77,16 @@ class Kernels:
         self._split(batch, self._library.attention_forward, *sizes, *arrays, self._real(padding), _address(logits))
         return logits
 
-    def attention_backward(self, history: Tensor, items: Tensor, mask: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Of :meth:`attention_forward`'s logits' gradient [B, N, L], what passes the active hidden units.
-
-        Returns:
-            its sums over n [B, L, H] and over l [B, N, H]; times weight[h] they are the gradients of the two inputs.
-        """
+    def attention_backward(
+        self, history: Tensor, items: Tensor, weight: Tensor, mask: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From the gradient [B, N, L] of :meth:`attention_forward`'s logits those of history, items and weight."""
         (batch, length, units), num_items = history.shape, items.shape[1]
-        grad_history, grad_items = torch.empty_like(history), torch.empty_like(items)
+        grads = torch.empty_like(history), torch.empty_like(items), history.new_empty(batch, units)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
-        arrays = tuple(map(_address, (history, items, mask, grad, grad_history, grad_items)))
+        arrays = tuple(map(_address, (history, items, weight, mask, grad, *grads)))
         self._split(batch, self._library.attention_backward, *sizes, *arrays)
-        return grad_history, grad_items
+        return grads[0], grads[1], grads[2].sum(dim=0)
 
     def bias_relu(self, x: Tensor, bias: Tensor) -> None:
         """x = ReLU(x + bias) in place; x is [M, H], bias [G, H]: the g-th M / G rows get bias g."""

@@ -102,15 +102,30 @@ static inline __attribute__((always_inline)) void pass_on(const int64_t position
     for (int64_t k = 0; k < positions; k++) store(to_events + place[k] * H, sum[k]);
 }
 
-/* grad_history[b,l,h] = sum_n active * grad[b,n,l] and grad_items[b,n,h] = sum_l active * grad[b,n,l], where active says
- * that the hidden unit's input is above 0; both still lack the factor weight[h]. Positions outside the mask take no part. */
+/* grad_weight[h] += rows[i,h] * grads[i,h] and grads[i,h] *= weight[h], for the rows that `place` names, all without it. */
+static inline void times_weight(int64_t count, int64_t H, const int64_t *restrict place, const REAL *restrict weight,
+                                const REAL *restrict rows, REAL *restrict grads, REAL *restrict grad_weight) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = (place ? place[i] : i) * H;
+        for (int64_t h = 0; h < H; h++) {
+            grad_weight[h] += rows[row + h] * grads[row + h];
+            grads[row + h] *= weight[h];
+        }
+    }
+}
+
+/* grad_history[b,l,h] = weight[h] sum_n active * grad[b,n,l] and grad_items[b,n,h] = weight[h] sum_l active * grad[b,n,l],
+ * where active says that the hidden unit's input is above 0. ReLU(x) = x where active, and x is the sum of its parts: so
+ * is grad_weight[b,h], that of request b. Positions outside the mask take no part. */
 int64_t attention_backward(int64_t first, int64_t last, int64_t N, int64_t L, int64_t H, const REAL *restrict history,
-                           const REAL *restrict items, const uint8_t *restrict mask, const REAL *restrict grad,
-                           REAL *restrict grad_history, REAL *restrict grad_items) {
+                           const REAL *restrict items, const REAL *restrict weight, const uint8_t *restrict mask,
+                           const REAL *restrict grad, REAL *restrict grad_history, REAL *restrict grad_items,
+                           REAL *restrict grad_weight) {
     int64_t *place = malloc(L * sizeof(int64_t));
     if (!place) return OUT_OF_MEMORY;
     memset(grad_history + first * L * H, 0, (last - first) * L * H * sizeof(REAL));
     memset(grad_items + first * N * H, 0, (last - first) * N * H * sizeof(REAL));
+    memset(grad_weight + first * H, 0, (last - first) * H * sizeof(REAL));
     const int64_t whole = H - H % LANES; /* the units that fill vectors */
     for (int64_t b = first; b < last; b++) {
         const REAL *restrict events = history + b * L * H, *restrict item = items + b * N * H;
@@ -133,6 +148,8 @@ int64_t attention_backward(int64_t first, int64_t last, int64_t N, int64_t L, in
                     to_events[place[c] * H + h] += value;
                     to_items[n * H + h] += value;
                 }
+        times_weight(count, H, place, weight, events, to_events, grad_weight + b * H);
+        times_weight(N, H, NULL, weight, item, to_items, grad_weight + b * H);
     }
     free(place);
     return 0;

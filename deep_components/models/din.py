@@ -63,7 +63,8 @@ class DIN(nn.Module):
         inner, outer = cast(nn.Linear, self.attention[0]), cast(nn.Linear, self.attention[2])
         width = self.behaviour_width
         history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, H]
-        item_part = F.linear(items[..., :width], inner.weight[:, width:])  # [B, N, H]
+        # Weights of 0 for the items' other fields: slicing the items would cost more, most of it in the backward pass.
+        item_part = F.linear(items, F.pad(inner.weight[:, width:], (0, items.shape[-1] - width)))  # [B, N, H]
         weight = outer.weight.squeeze(0)
         history_part, item_part = history_part.to(weight.dtype), item_part.to(weight.dtype)  # autocast's may be shorter
         kernels = self.embedding.kernels
@@ -113,7 +114,9 @@ class _AttentionLogits(torch.autograd.Function):
             passed = hidden.gt_(0).mul_(grad_logits[chunk].unsqueeze(-1))
             torch.sum(passed, dim=1, out=grad_history[chunk])
             torch.sum(passed, dim=2, out=grad_item[chunk])
-        return _finish(history_part, item_part, weight, grad_history, grad_item)
+        # ReLU(x) = x where active, and x is the sum of its parts: so is the gradient of the weight.
+        grad_weight = (history_part * grad_history).sum(dim=(0, 1)) + (item_part * grad_item).sum(dim=(0, 1))
+        return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
 
 
 class _CompiledLogits(torch.autograd.Function):
@@ -123,27 +126,20 @@ class _CompiledLogits(torch.autograd.Function):
     def forward(
         ctx: Any, kernels: Kernels, history_part: Tensor, item_part: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     ) -> Tensor:
-        history_part, item_part, mask = history_part.contiguous(), item_part.contiguous(), mask.contiguous()
+        parts = history_part, item_part, weight, mask = tuple(
+            part.contiguous() for part in (history_part, item_part, weight, mask)
+        )
         ctx.kernels = kernels
-        ctx.save_for_backward(history_part, item_part, weight, mask)
-        return kernels.attention_forward(history_part, item_part, weight.contiguous(), bias, mask, PADDING_LOGIT)
+        ctx.save_for_backward(*parts)
+        return kernels.attention_forward(history_part, item_part, weight, bias, mask, PADDING_LOGIT)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         history_part, item_part, weight, mask = ctx.saved_tensors
         grad_bias = (grad_logits.sum(dim=1) * mask).sum().view(1)
-        passed = ctx.kernels.attention_backward(history_part, item_part, mask, grad_logits.contiguous())
-        return None, *_finish(history_part, item_part, weight, *passed), grad_bias, None
-
-
-def _finish(
-    history_part: Tensor, item_part: Tensor, weight: Tensor, grad_history: Tensor, grad_item: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the three inputs from what passes the active hidden units."""
-    # ReLU(x) = x where active, and x is the sum of its parts: so is the gradient of the weight.
-    grad_weight = (history_part * grad_history).sum(dim=(0, 1)) + (item_part * grad_item).sum(dim=(0, 1))
-    return grad_history.mul_(weight), grad_item.mul_(weight), grad_weight
+        grads = ctx.kernels.attention_backward(history_part, item_part, weight, mask, grad_logits.contiguous())
+        return None, *grads, grad_bias, None
 
 
 def _hidden_chunks(history_part: Tensor, item_part: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -103,7 +103,7 @@ def test_attention_does_not_depend_on_the_number_of_threads(inputs: tuple[Tensor
     for count in (1, number):
         with threads(count):
             forward = kernels.attention_forward(history, items, weight, bias, mask, PADDING_LOGIT)
-            results.append((forward, *kernels.attention_backward(history, items, mask, upstream)))
+            results.append((forward, *kernels.attention_backward(history, items, weight, mask, upstream)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
