@@ -118,7 +118,7 @@ class StepLog:
         self.path, self.origin, self.method, self.skips, self.scalars = path, origin, method, skips, scalars
         try:
             lines = path.read_text().splitlines(keepends=True)[:kept_steps] if kept_steps else []
-            self.seconds = sum(json.loads(line)["seconds"] for line in lines)
+            self.seconds = sum((json.loads(line)["seconds"] for line in lines), start=0.0)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: cannot be read ({error}); train again without --resume") from error
         if len(lines) < kept_steps:

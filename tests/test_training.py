@@ -293,6 +293,8 @@ def test_epochs_0_writes_the_untrained_cascade(log: Path, tmp_path: Path) -> Non
         assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
     assert logged_steps(run) == []
     assert config(run)["arguments"]["epochs"] == 0
+    cost = json.loads((run / "training.json").read_text())
+    assert (cost["steps"], cost["seconds"]) == (0, 0.0) and isinstance(cost["seconds"], float)
 
 
 def test_a_run_that_starts_again_removes_old_results_first(

@@ -234,7 +234,7 @@ def _read_cost(run: Run, problems: list[str]) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path}: not readable ({error}); what this run took is left out")
         return None
-    wanted = {"requests": int, "seconds": float, **dict.fromkeys(_MEMORY, int | None)}
+    wanted = {"requests": int, "seconds": float | int, **dict.fromkeys(_MEMORY, int | None)}
     if not isinstance(cost, dict) or not all(isinstance(cost.get(name), kind) for name, kind in wanted.items()):
         problems.append(f"{path}: a number is missing or damaged; what this run took is left out")
         return None
