@@ -153,7 +153,8 @@ def roofline(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     args = common.parser(__doc__).parse_args(argv)
     with common.simulated_log(args) as data_dir:
-        open_day(data_dir, common.DAY, SETTINGS[args.setting])  # the cache is there before anybody's turn
+        day = open_day(data_dir, common.DAY, SETTINGS[args.setting])  # the cache is there before anybody's turn
+        distinct = {field: len(day.ids(field)) for field in ("video", "author")}
         with common.contestants({"ours": ours, "baseline": baseline}, args, data_dir) as both:
             seconds, losses = common.turns(both, args.repeats)
             peaks = {name: contestant.peak() for name, contestant in both.items()}
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"the first losses differ: {losses}")
     results = common.compared(seconds)
     results["requests_per_second"] = {name: args.batch_size / value for name, value in seconds.items()}
-    results |= {"first_loss": losses, "seconds_per_part": parts, "peak_bytes": peaks}
+    results |= {"first_loss": losses, "seconds_per_part": parts, "peak_bytes": peaks, "distinct_ids": distinct}
     common.report(args, results | {"roofline": roofline(args, seconds["ours"])})
 
 
