@@ -14,22 +14,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-R = TypeVar("R")
 
 SOURCE = Path(__file__).with_name("kernels.c")
 
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _C_TYPE = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas", "-fPIC")
 _FUNCTIONS = (
     *("attention_forward", "attention_backward", "bias_relu", "relu_backward"),
     *("gather", "scatter_add", "catch_up", "adam_rows"),
@@ -42,6 +38,24 @@ _SECONDS_TO_COMPILE = 120
 logger = logging.getLogger(__name__)
 
 
+class TableUse(NamedTuple):
+    """A table [rows, d], ids [n] int64 (strided), values [n, d] with contiguous rows, and the id that is padding."""
+
+    table: Tensor
+    ids: Tensor
+    values: Tensor
+    padding: int
+
+
+class _Use(ctypes.Structure):
+    """The struct ``use`` of kernels.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "rows", "id_stride", "row_stride", "padding")),
+        *((name, ctypes.c_void_p) for name in ("ids", "table", "values")),
+    )
+
+
 class Kernels:
     """The compiled functions for one number type. Tensors are contiguous CPU tensors of that type unless said.
 
@@ -49,6 +63,9 @@ class Kernels:
     """
 
     def __init__(self, library: Path, dtype: torch.dtype) -> None:
+        openmp = _openmp()
+        if openmp is not None:  # what the library's calls to OpenMP are bound to
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
         self.dtype, self._real = dtype, _C_TYPE[dtype]
         for name in _FUNCTIONS:
@@ -74,7 +91,14 @@ class Kernels:
         logits = history.new_empty(batch, num_items, length)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
         arrays = (_address(history), _address(items), _address(weight), _address(bias), _address(mask))
-        self._split(batch, self._library.attention_forward, *sizes, *arrays, self._real(padding), _address(logits))
+        self._run(
+            self._library.attention_forward,
+            ctypes.c_int64(batch),
+            *sizes,
+            *arrays,
+            self._real(padding),
+            _address(logits),
+        )
         return logits
 
     def attention_backward(
@@ -85,7 +109,7 @@ class Kernels:
         grads = torch.empty_like(history), torch.empty_like(items), history.new_empty(batch, units)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
         arrays = tuple(map(_address, (history, items, weight, mask, grad, *grads)))
-        self._split(batch, self._library.attention_backward, *sizes, *arrays)
+        self._run(self._library.attention_backward, ctypes.c_int64(batch), *sizes, *arrays)
         return grads[0], grads[1], grads[2].sum(dim=0)
 
     def bias_relu(self, x: Tensor, bias: Tensor) -> None:
@@ -95,7 +119,7 @@ class Kernels:
         if len(bias) == 1:
             bias = bias.expand(-(-rows // group), -1).contiguous()
         sizes = tuple(map(ctypes.c_int64, (rows, group, x.shape[1])))
-        self._split(len(bias), self._library.bias_relu, *sizes, _address(bias), _address(x))
+        self._run(self._library.bias_relu, ctypes.c_int64(len(bias)), *sizes, _address(bias), _address(x))
 
     def relu_backward(self, out: Tensor, grad: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The gradients before ReLU(x + bias) = out: of x [M, H], and of bias [G, H] with G = ``groups``."""
@@ -103,28 +127,20 @@ class Kernels:
         group = rows // groups if groups > 1 else _ROWS_PER_SUM
         passed, sums = torch.empty_like(out), out.new_empty(-(-rows // group), out.shape[1])
         sizes = tuple(map(ctypes.c_int64, (rows, group, out.shape[1])))
-        self._split(len(sums), self._library.relu_backward, *sizes, *map(_address, (out, grad, passed, sums)))
+        self._run(
+            self._library.relu_backward, ctypes.c_int64(len(sums)), *sizes, *map(_address, (out, grad, passed, sums))
+        )
         return passed, sums if groups > 1 else sums.sum(dim=0, keepdim=True)
 
-    def gather(self, table: Tensor, ids: Tensor, out: Tensor) -> None:
-        """out[i] = table[ids[i]]: ``ids`` is a strided vector of int64, ``out`` [len(ids), d] has contiguous rows.
+    def gather(self, uses: Sequence[TableUse]) -> None:
+        """values[i] = table[ids[i]] for every use. IndexError when an id is not a row of its table."""
+        if self._library.gather(*_uses_as_c(uses)):
+            raise IndexError("an id is not one of its table's rows")
 
-        Raises IndexError when an id is not a row of the table.
-        """
-        rows, dim = table.shape
-        status = self._library.gather(
-            *map(ctypes.c_int64, (len(ids), rows, dim)), _address(table), _address(ids), ctypes.c_int64(ids.stride(0)),
-            _address(out), ctypes.c_int64(out.stride(0)),
-        )  # fmt: skip
-        if status:
-            raise IndexError(f"an id is not one of the {rows} rows of its table")
-
-    def scatter_add(self, table: Tensor, ids: Tensor, grad: Tensor, padding: int) -> None:
-        """table[ids[i]] += grad[i], but for ids that are ``padding``; arguments as in :meth:`gather`."""
-        self._library.scatter_add(
-            *map(ctypes.c_int64, (len(ids), table.shape[1])), _address(table), _address(ids),
-            ctypes.c_int64(ids.stride(0)), _address(grad), ctypes.c_int64(grad.stride(0)), ctypes.c_int64(padding),
-        )  # fmt: skip
+    def scatter_add(self, uses: Sequence[TableUse]) -> None:
+        """table[ids[i]] += values[i] for every use, but for ids that are its padding. Uses of one table stand together
+        and are added in their order. The ids must be rows, which :meth:`gather` has checked."""
+        self._library.scatter_add(*_uses_as_c(uses))
 
     def catch_up(
         self,
@@ -152,8 +168,7 @@ class Kernels:
             eps: Adam's epsilon.
         """
         out = table.new_empty(len(rows), table.shape[1])
-        self._split(
-            len(rows), self._library.catch_up, ctypes.c_int64(table.shape[1]),
+        self._run(self._library.catch_up, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
             *map(_address, (rows, table, *moments, last)), ctypes.c_int64(now), ctypes.c_int64(rule[0].shape[1]),
             *map(_address, (*rule, *kept)), self._real(lr), self._real(eps), _address(out),
         )  # fmt: skip
@@ -174,22 +189,25 @@ class Kernels:
         """Adam's step number ``now`` of distinct ``rows`` with gradients [U, d]; else as in :meth:`catch_up`."""
         b1, b2 = betas
         numbers = (1 - b1, b2, 1 - b2, (1 - b2**now) ** 0.5, lr / (1 - b1**now), eps)
-        self._split(
-            len(rows), self._library.adam_rows, ctypes.c_int64(table.shape[1]),
+        self._run(self._library.adam_rows, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
             *map(_address, (rows, table, *moments, last)), ctypes.c_int64(now), _address(grad),
             *map(self._real, numbers),
         )  # fmt: skip
 
-    def _split(self, count: int, function: Callable[..., int], *arguments: object) -> None:
-        """Call function(first, last, *arguments) on as many ranges of 0 .. count as there are threads."""
-        threads = max(1, min(torch.get_num_threads(), count))
-        bounds = [count * k // threads for k in range(threads + 1)]
-        tasks = [
-            partial(function, ctypes.c_int64(first), ctypes.c_int64(last), *arguments)
-            for first, last in pairwise(bounds)
-        ]
-        if any(in_parallel(tasks)):
+    def _run(self, function: Callable[..., int], *arguments: object) -> None:
+        if function(*arguments):
             raise MemoryError("the attention's working memory cannot be allocated")
+
+
+def _uses_as_c(uses: Sequence[TableUse]) -> tuple[ctypes.c_int64, ctypes.c_int64, Any]:
+    """Number of uses, d, and the uses."""
+    array = (_Use * len(uses))()
+    for place, use in enumerate(uses):
+        array[place] = _Use(
+            *(len(use.ids), len(use.table), use.ids.stride(0), use.values.stride(0), use.padding),
+            *(use.ids.data_ptr(), use.table.data_ptr(), use.values.data_ptr()),
+        )
+    return ctypes.c_int64(len(uses)), ctypes.c_int64(uses[0].table.shape[1]), array
 
 
 def keep_freed_memory() -> None:
@@ -199,27 +217,6 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE_ALLOCATION)
         library.mallopt(_M_TRIM_THRESHOLD, _LARGE_ALLOCATION)
-
-
-def in_parallel(tasks: Sequence[Callable[[], R]]) -> list[R]:
-    """The results of all tasks, in no particular order; as many threads as PyTorch uses take one after the other.
-
-    Compiled functions let one another run.
-    """
-    threads, left = min(torch.get_num_threads(), len(tasks)), iter(tasks)
-    if threads <= 1:
-        return [task() for task in tasks]
-
-    def work() -> list[R]:
-        return [task() for task in left]  # the next task goes to who asks first
-
-    waiting = [_pool(threads).submit(work) for _ in range(threads - 1)]
-    return work() + [result for future in waiting for result in future.result()]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=threads - 1, thread_name_prefix="kernels")
 
 
 @cache
@@ -241,17 +238,29 @@ def _compiled(real: str) -> Path:
     """The shared library for a number type. OSError or SubprocessError when it cannot be made."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    identity = [SOURCE.read_text(), *_FLAGS, real, version, platform.machine(), _processor()]
+    flags = (*_FLAGS, "-fopenmp") if _openmp() is not None else _FLAGS
+    identity = [SOURCE.read_text(), *flags, real, version, platform.machine(), _processor()]
     name = f"kernels-{real}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
     library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / name
-            command = [compiler, *_FLAGS, f"-DREAL={real}", str(SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS_TO_COMPILE)
+            compiled = Path(temporary) / "kernels.o"
+            # OpenMP is not linked: its names are bound to PyTorch's own copy, so that there is one pool of threads. Two
+            # would fight for the cores.
+            compile_it = [compiler, *flags, f"-DREAL={real}", "-c", str(SOURCE), "-o", str(compiled)]
+            for command in (compile_it, [compiler, "-shared", str(compiled), "-o", str(built), "-lm"]):
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS_TO_COMPILE)
             built.replace(library)
     return library
+
+
+def _openmp() -> Path | None:
+    """The GNU OpenMP library that PyTorch came with and uses; without it the kernels have one thread."""
+    package = Path(torch.__file__).parent
+    found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
+    return found[0] if len(found) == 1 else None
 
 
 def _compiler() -> str:

@@ -1,15 +1,28 @@
 /* The loops of a training step that a tensor library can only do in several passes over memory.
  *
  * Compiled for one number type at a time (-DREAL=float or double) by deep_components/kernels/__init__.py, which is also
- * where the formulas stand. Every function works on a range first .. last of independent pieces and writes to places
- * that no other range writes to: results do not depend on the number of threads. All arrays are contiguous, rows first,
- * unless a stride (in elements) is given.
+ * where the formulas stand. Threads are those of OpenMP: each takes a range first .. last of independent pieces and
+ * writes to places that no other writes to, so results do not depend on their number. All arrays are contiguous, rows
+ * first, unless a stride (in elements) is given. Functions return 0, or what went wrong.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_num_threads() 1
+#define omp_get_thread_num() 0
+#endif
+
+/* A block that every thread runs, with its own range of 0 .. count; `status`, 0 at first, becomes their sum. */
+#define IN_PARALLEL _Pragma("omp parallel reduction(+ : status)")
+#define MY_RANGE(count) \
+    const int64_t threads = omp_get_num_threads(), mine = omp_get_thread_num(); \
+    const int64_t first = (count) * mine / threads, last = (count) * (mine + 1) / threads
 
 #define OUT_OF_MEMORY (-2)
 #define BAD_INDEX (-1)
@@ -37,45 +50,45 @@ static inline vec where_positive(vec x, REAL value) {
 }
 
 /* logits[b,n,l] = bias + sum_h weight[h] * max(history[b,l,h] + items[b,n,h], 0) where mask[b,l], else padding. */
-int64_t attention_forward(int64_t first, int64_t last, int64_t N, int64_t L, int64_t H, const REAL *restrict history,
+int64_t attention_forward(int64_t requests, int64_t N, int64_t L, int64_t H, const REAL *restrict history,
                           const REAL *restrict items, const REAL *restrict weight, const REAL *restrict bias,
                           const uint8_t *restrict mask, REAL padding, REAL *restrict logits) {
-    REAL *columns = malloc((H + 1) * L * sizeof(REAL)); /* the valid positions' history, transposed to [H, count] */
-    int64_t *place = malloc(L * sizeof(int64_t));
-    if (!columns || !place) {
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(requests);
+        REAL *columns = malloc((H + 1) * L * sizeof(REAL)); /* the valid positions' history, transposed to [H, count] */
+        int64_t *place = malloc(L * sizeof(int64_t));
+        if (!columns || !place) status = OUT_OF_MEMORY;
+        REAL *restrict sums = columns + H * L;
+        for (int64_t b = first; b < last && !status; b++) {
+            int64_t count = 0;
+            for (int64_t l = 0; l < L; l++)
+                if (mask[b * L + l]) place[count++] = l;
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t h = 0; h < H; h++) columns[h * count + c] = history[(b * L + place[c]) * H + h];
+            for (int64_t n = 0; n < N; n++) {
+                const REAL *restrict item = items + (b * N + n) * H;
+                for (int64_t c = 0; c < count; c++) sums[c] = 0;
+                int64_t h = 0;
+                for (; h + 4 <= H; h += 4) { /* four at a time: the sums are read and written once for them */
+                    const REAL *restrict column = columns + h * count;
+                    const REAL s0 = item[h], s1 = item[h + 1], s2 = item[h + 2], s3 = item[h + 3];
+                    const REAL w0 = weight[h], w1 = weight[h + 1], w2 = weight[h + 2], w3 = weight[h + 3];
+                    for (int64_t c = 0; c < count; c++)
+                        sums[c] += w0 * relu(column[c] + s0) + w1 * relu(column[count + c] + s1) +
+                                   w2 * relu(column[2 * count + c] + s2) + w3 * relu(column[3 * count + c] + s3);
+                }
+                for (; h < H; h++)
+                    for (int64_t c = 0; c < count; c++) sums[c] += weight[h] * relu(columns[h * count + c] + item[h]);
+                REAL *restrict out = logits + (b * N + n) * L;
+                for (int64_t l = 0; l < L; l++) out[l] = padding;
+                for (int64_t c = 0; c < count; c++) out[place[c]] = sums[c] + *bias;
+            }
+        }
         free(columns);
         free(place);
-        return OUT_OF_MEMORY;
     }
-    REAL *restrict sums = columns + H * L;
-    for (int64_t b = first; b < last; b++) {
-        int64_t count = 0;
-        for (int64_t l = 0; l < L; l++)
-            if (mask[b * L + l]) place[count++] = l;
-        for (int64_t c = 0; c < count; c++)
-            for (int64_t h = 0; h < H; h++) columns[h * count + c] = history[(b * L + place[c]) * H + h];
-        for (int64_t n = 0; n < N; n++) {
-            const REAL *restrict item = items + (b * N + n) * H;
-            for (int64_t c = 0; c < count; c++) sums[c] = 0;
-            int64_t h = 0;
-            for (; h + 4 <= H; h += 4) { /* four at a time: the sums are read and written once for them */
-                const REAL *restrict column = columns + h * count;
-                const REAL s0 = item[h], s1 = item[h + 1], s2 = item[h + 2], s3 = item[h + 3];
-                const REAL w0 = weight[h], w1 = weight[h + 1], w2 = weight[h + 2], w3 = weight[h + 3];
-                for (int64_t c = 0; c < count; c++)
-                    sums[c] += w0 * relu(column[c] + s0) + w1 * relu(column[count + c] + s1) +
-                               w2 * relu(column[2 * count + c] + s2) + w3 * relu(column[3 * count + c] + s3);
-            }
-            for (; h < H; h++)
-                for (int64_t c = 0; c < count; c++) sums[c] += weight[h] * relu(columns[h * count + c] + item[h]);
-            REAL *restrict out = logits + (b * N + n) * L;
-            for (int64_t l = 0; l < L; l++) out[l] = padding;
-            for (int64_t c = 0; c < count; c++) out[place[c]] = sums[c] + *bias;
-        }
-    }
-    free(columns);
-    free(place);
-    return 0;
+    return status;
 }
 
 /* What some positions l and one vector of hidden units pass on from all N items. `positions` is known when this is
@@ -117,161 +130,203 @@ static inline void times_weight(int64_t count, int64_t H, const int64_t *restric
 /* grad_history[b,l,h] = weight[h] sum_n active * grad[b,n,l] and grad_items[b,n,h] = weight[h] sum_l active * grad[b,n,l],
  * where active says that the hidden unit's input is above 0. ReLU(x) = x where active, and x is the sum of its parts: so
  * is grad_weight[b,h], that of request b. Positions outside the mask take no part. */
-int64_t attention_backward(int64_t first, int64_t last, int64_t N, int64_t L, int64_t H, const REAL *restrict history,
+int64_t attention_backward(int64_t requests, int64_t N, int64_t L, int64_t H, const REAL *restrict history,
                            const REAL *restrict items, const REAL *restrict weight, const uint8_t *restrict mask,
                            const REAL *restrict grad, REAL *restrict grad_history, REAL *restrict grad_items,
                            REAL *restrict grad_weight) {
-    int64_t *place = malloc(L * sizeof(int64_t));
-    if (!place) return OUT_OF_MEMORY;
-    memset(grad_history + first * L * H, 0, (last - first) * L * H * sizeof(REAL));
-    memset(grad_items + first * N * H, 0, (last - first) * N * H * sizeof(REAL));
-    memset(grad_weight + first * H, 0, (last - first) * H * sizeof(REAL));
-    const int64_t whole = H - H % LANES; /* the units that fill vectors */
-    for (int64_t b = first; b < last; b++) {
-        const REAL *restrict events = history + b * L * H, *restrict item = items + b * N * H;
-        const REAL *restrict passed = grad + b * N * L;
-        REAL *restrict to_events = grad_history + b * L * H, *restrict to_items = grad_items + b * N * H;
-        int64_t count = 0;
-        for (int64_t l = 0; l < L; l++)
-            if (mask[b * L + l]) place[count++] = l;
-        int64_t c = 0;
-        for (; c + MOST_POSITIONS <= count; c += MOST_POSITIONS)
-            for (int64_t h = 0; h < whole; h += LANES)
-                pass_on(MOST_POSITIONS, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
-        for (; c < count; c++)
-            for (int64_t h = 0; h < whole; h += LANES)
-                pass_on(1, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
-        for (c = 0; whole < H && c < count; c++) /* units that fill no vector */
-            for (int64_t n = 0; n < N; n++)
-                for (int64_t h = whole; h < H; h++) {
-                    const REAL value = events[place[c] * H + h] + item[n * H + h] > 0 ? passed[n * L + place[c]] : 0;
-                    to_events[place[c] * H + h] += value;
-                    to_items[n * H + h] += value;
-                }
-        times_weight(count, H, place, weight, events, to_events, grad_weight + b * H);
-        times_weight(N, H, NULL, weight, item, to_items, grad_weight + b * H);
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(requests);
+        int64_t *place = malloc(L * sizeof(int64_t));
+        if (!place) status = OUT_OF_MEMORY;
+        memset(grad_history + first * L * H, 0, (last - first) * L * H * sizeof(REAL));
+        memset(grad_items + first * N * H, 0, (last - first) * N * H * sizeof(REAL));
+        memset(grad_weight + first * H, 0, (last - first) * H * sizeof(REAL));
+        const int64_t whole = H - H % LANES; /* the units that fill vectors */
+        for (int64_t b = first; b < last && !status; b++) {
+            const REAL *restrict events = history + b * L * H, *restrict item = items + b * N * H;
+            const REAL *restrict passed = grad + b * N * L;
+            REAL *restrict to_events = grad_history + b * L * H, *restrict to_items = grad_items + b * N * H;
+            int64_t count = 0;
+            for (int64_t l = 0; l < L; l++)
+                if (mask[b * L + l]) place[count++] = l;
+            int64_t c = 0;
+            for (; c + MOST_POSITIONS <= count; c += MOST_POSITIONS)
+                for (int64_t h = 0; h < whole; h += LANES)
+                    pass_on(MOST_POSITIONS, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
+            for (; c < count; c++)
+                for (int64_t h = 0; h < whole; h += LANES)
+                    pass_on(1, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
+            for (c = 0; whole < H && c < count; c++) /* units that fill no vector */
+                for (int64_t n = 0; n < N; n++)
+                    for (int64_t h = whole; h < H; h++) {
+                        const REAL value = events[place[c] * H + h] + item[n * H + h] > 0 ? passed[n * L + place[c]] : 0;
+                        to_events[place[c] * H + h] += value;
+                        to_items[n * H + h] += value;
+                    }
+            times_weight(count, H, place, weight, events, to_events, grad_weight + b * H);
+            times_weight(N, H, NULL, weight, item, to_items, grad_weight + b * H);
+        }
+        free(place);
     }
-    free(place);
-    return 0;
+    return status;
 }
 
 /* x[i, :] = max(x[i, :] + bias[i / group, :], 0), in place; x has rows of `width`. */
-int64_t bias_relu(int64_t first, int64_t last, int64_t rows, int64_t group, int64_t width, const REAL *restrict bias,
+int64_t bias_relu(int64_t groups, int64_t rows, int64_t group, int64_t width, const REAL *restrict bias,
                   REAL *restrict x) {
-    for (int64_t g = first; g < last; g++) {
-        const int64_t end = (g + 1) * group < rows ? (g + 1) * group : rows;
-        const REAL *restrict own = bias + g * width;
-        for (int64_t i = g * group; i < end; i++)
-            for (int64_t k = 0; k < width; k++) x[i * width + k] = relu(x[i * width + k] + own[k]);
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(groups);
+        for (int64_t g = first; g < last; g++) {
+            const int64_t end = (g + 1) * group < rows ? (g + 1) * group : rows;
+            const REAL *restrict own = bias + g * width;
+            for (int64_t i = g * group; i < end; i++)
+                for (int64_t k = 0; k < width; k++) x[i * width + k] = relu(x[i * width + k] + own[k]);
+        }
     }
-    return 0;
+    return status;
 }
 
 /* passed[i, :] = grad[i, :] where out[i, :] > 0, else 0; sums[g, :] = sum of passed over the g-th group of rows. */
-int64_t relu_backward(int64_t first, int64_t last, int64_t rows, int64_t group, int64_t width, const REAL *restrict out,
+int64_t relu_backward(int64_t groups, int64_t rows, int64_t group, int64_t width, const REAL *restrict out,
                       const REAL *restrict grad, REAL *restrict passed, REAL *restrict sums) {
-    for (int64_t g = first; g < last; g++) {
-        const int64_t end = (g + 1) * group < rows ? (g + 1) * group : rows;
-        REAL *restrict own = sums + g * width;
-        for (int64_t k = 0; k < width; k++) own[k] = 0;
-        for (int64_t i = g * group; i < end; i++)
-            for (int64_t k = 0; k < width; k++) {
-                const REAL value = out[i * width + k] > 0 ? grad[i * width + k] : 0;
-                passed[i * width + k] = value;
-                own[k] += value;
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(groups);
+        for (int64_t g = first; g < last; g++) {
+            const int64_t end = (g + 1) * group < rows ? (g + 1) * group : rows;
+            REAL *restrict own = sums + g * width;
+            for (int64_t k = 0; k < width; k++) own[k] = 0;
+            for (int64_t i = g * group; i < end; i++)
+                for (int64_t k = 0; k < width; k++) {
+                    const REAL value = out[i * width + k] > 0 ? grad[i * width + k] : 0;
+                    passed[i * width + k] = value;
+                    own[k] += value;
+                }
+        }
+    }
+    return status;
+}
+
+/* One use of a table: count ids, one every id_stride, and as many rows of d numbers, one every row_stride. */
+typedef struct {
+    int64_t count, rows, id_stride, row_stride, padding;
+    const int64_t *ids;
+    REAL *table, *values;
+} use;
+
+/* values[i, :] = table[ids[i], :] for all uses. BAD_INDEX when an id is not a row. */
+int64_t gather(int64_t uses, int64_t d, const use *restrict all) {
+    int64_t status = 0;
+    IN_PARALLEL {
+        for (int64_t u = 0; u < uses; u++) {
+            const use own = all[u];
+            MY_RANGE(own.count);
+            for (int64_t i = first; i < last; i++) {
+                const int64_t id = own.ids[i * own.id_stride];
+                if (id < 0 || id >= own.rows)
+                    status = BAD_INDEX;
+                else if (d == COMMON_DIM)
+                    memcpy(own.values + i * own.row_stride, own.table + id * COMMON_DIM, COMMON_DIM * sizeof(REAL));
+                else
+                    memcpy(own.values + i * own.row_stride, own.table + id * d, d * sizeof(REAL));
             }
+        }
+    }
+    return status;
+}
+
+/* table[ids[i], :] += values[i, :], but nothing to the padding row; uses of one table stand together and are added in
+ * their order by one thread. The ids have been through gather. */
+int64_t scatter_add(int64_t uses, int64_t d, const use *restrict all) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < uses; begin++) {
+        if (begin && all[begin].table == all[begin - 1].table) continue; /* belongs to the uses before it */
+        for (int64_t u = begin; u < uses && all[u].table == all[begin].table; u++) {
+            const use own = all[u];
+            for (int64_t i = 0; i < own.count; i++) {
+                const int64_t id = own.ids[i * own.id_stride];
+                if (id == own.padding) continue;
+                if (d == COMMON_DIM)
+                    for (int64_t k = 0; k < COMMON_DIM; k++)
+                        own.table[id * COMMON_DIM + k] += own.values[i * own.row_stride + k];
+                else
+                    for (int64_t k = 0; k < d; k++) own.table[id * d + k] += own.values[i * own.row_stride + k];
+            }
+        }
     }
     return 0;
 }
 
-/* out[i, :] = table[ids[i], :]. BAD_INDEX when an id is not a row. */
-int64_t gather(int64_t count, int64_t rows, int64_t d, const REAL *restrict table, const int64_t *restrict ids,
-               int64_t id_stride, REAL *restrict out, int64_t out_stride) {
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t id = ids[i * id_stride];
-        if (id < 0 || id >= rows) return BAD_INDEX;
-        if (d == COMMON_DIM)
-            memcpy(out + i * out_stride, table + id * COMMON_DIM, COMMON_DIM * sizeof(REAL));
-        else
-            memcpy(out + i * out_stride, table + id * d, d * sizeof(REAL));
-    }
-    return 0;
-}
-
-/* table[ids[i], :] += grad[i, :], but nothing to the padding row. */
-int64_t scatter_add(int64_t count, int64_t d, REAL *restrict table, const int64_t *restrict ids, int64_t id_stride,
-                    const REAL *restrict grad, int64_t grad_stride, int64_t padding) {
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t id = ids[i * id_stride];
-        if (id == padding) continue;
-        if (d == COMMON_DIM)
-            for (int64_t k = 0; k < COMMON_DIM; k++) table[id * COMMON_DIM + k] += grad[i * grad_stride + k];
-        else
-            for (int64_t k = 0; k < d; k++) table[id * d + k] += grad[i * grad_stride + k];
-    }
-    return 0;
-}
-
-/* Bring rows[first .. last] of a table to step `now` as Adam without gradients would, and copy them to out. The drift
+/* Bring rows[0 .. count] of a table to step `now` as Adam without gradients would, and copy them to out. The drift
  * rules of step t are weights[t, :] and nodes[t, :]; kept1[k] and kept2[k] are what k steps leave of the moments. */
-int64_t catch_up(int64_t first, int64_t last, int64_t d, const int64_t *restrict rows, REAL *restrict table,
+int64_t catch_up(int64_t count, int64_t d, const int64_t *restrict rows, REAL *restrict table,
                  REAL *restrict moment1, REAL *restrict moment2, int32_t *restrict brought_to, int64_t now,
                  int64_t num_nodes, const REAL *restrict weights, const REAL *restrict nodes,
                  const REAL *restrict kept1, const REAL *restrict kept2, REAL lr, REAL eps, REAL *restrict out) {
-    const REAL *restrict weights_now = weights + now * num_nodes, *restrict nodes_now = nodes + now * num_nodes;
-    for (int64_t i = first; i < last; i++) {
-        if (i + 8 < last) { /* rows lie anywhere in memory: ask for them ahead */
-            const int64_t ahead = rows[i + 8] * d;
-            __builtin_prefetch(table + ahead, 1);
-            __builtin_prefetch(moment1 + ahead, 1);
-            __builtin_prefetch(moment2 + ahead, 1);
-            __builtin_prefetch(brought_to + rows[i + 8], 1);
-        }
-        const int64_t row = rows[i], since = brought_to[row], k = now - since;
-        REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
-        if (k > 0) {
-            const REAL *restrict weights_then = weights + since * num_nodes, *restrict nodes_then = nodes + since * num_nodes;
-            const REAL left1 = kept1[k], left2 = kept2[k], root_left = (REAL)sqrt(left2);
-            for (int64_t c = 0; c < d; c++) {
-                const REAL root = (REAL)sqrt(v[c]);
-                REAL before = 0, after = 0;
-                for (int64_t q = 0; q < num_nodes; q++) {
-                    before += weights_then[q] / (root + eps * nodes_then[q]);
-                    after += weights_now[q] / (root * root_left + eps * nodes_now[q]);
-                }
-                p[c] -= lr * m[c] * (before - left1 * after);
-                m[c] *= left1;
-                v[c] *= left2;
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(count);
+        const REAL *restrict weights_now = weights + now * num_nodes, *restrict nodes_now = nodes + now * num_nodes;
+        for (int64_t i = first; i < last; i++) {
+            if (i + 8 < last) { /* rows lie anywhere in memory: ask for them ahead */
+                const int64_t ahead = rows[i + 8] * d;
+                __builtin_prefetch(table + ahead, 1);
+                __builtin_prefetch(moment1 + ahead, 1);
+                __builtin_prefetch(moment2 + ahead, 1);
+                __builtin_prefetch(brought_to + rows[i + 8], 1);
             }
-            brought_to[row] = (int32_t)now;
+            const int64_t row = rows[i], since = brought_to[row], k = now - since;
+            REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
+            if (k > 0) {
+                const REAL *restrict weights_then = weights + since * num_nodes, *restrict nodes_then = nodes + since * num_nodes;
+                const REAL left1 = kept1[k], left2 = kept2[k], root_left = (REAL)sqrt(left2);
+                for (int64_t c = 0; c < d; c++) {
+                    const REAL root = (REAL)sqrt(v[c]);
+                    REAL before = 0, after = 0;
+                    for (int64_t q = 0; q < num_nodes; q++) {
+                        before += weights_then[q] / (root + eps * nodes_then[q]);
+                        after += weights_now[q] / (root * root_left + eps * nodes_now[q]);
+                    }
+                    p[c] -= lr * m[c] * (before - left1 * after);
+                    m[c] *= left1;
+                    v[c] *= left2;
+                }
+                brought_to[row] = (int32_t)now;
+            }
+            for (int64_t c = 0; c < d; c++) out[i * d + c] = p[c];
         }
-        for (int64_t c = 0; c < d; c++) out[i * d + c] = p[c];
     }
-    return 0;
+    return status;
 }
 
-/* One Adam step, the `now`-th, of rows[first .. last], whose gradients are grad[first .. last, :]. */
-int64_t adam_rows(int64_t first, int64_t last, int64_t d, const int64_t *restrict rows, REAL *restrict table,
+/* One Adam step, the `now`-th, of rows[0 .. count], whose gradients are grad[0 .. count, :]. */
+int64_t adam_rows(int64_t count, int64_t d, const int64_t *restrict rows, REAL *restrict table,
                   REAL *restrict moment1, REAL *restrict moment2, int32_t *restrict brought_to, int64_t now,
                   const REAL *restrict grad, REAL one_minus_beta1, REAL beta2, REAL one_minus_beta2, REAL root_correction,
                   REAL step_size, REAL eps) {
-    for (int64_t i = first; i < last; i++) {
-        if (i + 8 < last) {
-            const int64_t ahead = rows[i + 8] * d;
-            __builtin_prefetch(table + ahead, 1);
-            __builtin_prefetch(moment1 + ahead, 1);
-            __builtin_prefetch(moment2 + ahead, 1);
-            __builtin_prefetch(brought_to + rows[i + 8], 1);
+    int64_t status = 0;
+    IN_PARALLEL {
+        MY_RANGE(count);
+        for (int64_t i = first; i < last; i++) {
+            if (i + 8 < last) {
+                const int64_t ahead = rows[i + 8] * d;
+                __builtin_prefetch(table + ahead, 1);
+                __builtin_prefetch(moment1 + ahead, 1);
+                __builtin_prefetch(moment2 + ahead, 1);
+                __builtin_prefetch(brought_to + rows[i + 8], 1);
+            }
+            const int64_t row = rows[i];
+            REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
+            for (int64_t c = 0; c < d; c++) {
+                const REAL g = grad[i * d + c];
+                m[c] += one_minus_beta1 * (g - m[c]);
+                v[c] = beta2 * v[c] + one_minus_beta2 * g * g;
+                p[c] -= m[c] / ((REAL)sqrt(v[c]) / root_correction + eps) * step_size;
+            }
+            brought_to[row] = (int32_t)now;
         }
-        const int64_t row = rows[i];
-        REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
-        for (int64_t c = 0; c < d; c++) {
-            const REAL g = grad[i * d + c];
-            m[c] += one_minus_beta1 * (g - m[c]);
-            v[c] = beta2 * v[c] + one_minus_beta2 * g * g;
-            p[c] -= m[c] / ((REAL)sqrt(v[c]) / root_correction + eps) * step_size;
-        }
-        brought_to[row] = (int32_t)now;
     }
-    return 0;
+    return status;
 }

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features, table_ids
-from deep_components.kernels import Kernels, in_parallel
+from deep_components.kernels import Kernels, TableUse
 from deep_components.vocabulary import IdSet
 
 ID_FIELDS = tuple(field for field in (*REQUEST_FIELDS, *HISTORY_FIELDS) if field not in ("weekday", "hour", "minute"))
@@ -133,35 +132,23 @@ class _CompiledLookup(torch.autograd.Function):
             tables[0].new_empty(next(len(use.ids) for use in uses if use.part == part), len(names) * dim)
             for part, names in enumerate(_PARTS)
         )
-        in_parallel(
-            [
-                partial(kernels.gather, by_field[use.field].detach(), use.ids, _columns(outputs[use.part], use, dim))
-                for use in uses
-            ]
-        )
+        kernels.gather([_table_use(use, by_field[use.field].detach(), outputs[use.part]) for use in uses])
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Of every table; its uses are added up in their order, whatever the number of threads."""
-        dim = ctx.shapes[0][1]
         dense = [gradient.contiguous() for gradient in gradients]
-        tables = {
-            field: dense[0].new_zeros(shape) for field, shape in zip(ctx.fields, ctx.shapes, strict=True)
-        }  # fmt: skip
-
-        def add(field: str) -> None:
-            for use in ctx.uses:
-                if use.field == field:
-                    ctx.kernels.scatter_add(tables[field], use.ids, _columns(dense[use.part], use, dim), use.padding)
-
-        in_parallel([partial(add, field) for field in ctx.fields])
+        tables = {field: dense[0].new_zeros(shape) for field, shape in zip(ctx.fields, ctx.shapes, strict=True)}
+        by_table = sorted(ctx.uses, key=lambda use: ctx.fields.index(use.field))  # stable: a table's stay in order
+        ctx.kernels.scatter_add([_table_use(use, tables[use.field], dense[use.part]) for use in by_table])
         return (None, None, None, *tables.values())
 
 
-def _columns(part: Tensor, use: _Use, dim: int) -> Tensor:
-    return part[:, use.place * dim : (use.place + 1) * dim]
+def _table_use(use: _Use, table: Tensor, part: Tensor) -> TableUse:
+    dim = table.shape[1]
+    return TableUse(table, use.ids, part[:, use.place * dim : (use.place + 1) * dim], use.padding)
 
 
 def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:

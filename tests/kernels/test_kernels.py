@@ -1,5 +1,7 @@
 """The compiled loops against PyTorch's formulas, and what happens where nothing can be compiled."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from deep_components import kernels as module
-from deep_components.kernels import Kernels, in_parallel, load_kernels
+from deep_components.kernels import Kernels, TableUse, load_kernels
 from deep_components.models.din import PADDING_LOGIT, _CompiledLogits, attention_logits
 from deep_components.models.tower import _linear_relu
 from deep_components.optim.deferred_adam import DeferredAdam
@@ -148,7 +150,7 @@ def look_ups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 def test_gather_is_indexing(drawn: tuple[Tensor, Tensor, int]) -> None:
     table, ids, before = drawn
     whole = torch.full((len(ids), before + table.shape[1] + 2), 7, dtype=table.dtype)
-    compiled(table.dtype).gather(table, ids, whole[:, before:-2])
+    compiled(table.dtype).gather([TableUse(table, ids, whole[:, before:-2], 0)])
     assert torch.equal(whole[:, before:-2], table[ids])
     assert (whole[:, :before] == 7).all() and (whole[:, -2:] == 7).all()
 
@@ -159,7 +161,7 @@ def test_scatter_add_is_the_gradient_of_an_embedding(drawn: tuple[Tensor, Tensor
     table, ids, before = drawn
     grad = torch.randn(len(ids), before + table.shape[1], dtype=table.dtype)[:, before:]
     start = table.clone()
-    compiled(table.dtype).scatter_add(table, ids, grad, padding)
+    compiled(table.dtype).scatter_add([TableUse(table, ids, grad, padding)])
     leaf = start.clone().requires_grad_()
     looked_up = torch.nn.functional.embedding(ids, leaf, padding_idx=padding if padding < len(leaf) else None)
     looked_up.backward(grad)
@@ -170,17 +172,19 @@ def test_scatter_add_is_the_gradient_of_an_embedding(drawn: tuple[Tensor, Tensor
 @every_dtype
 @pytest.mark.parametrize("bad", [-1, 5, 2**40, -(2**62)])
 def test_an_id_that_is_not_a_row(dtype: torch.dtype, bad: int) -> None:
-    with pytest.raises(IndexError, match="not one of the 5 rows"):
-        compiled(dtype).gather(torch.zeros(5, 3, dtype=dtype), torch.tensor([0, bad]), torch.zeros(2, 3, dtype=dtype))
+    with pytest.raises(IndexError, match="not one of its table's rows"):
+        compiled(dtype).gather(
+            [TableUse(torch.zeros(5, 3, dtype=dtype), torch.tensor([0, bad]), torch.zeros(2, 3, dtype=dtype), 0)]
+        )
 
 
 @every_dtype
 def test_look_ups_hide_no_nan(dtype: torch.dtype) -> None:
     table, out = torch.zeros(3, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype)
     table[1, 0] = float("nan")
-    compiled(dtype).gather(table, torch.tensor([0, 1]), out)
+    compiled(dtype).gather([TableUse(table, torch.tensor([0, 1]), out, 0)])
     assert out.isnan().tolist() == [[False, False], [True, False]]
-    compiled(dtype).scatter_add(table, torch.tensor([2, 0]), out.flip(0), padding=0)
+    compiled(dtype).scatter_add([TableUse(table, torch.tensor([2, 0]), out.flip(0), 0)])
     assert table.isnan().tolist() == [[False, False], [True, False], [True, False]]
 
 
@@ -251,22 +255,33 @@ def test_deferred_adam_hides_no_nan(dtype: torch.dtype) -> None:
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_task_is_done_once(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_several_uses_of_several_tables(count: int) -> None:
+    """Uses of one table are added up in their order, by one thread, whatever the number of threads."""
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.zeros(9, 8) for _ in range(4)]
+    uses = [
+        TableUse(table, torch.randint(0, 9, (40,), generator=generator), torch.randn(40, 8, generator=generator), -1)
+        for table in tables
+        for _ in range(3)
+    ]
+    expected = [torch.zeros(9, 8) for _ in tables]
+    for place, use in enumerate(uses):
+        for row, values in zip(use.ids.tolist(), use.values, strict=True):
+            expected[place // 3][row] += values
     with threads(count):
-        assert sorted(in_parallel([lambda k=k: k for k in range(11)])) == list(range(11))  # type: ignore[misc]
-        assert in_parallel([]) == []
+        compiled(torch.float32).scatter_add(uses)
+    assert all(torch.equal(one, other) for one, other in zip(tables, expected, strict=True))
 
 
-def test_a_task_s_error_is_raised() -> None:
-    def fails() -> None:
-        raise IndexError("bad")
-
-    for place in range(3):
-        tasks = [lambda: None] * 3
-        tasks[place] = fails
-        with threads(3), pytest.raises(IndexError, match="bad"):
-            in_parallel(tasks)
+def test_one_pool_of_threads() -> None:
+    """The kernels run on PyTorch's own OpenMP: no second copy is loaded beside it, which would fight for the cores."""
+    script = (
+        "import torch; from deep_components.kernels import load_kernels, _openmp; load_kernels(torch.float32); "
+        "maps = {line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}; "
+        "assert _openmp() is None or maps == {str(_openmp().resolve())}, maps"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -339,7 +354,7 @@ def test_a_cache_home_that_cannot_be_used(home: str, fresh: pytest.MonkeyPatch, 
     fresh.setenv("XDG_CACHE_HOME", str(place) if home != "no folder at all" else "/proc/nothing")
     kernels = compiled(torch.float32)
     out = torch.zeros(1, 2)
-    kernels.gather(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out)
+    kernels.gather([TableUse(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out, 0)])
     assert out.tolist() == [[1.0, 2.0]]
     if home == "others write there":
         assert list((place / "lcron" / "kernels").iterdir()) == []
@@ -358,7 +373,7 @@ def test_several_compile_at_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
         libraries = {future.result() for future in [pool.submit(compiles) for _ in range(3)]}
     assert libraries == set((tmp_path / "lcron" / "kernels").iterdir()) and len(libraries) == 1
     out = torch.zeros(1, 2)
-    Kernels(libraries.pop(), torch.float32).gather(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out)
+    Kernels(libraries.pop(), torch.float32).gather([TableUse(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out, 0)])
     assert out.tolist() == [[1.0, 2.0]]
 
 
