@@ -34,6 +34,8 @@ COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 PER_REQUEST_FILE = "per_request.npz"
 STEP_LOG_FILE = "train.jsonl"
+RUN_FILE = "run.json"  # of the runner
+STREAMING_FILE = "streaming.json"
 
 _METADATA = "run"
 _TABLES, _IDS = "embedding.", "ids."  # a stage's parameters of the tables; the ids of compacted ones

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from deep_components import checkpoint, memory
-from deep_components.arguments import AUTOCAST, DTYPES, choose_device
+from deep_components.arguments import AUTOCAST, DTYPES, WHEREABOUTS, choose_device
 from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
@@ -51,22 +51,7 @@ from deep_components.watching import ScalarLog, check_installed, scalar_log
 FEW_STEPS = 50
 
 # Arguments that may differ between a run and its continuation.
-_FREE_ON_RESUME = (
-    "resume",
-    "output_dir",
-    "data_dir",
-    "cache_dir",
-    "device",
-    "cuda",
-    "table_memory",
-    "day_on_device",
-    "print_freq",
-    "save_minutes",
-    "tensorboard",
-    "on_nonfinite",
-    "epochs",
-    "train_days",
-)
+_FREE_ON_RESUME = (*WHEREABOUTS, "on_nonfinite", "epochs", "train_days")
 
 logger = logging.getLogger(__name__)
 
