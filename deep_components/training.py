@@ -6,7 +6,6 @@ day) alone.
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import math
@@ -40,7 +39,7 @@ from deep_components.dataset.days import training_days
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError, StoppedError
-from deep_components.files import make_folder, write_atomically
+from deep_components.files import locked, make_folder, write_atomically
 from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.models import build_models
 from deep_components.models.embedding import FieldEmbedding
@@ -206,13 +205,11 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 def _only_writer(folder: Path) -> Iterator[None]:
     """Hold the run's folder. InputError when another process trains in it."""
     try:
-        with (folder / checkpoint.LOCK_FILE).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        with locked(folder / checkpoint.LOCK_FILE, wait=False) as held:
+            if not held:
                 raise InputError(
                     f"{folder}: another process is training in this folder; wait for it, or name another --output_dir"
-                ) from error
+                )
             yield
     except OSError as error:
         raise InputError(
