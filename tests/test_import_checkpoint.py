@@ -48,6 +48,16 @@ def test_an_imported_run_scores_as_the_original_does(golden: Path, tmp_path: Pat
         np.testing.assert_allclose(scores[stage], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).mean())
 
 
+def test_nothing_of_the_run_before_stays(golden: Path, tmp_path: Path) -> None:
+    """Its record would give the imported models its name."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "streaming.json", "train.jsonl", "training_state.safetensors", "metrics.json"):
+        (run / name).touch()
+    import_checkpoint.main(arguments("two_stage", original_files(golden, tmp_path), run))
+    assert {path.name for path in run.iterdir()} == {"config.json", "retrieval.safetensors", "rank.safetensors"}
+
+
 def test_a_run_exported_and_imported_again_is_the_same(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
