@@ -14,8 +14,8 @@
 #   --force          make again what is finished
 #   --discard_state  remove the saved state of a finished run (three times the models' size), which only --resume needs
 #   --resume         let a finished run go on with more --epochs or --train_days
-#   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device to both; all else to the
-#   training, after the method's own hyper-parameters, so that they win.
+#   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device, --no-compile to both; all
+#   else to the training, after the method's own hyper-parameters, so that they win.
 # Finished runs are kept, unfinished ones go on where they were, and a folder that holds another run is refused.
 # UNTRAINED=no leaves out the untrained cascade. Exit code: 0; 2 when the input was refused; 1 when a run failed otherwise.
 

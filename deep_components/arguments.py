@@ -21,6 +21,15 @@ AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
 
 
+# Arguments of a training that lead to the same numbers, to rounding: where things lie, what is saved and shown.
+WHEREABOUTS = (
+    *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
+    *("resume", "save_minutes", "print_freq", "tensorboard"),
+)
+# Arguments that an untrained cascade depends on, beside its seed.
+UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
+
+
 def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
     """A converter for argparse that refuses in a sentence what is not ``wanted``."""
 

@@ -23,6 +23,7 @@ from deep_components.cascade import SETTINGS
 from deep_components.errors import InputError
 from deep_components.files import atomic_path, read_json, temporaries
 from deep_components.files import write_json as write_json
+from deep_components.memory import available
 from deep_components.models.embedding import FieldEmbedding, fill_initial_rows
 
 CONFIG_FILE = "config.json"
@@ -33,10 +34,13 @@ COST_FILE = "training.json"
 SCORES_FILE = "scores.npz"
 PER_REQUEST_FILE = "per_request.npz"
 STEP_LOG_FILE = "train.jsonl"
+RUN_FILE = "run.json"  # of the runner
+STREAMING_FILE = "streaming.json"
 
 _METADATA = "run"
 _TABLES, _IDS = "embedding.", "ids."  # a stage's parameters of the tables; the ids of compacted ones
 _TENSOR_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
+_ROWS_PER_PIECE = 1 << 20  # bounds the temporary memory of making a table whole
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "id_counts": dict, "train_days": list}
 _CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
 
@@ -108,7 +112,13 @@ def saved_ids(run: Path, stage: str) -> dict[str, np.ndarray]:
     """The ids of the compacted tables of a stage's checkpoint. InputError when they are damaged."""
     path = run / f"{stage}.safetensors"
     tensors, _ = load_tensors(path, _IDS)
-    return {name.removeprefix(_IDS): _checked_ids(path, name, value) for name, value in tensors.items()}
+    return _take_ids(path, tensors)
+
+
+def _take_ids(path: Path, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Remove the ids of compacted tables from a checkpoint's tensors; field -> its ids. InputError when damaged."""
+    listed = [name for name in tensors if name.startswith(_IDS)]
+    return {name.removeprefix(_IDS): _checked_ids(path, name, tensors.pop(name)) for name in listed}
 
 
 def _checked_ids(path: Path, name: str, ids: Tensor) -> np.ndarray:
@@ -134,8 +144,7 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> int | None:
     for stage, model in models.items():
         path = run / f"{stage}.safetensors"
         tensors, note = load_tensors(path)
-        listed = [name for name in tensors if name.startswith(_IDS)]
-        ids = {name.removeprefix(_IDS): _checked_ids(path, name, tensors.pop(name)) for name in listed}
+        ids = _take_ids(path, tensors)
         expected = dict(model.state_dict())
         embedding = getattr(model, "embedding", None)
         known = embedding.ids if isinstance(embedding, FieldEmbedding) else {}
@@ -154,6 +163,59 @@ def load_models(run: Path, models: Mapping[str, nn.Module]) -> int | None:
                 )
         model.load_state_dict(tensors)
     return seed
+
+
+@torch.no_grad()
+def load_whole(run: Path, stage: str, vocabulary: Mapping[str, int]) -> dict[str, Tensor]:
+    """A stage's parameters with every table whole: ``vocabulary[field] + 2`` rows, an id that a compacted table lacks
+    at its initial value, which is where dense Adam leaves what no request names.
+
+    Args:
+        vocabulary: number of distinct ids of every field.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, its ids do not fit the vocabulary, or the whole tables do not
+            fit into memory.
+    """
+    path = run / f"{stage}.safetensors"
+    tensors, note = load_tensors(path)
+    ids = _take_ids(path, tensors)
+    for field, known in ids.items():
+        table = tensors.get(f"{_TABLES}{field}")
+        if table is None or table.ndim != 2 or len(table) != len(known) or field not in vocabulary:
+            raise InputError(f"{path}: the ids of {stage}.{field} do not fit its table; train again")
+        if len(known) and known[-1] >= vocabulary[field] + 2:
+            raise InputError(f"{path}: the ids of {stage}.{field} are more than {CONFIG_FILE} names; train again")
+    needed = sum((vocabulary[field] + 2) * _row_bytes(tensors[f"{_TABLES}{field}"]) for field in ids)
+    free = available(torch.device("cpu"))
+    if needed > free:
+        raise InputError(
+            f"{path}: its whole tables take {needed / 1e9:.1f} GB of memory, where {free / 1e9:.1f} GB are free; "
+            "free some, or use a machine with more"
+        )
+    for field, known in ids.items():
+        name = f"{_TABLES}{field}"
+        tensors[name] = _whole(path, f"{stage}.{field}", tensors[name], known, vocabulary[field] + 2, note)
+    return tensors
+
+
+def _row_bytes(table: Tensor) -> int:
+    return table.shape[1] * table.dtype.itemsize
+
+
+def _whole(path: Path, name: str, table: Tensor, saved: np.ndarray, rows: int, note: Mapping[str, Any]) -> Tensor:
+    """A compacted table among the initial values of all other rows, which are drawn piece by piece."""
+    if len(saved) == rows:
+        return table
+    seed, field = note.get("initial_seed"), name.partition(".")[2]
+    if not isinstance(seed, int):
+        raise InputError(f"{path}: initial_seed, of the rows that table {name} lacks, is missing; train again")
+    whole = table.new_empty(rows, table.shape[1])
+    for first in range(0, rows, _ROWS_PER_PIECE):
+        piece = np.arange(first, min(rows, first + _ROWS_PER_PIECE))
+        fill_initial_rows(whole[first : first + len(piece)], seed, name, piece, PADDING_INDEX.get(field, 0))
+    whole[torch.from_numpy(saved)] = table
+    return whole
 
 
 def _rows_of_ids(

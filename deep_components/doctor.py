@@ -23,6 +23,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import torch
 
+from deep_components import memory
 from deep_components.cascade import SETTINGS, Cascade
 from deep_components.cli import run_command
 from deep_components.dataset import recflow
@@ -31,6 +32,7 @@ from deep_components.dataset.columnar import DEFAULT_TIME_ZONE, default_cache_di
 from deep_components.dataset.encoding import ColumnFiles, encode_day
 from deep_components.dataset.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from deep_components.errors import InputError
+from deep_components.kernels import load_kernels
 
 PROJECT = Path(__file__).parents[1]
 PYTHON_NEEDED = (3, 11)
@@ -127,7 +129,7 @@ def checked(subject: str, check: Callable[[], str]) -> Finding:
 
 
 def environment() -> Iterator[Finding]:
-    """Python, the pinned packages, devices, memory."""
+    """Python, the pinned packages, devices, kernels, memory."""
     version = ".".join(map(str, sys.version_info[:3]))
     needed = ".".join(map(str, PYTHON_NEEDED))
     if sys.version_info >= PYTHON_NEEDED:
@@ -136,10 +138,10 @@ def environment() -> Iterator[Finding]:
         yield Finding(BAD, "python", f"{version}, but {needed} or later is needed; name one with PYTHON=")
     yield from packages(PROJECT / "requirements.txt")
     yield device()
-    available = available_memory()
-    if available is not None:
-        level = GOOD if available > PREPARATION_BYTES else ODD
-        yield Finding(level, "memory", f"{size(available)} available; preparing a day takes {size(PREPARATION_BYTES)}")
+    yield kernels()
+    available = memory.available(torch.device("cpu"))
+    level = GOOD if available > PREPARATION_BYTES else ODD
+    yield Finding(level, "memory", f"{size(available)} available; preparing a day takes {size(PREPARATION_BYTES)}")
 
 
 def packages(requirements: Path) -> Iterator[Finding]:
@@ -172,13 +174,13 @@ def device() -> Finding:
     return Finding(ODD if built else GOOD, "device", f"{built or 'CPU'}; {os.cpu_count()} processors")
 
 
-def available_memory() -> int | None:
-    """Bytes that Linux says can be had; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def kernels() -> Finding:
+    """Whether the loops in C can be compiled."""
+    with quiet(logging.getLogger(load_kernels.__module__), logging.ERROR):
+        if load_kernels(torch.float32) is not None:
+            return Finding(GOOD, "kernels", "compiled")
+    text = "cannot be compiled, so a training on a CPU takes several times as long; install gcc, or say --no-compile"
+    return Finding(ODD, "kernels", text)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -281,10 +283,10 @@ def _compared(root: Path, day: str) -> str:
 
 
 @contextmanager
-def quiet(logger: logging.Logger) -> Iterator[None]:
-    """Leave out what the logger says of its progress."""
+def quiet(logger: logging.Logger, least: int = logging.WARNING) -> Iterator[None]:
+    """Leave out what the logger says below a level."""
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(least)
     try:
         yield
     finally:

@@ -53,8 +53,8 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
     vocabulary, arguments = sizes[first]["vocabulary"], sizes[first]["arguments"]
     make_folder(output_dir)
     checkpoint.remove_results(output_dir)
-    (output_dir / checkpoint.STATE_FILE).unlink(missing_ok=True)
-    (output_dir / checkpoint.STEP_LOG_FILE).unlink(missing_ok=True)
+    for name in (checkpoint.STATE_FILE, checkpoint.STEP_LOG_FILE, checkpoint.RUN_FILE, checkpoint.STREAMING_FILE):
+        (output_dir / name).unlink(missing_ok=True)
     checkpoint.save_models(output_dir, states, {"data": "unknown", "loss_type": "imported"})
     config = {
         "setting": cascade.name,

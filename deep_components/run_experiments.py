@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--time_zone", help="of the log")
     user.add_argument("--cuda", help="use this CUDA device")
     user.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one, all of them with --jobs)")
+    user.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="use compiled kernels on a CPU (default)"
+    )
     user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
     user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
     user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
@@ -114,6 +117,8 @@ def make_plan(args: argparse.Namespace, methods: Sequence[plan.Method], training
     """
     given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
     shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if args.compile is not None:
+        shared.append("--compile" if args.compile else "--no-compile")
     arguments = [[*plan.divide_batch(method.arguments, args.batch_divisor), *training, *shared] for method in methods]
     parsed = [plan.parse_training(words, args.train) for words in arguments]
     template, mode = _template(args, shared), _mode(args)

@@ -6,7 +6,6 @@ day) alone.
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from deep_components import checkpoint, memory
-from deep_components.arguments import AUTOCAST, DTYPES, choose_device
+from deep_components.arguments import AUTOCAST, DTYPES, WHEREABOUTS, choose_device
 from deep_components.batch import PADDING_INDEX
 from deep_components.cascade import Cascade
 from deep_components.dataset import recflow
@@ -40,7 +39,7 @@ from deep_components.dataset.days import training_days
 from deep_components.dataset.encoding import LOG_COLUMN
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.errors import InputError, StoppedError
-from deep_components.files import make_folder, write_atomically
+from deep_components.files import locked, make_folder, write_atomically
 from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.models import build_models
 from deep_components.models.embedding import FieldEmbedding
@@ -51,22 +50,7 @@ from deep_components.watching import ScalarLog, check_installed, scalar_log
 FEW_STEPS = 50
 
 # Arguments that may differ between a run and its continuation.
-_FREE_ON_RESUME = (
-    "resume",
-    "output_dir",
-    "data_dir",
-    "cache_dir",
-    "device",
-    "cuda",
-    "table_memory",
-    "day_on_device",
-    "print_freq",
-    "save_minutes",
-    "tensorboard",
-    "on_nonfinite",
-    "epochs",
-    "train_days",
-)
+_FREE_ON_RESUME = (*WHEREABOUTS, "on_nonfinite", "epochs", "train_days")
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +205,11 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 def _only_writer(folder: Path) -> Iterator[None]:
     """Hold the run's folder. InputError when another process trains in it."""
     try:
-        with (folder / checkpoint.LOCK_FILE).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        with locked(folder / checkpoint.LOCK_FILE, wait=False) as held:
+            if not held:
                 raise InputError(
                     f"{folder}: another process is training in this folder; wait for it, or name another --output_dir"
-                ) from error
+                )
             yield
     except OSError as error:
         raise InputError(

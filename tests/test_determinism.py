@@ -94,3 +94,10 @@ def test_resuming_elsewhere_is_said(log: Path, tmp_path: Path, caplog: pytest.Lo
     assert "the last digits will differ" not in caplog.text
     course.again("--resume", threads=2)
     assert "was trained with threads=1, not 2: the last digits will differ" in caplog.text
+
+
+def test_resuming_with_other_kernels_says_so(log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on a machine without a compiler: it goes on, but not to the same bytes."""
+    run = train(log, tmp_path / "run", f"--train_days={DAYS[0]}", "--compile")
+    train(log, run, "--train_days=" + ",".join(DAYS[:2]), "--no-compile", "--resume")
+    assert "was trained with kernels=compiled, not pytorch: the last digits will differ" in caplog.text

@@ -49,6 +49,14 @@ def flip(path: Path, place: int = -200) -> None:
     path.write_bytes(content)
 
 
+def test_kernels_that_cannot_be_compiled(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line(report(capsys, root), "OK", "kernels", "compiled")
+    monkeypatch.setattr(doctor, "load_kernels", lambda dtype: None)
+    line(report(capsys, root), "WARN", "kernels", "install gcc")
+
+
 @pytest.mark.parametrize("flags", [(), ("--full",)])
 def test_a_sound_log(root: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]) -> None:
     before = sorted(root.rglob("*"))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from deep_components import export_checkpoint, import_checkpoint, run_test2, run_test3, run_train2
+from deep_components import checkpoint, export_checkpoint, import_checkpoint, run_test2, run_test3, run_train2
 from deep_components.cascade import SETTINGS
 from deep_components.checkpoint import load_tensors, read_config
 from deep_components.cli import run_command
-from tests.helpers import evaluate, small_log, train, training_arguments
+from tests.helpers import DAYS, evaluate, small_log, train, training_arguments
 
 ORIGINAL_MODEL = {"retrieval": "dssm", "prerank": "mlp", "rank": "din"}
 
@@ -48,6 +48,16 @@ def test_an_imported_run_scores_as_the_original_does(golden: Path, tmp_path: Pat
         np.testing.assert_allclose(scores[stage], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).mean())
 
 
+def test_nothing_of_the_run_before_stays(golden: Path, tmp_path: Path) -> None:
+    """Its record would give the imported models its name."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "streaming.json", "train.jsonl", "training_state.safetensors", "metrics.json"):
+        (run / name).touch()
+    import_checkpoint.main(arguments("two_stage", original_files(golden, tmp_path), run))
+    assert {path.name for path in run.iterdir()} == {"config.json", "retrieval.safetensors", "rank.safetensors"}
+
+
 def test_a_run_exported_and_imported_again_is_the_same(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -72,6 +82,51 @@ def test_a_run_exported_and_imported_again_is_the_same(
         load_tensors(run / "rank.safetensors")[0]["tower.0.weight"],
     )
     assert evaluate(log, started)["rank_ndcg@10"] == evaluate(log, run)["rank_ndcg@10"]
+
+
+def exported(run: Path, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    export_checkpoint.main([f"--run={run}", f"--output_dir={folder}"])
+    return {stage: torch.load(folder / f"{stage}.pt", weights_only=True) for stage in ("retrieval", "rank")}
+
+
+@pytest.mark.parametrize("rows_per_piece", [7, 1 << 20])
+def test_a_compacted_run_is_exported_with_whole_tables(
+    rows_per_piece: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original has a row for every id: those that no request named are at their initial values."""
+    monkeypatch.setattr(checkpoint, "_ROWS_PER_PIECE", rows_per_piece)
+    log = small_log(tmp_path_factory)
+    one_day = f"--train_days={DAYS[0]}"
+    whole = exported(train(log, tmp_path / "whole", one_day), tmp_path / "a")
+    run = train(log, tmp_path / "compacted", one_day, "--compact_from=1")
+    compacted = exported(run, tmp_path / "b")
+    small = load_tensors(run / "rank.safetensors")[0]["embedding.video"]
+    assert len(small) < len(whole["rank"]["vid_emb.weight"])
+    for stage, state in whole.items():
+        assert state.keys() == compacted[stage].keys()
+        assert all(torch.equal(value, compacted[stage][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("damage", ["memory", "ids", "seed"])
+def test_tables_that_cannot_be_made_whole(
+    damage: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    log = small_log(tmp_path_factory)
+    run = train(log, tmp_path / "run", "--compact_from=1", f"--train_days={DAYS[0]}")
+    tensors, note = load_tensors(run / "retrieval.safetensors")
+    if damage == "memory":
+        monkeypatch.setattr(checkpoint, "available", lambda device: 1000)
+    elif damage == "ids":
+        tensors["ids.video"] = tensors["ids.video"] + 1000
+    else:
+        note["initial_seed"] = None
+    checkpoint.save_models(run, {"retrieval": tensors}, note)
+    assert run_command(export_checkpoint.main, [f"--run={run}", f"--output_dir={tmp_path / 'out'}"]) == 2
+    wanted = {"memory": "GB of memory", "ids": "retrieval.video are more", "seed": "initial_seed"}[damage]
+    message = capsys.readouterr().err
+    assert "retrieval.safetensors: " in message and wanted in message
+    assert not (tmp_path / "out").exists()
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

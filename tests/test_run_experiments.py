@@ -74,8 +74,8 @@ def test_the_default_folders(log: Path) -> None:
     assert [run.variant for run in variant][:2] == ["validation", "lr0.02_bs512_validation"]
 
 
-def test_what_goes_to_which_command(log: Path) -> None:
-    both = ["--cache_dir=C", "--time_zone=UTC", "--device=cpu"]
+def test_what_goes_to_which_command(log: Path, tmp_path: Path) -> None:
+    both = [f"--cache_dir={tmp_path}", "--time_zone=UTC", "--device=cpu", "--no-compile"]
     untrained, run = plan(
         log, "--seeds=30", f"--test_day={DAYS[1]}", "--save_scores", "--tau", "20", "--lr=0.02", *both
     )

@@ -167,7 +167,7 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         attempt: dict[str, Any] = {"started": _now(), "host": socket.gethostname(), "status": "running"}
         attempt |= {"device": slot.device, "threads": slot.threads}
         record["attempts"].append(attempt)
-        checkpoint.write_json(run.folder / records.RUN_FILE, record)
+        checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
         try:
             for part in left:
                 _make_part(run, part, slot, commands, lock, record)
@@ -191,7 +191,7 @@ def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, 
         command = run.train_command(part, held.can_resume(run, part))
         commands.run(_with_device(command, slot), run.cwd, environment, log, lock)
         records.add_cost(record, run.folder)
-        checkpoint.write_json(run.folder / records.RUN_FILE, record)
+        checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
     if not records.holding(run.folder).evaluated(run, part):
         commands.run(_with_device(run.test_command(part), slot), run.cwd, environment, log, lock)
     if run.streaming:
@@ -213,7 +213,7 @@ def _end(run: Run, record: dict[str, Any], attempt: dict[str, Any], status: str)
     record["status"] = status
     config = records.read_json(run.folder / checkpoint.CONFIG_FILE) or {}
     record |= {name: config.get(name) for name in ("commit", "device", "device_name", "threads", "versions")}
-    checkpoint.write_json(run.folder / records.RUN_FILE, record)
+    checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
 
 
 def _now() -> str:

@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deep_components.arguments import METHOD_OPTIONS, add_method_options, training_parser
+from deep_components.arguments import (
+    METHOD_OPTIONS,
+    UNTRAINED_ARGUMENTS,
+    WHEREABOUTS,
+    add_method_options,
+    training_parser,
+)
 from deep_components.dataset import recflow
 from deep_components.dataset.days import test_day, training_days
 from deep_components.errors import InputError
 
 UNTRAINED = "untrained"
 
-# Arguments of the training that do not make it another run.
-_WHEREABOUTS = (
-    *("data_dir", "output_dir", "cache_dir", "device", "cuda", "print_freq", "resume", "train_days"),
-    *("tensorboard", "save_minutes", "table_memory", "day_on_device", "compact_from"),
-)
-# What an untrained cascade depends on.
-_UNTRAINED = ("seed", "epochs", "emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
+# Arguments of the training that do not make it another run: finished ones stay when the failed one beside them is made
+# again with steps left out that are not finite.
+_NOT_THE_RUN = (*WHEREABOUTS, "train_days", "compact_from", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def divide_batch(arguments: Sequence[str], divisor: int) -> list[str]:
 def identity(arguments: Mapping[str, Any], streaming: bool) -> dict[str, Any]:
     """What makes a training this one and no other; an untrained cascade depends on few of its arguments."""
     if not arguments["epochs"]:
-        return {name: arguments[name] for name in _UNTRAINED} | {"streaming": streaming}
-    return {name: value for name, value in arguments.items() if name not in _WHEREABOUTS} | {"streaming": streaming}
+        return {name: arguments[name] for name in ("seed", "epochs", *UNTRAINED_ARGUMENTS)} | {"streaming": streaming}
+    return {name: value for name, value in arguments.items() if name not in _NOT_THE_RUN} | {"streaming": streaming}
 
 
 def optional(name: str) -> bool:
@@ -136,7 +138,7 @@ def optional(name: str) -> bool:
 def untrained_name(arguments: Mapping[str, Any]) -> str:
     """The folder of an untrained cascade: the same for all methods, another one for other sizes."""
     usual = parse_training([], "")
-    differing = [name for name in _UNTRAINED if name not in ("seed", "epochs") and arguments[name] != usual[name]]
+    differing = [name for name in UNTRAINED_ARGUMENTS if arguments[name] != usual[name]]
     return "_".join([UNTRAINED, *(f"{name}{str(arguments[name]).replace('/', '-')}" for name in differing)])
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from deep_components import checkpoint, files
+from deep_components.checkpoint import RUN_FILE, STREAMING_FILE
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run, optional
 from deep_components.files import make_folder
 
-RUN_FILE = "run.json"
-STREAMING_FILE = "streaming.json"
 LOG_FILE = "run.log"
 LOCK_FILE = ".runner.lock"
 PATIENCE = 10.0  # seconds that the commands of a killed runner may need to end

@@ -5,8 +5,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from deep_components.checkpoint import RUN_FILE, STREAMING_FILE
 from deep_components.errors import InputError
-from deep_components.experiments.records import RUN_FILE, STREAMING_FILE, read_json
+from deep_components.experiments.records import read_json
+from deep_components.text import aligned
 
 _GIB = 1 << 30
 
@@ -35,7 +37,7 @@ def costs_table(folders: Sequence[Path]) -> str:
              _memory(group, "peak_memory_bytes"), _memory(group, "peak_gpu_memory_bytes"), device, threads]
         )  # fmt: skip
     origins = ", ".join(sorted({record["data"] for record in records}))
-    return f"training time and peak memory, data: {origins}; means over seeds\n\n{aligned(rows)}"
+    return f"training time and peak memory, data: {origins}; means over seeds\n\n{_table(rows)}"
 
 
 def streaming_table(folders: Sequence[Path]) -> str:
@@ -56,17 +58,11 @@ def streaming_table(folders: Sequence[Path]) -> str:
         rows.append([day, *cells])
     about = sorted({(stream["setting"], stream["data"]) for stream in streams})
     head = "; ".join(f"{setting}, data: {data}" for setting, data in about)
-    return (
-        f"{head}, {metric} of each day by what was trained on all days before it; means over seeds\n\n{aligned(rows)}"
-    )
+    return f"{head}, {metric} of each day by what was trained on all days before it; means over seeds\n\n{_table(rows)}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first underlined."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, ""])
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join([*aligned(rows), ""])
 
 
 def _title(record: Mapping[str, Any]) -> str:

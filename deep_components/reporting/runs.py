@@ -15,20 +15,14 @@ from typing import Any
 import numpy as np
 
 from deep_components import checkpoint
+from deep_components.arguments import UNTRAINED_ARGUMENTS, WHEREABOUTS
 from deep_components.errors import InputError
 from deep_components.files import read_json
 
 UNTRAINED = "untrained"
-RUN_FILE = "run.json"
 
 # Arguments in which runs of one method may differ. Checksums see to it that the data are the same wherever they lie.
-_NOT_THE_METHOD = (
-    *("seed", "output_dir", "data_dir", "cache_dir", "device", "cuda"),
-    *("print_freq", "resume", "loss_type", "tensorboard", "save_minutes"),
-    *("table_memory", "day_on_device", "compact_from", "compile"),  # where and how, to rounding the same numbers
-)
-# Arguments that an untrained cascade depends on.
-_UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
+_NOT_THE_METHOD = (*WHEREABOUTS, "seed", "loss_type", "compact_from", "on_nonfinite")
 _NEEDED = {"setting": str, "data": str, "test_day": str, "loss_type": str, "epochs": int, "num_requests": int}
 _FOLDERS_NAMED = 3
 
@@ -68,7 +62,7 @@ class Run:
         """What makes the method: the arguments but the seed and where things lie."""
         arguments = self.config["arguments"]
         if self.untrained:
-            return {key: arguments.get(key) for key in _UNTRAINED_ARGUMENTS}
+            return {key: arguments.get(key) for key in UNTRAINED_ARGUMENTS}
         return {key: value for key, value in arguments.items() if key not in _NOT_THE_METHOD}
 
     def per_request(self, name: str) -> np.ndarray | None:
@@ -176,7 +170,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _given_name(folder: Path) -> str | None:
-    path = folder / RUN_FILE
+    path = folder / checkpoint.RUN_FILE
     try:
         content: Any = read_json(path)
     except FileNotFoundError:

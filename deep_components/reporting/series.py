@@ -17,7 +17,6 @@ from deep_components.reporting.runs import Run, printable
 
 T = TypeVar("T")
 
-STREAMING_FILE = "streaming.json"
 POINTS = 100  # of a drawn curve; what lies between two of them is averaged
 
 _NO_TERMS = ("step", "seconds")
@@ -89,7 +88,7 @@ def read_streaming(run: Run) -> dict[str, Mapping[str, Any]]:
 
     Raises InputError when it is damaged.
     """
-    path: Path = run.folder / STREAMING_FILE
+    path: Path = run.folder / checkpoint.STREAMING_FILE
     try:
         content: Any = read_json(path)
     except FileNotFoundError:

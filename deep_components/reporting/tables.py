@@ -11,6 +11,7 @@ from typing import Any
 from deep_components.reporting.results import DECIMALS, Cell, Comparison, Results, Row, metric_title
 from deep_components.reporting.runs import Run
 from deep_components.reporting.statistics import CONFIDENCE, RESAMPLES, SIGNIFICANCE
+from deep_components.text import aligned
 
 TEST_NAMES = {"welch": "Welch's t-test over seeds", "paired": "t-test paired by seed"}
 
@@ -79,7 +80,7 @@ def text(results: Results) -> str:
     blocks = _blocks(results, style, "*", "<", ">")
     lines = [heading(results), *results.warnings]
     for block in blocks:
-        lines += ["", *([block.title, ""] if block.title else []), *_aligned([block.header, *block.rows])]
+        lines += ["", *([block.title, ""] if block.title else []), *aligned([block.header, *block.rows])]
         lines += ["", *block.below] if block.below else []
     lines += ["", *results.notes] if results.notes else []
     lines += _left_out(results)
@@ -181,12 +182,6 @@ def paper_cell(cell: Cell) -> str:
 
 def _left_out(results: Results) -> list[str]:
     return ["", *(f"left out: {reason}" for reason in results.left_out.values())] if results.left_out else []
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
