@@ -237,7 +237,15 @@ def test_a_folder_that_cannot_be_written(
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return path_open(path, mode, **rest)
 
+    os_open = os.open
+
+    def read_only_too(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and Path(path).is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return os_open(path, flags, *rest, **named)
+
     monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(os, "open", read_only_too)
     for flags in ((), ("--resume",)):
         said = refused(training_arguments(log, tmp_path, *FLAGS, *flags), capsys)
         assert str(tmp_path) in said and "Read-only file system" in said and "--output_dir" in said

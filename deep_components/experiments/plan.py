@@ -24,7 +24,7 @@ UNTRAINED = "untrained"
 
 # Arguments of the training that do not make it another run: finished ones stay when the failed one beside them is made
 # again with steps left out that are not finite.
-_NOT_THE_RUN = (*WHEREABOUTS, "train_days", "compact_from", "on_nonfinite")
+_NOT_THE_RUN = (*WHEREABOUTS, "train_days", "on_nonfinite")
 
 
 @dataclass(frozen=True)

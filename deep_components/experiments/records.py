@@ -18,7 +18,7 @@ from deep_components.files import make_folder
 
 LOG_FILE = "run.log"
 LOCK_FILE = ".runner.lock"
-PATIENCE = 10.0  # seconds that the commands of a killed runner may need to end
+PATIENCE = 60.0  # seconds that the commands of a killed runner may need to save a large state and end
 
 _RESULTS = (checkpoint.COST_FILE, checkpoint.STATE_FILE, checkpoint.METRICS_FILE, STREAMING_FILE)
 
