@@ -1,5 +1,7 @@
 """The estimate against a count of what training really holds; what a system and its control groups leave."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -10,6 +12,8 @@ from hypothesis import given, settings
 from deep_components import memory
 from deep_components.arguments import DTYPES
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
+from deep_components.dataset.columnar import open_day
+from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.errors import InputError
 from deep_components.loss.two_stage.lcron import LCRON
 from deep_components.memory import available, check_memory, step_bytes, table_bytes
@@ -17,6 +21,7 @@ from deep_components.models import build_models
 from deep_components.models.embedding import ID_FIELDS, FieldEmbedding
 from deep_components.trainer import Trainer, gathered_fields
 from tests.dataset.test_rows import random_batch
+from tests.helpers import DAYS, training_arguments
 
 pytestmark = pytest.mark.usefixtures("short_rules")
 CPU, GIB = torch.device("cpu"), 1 << 30
@@ -189,3 +194,46 @@ def test_nothing_left_is_not_less_than_nothing(root: Path) -> None:
 
 def test_this_system_has_some() -> None:
     assert 1 << 20 < available(CPU) < 1 << 50
+
+
+# ---- training on a large day -----------------------------------------------------------------------------------------
+
+_TRAINS = """
+import sys
+from pathlib import Path
+import torch
+from deep_components import run_train2
+from deep_components.trainer import Trainer
+
+torch.set_num_threads(1)
+step, made, highest = Trainer.step, 0, 0
+
+def measured(self, batch):
+    global made, highest
+    made += 1
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    highest = max(highest, int(status["RssAnon"].split()[0]) * 1024)
+    if made == 40:
+        print(highest)
+        sys.exit()
+    return step(self, batch)
+
+Trainer.step = measured
+run_train2.main(sys.argv[1:])
+"""
+
+
+def test_a_day_of_ten_times_the_requests_does_not_take_more_memory(tmp_path: Path) -> None:
+    """Columns stay on disk and are mapped: pages that are read can be dropped again, and no others are held."""
+    peaks, sizes = [], []
+    for requests in (2000, 20000):
+        log = tmp_path / str(requests)
+        simulate(log, SimulationSettings(days=DAYS[:1], requests_per_day=requests, users=50, videos=200, authors=20))
+        day = open_day(log, DAYS[0], TWO_STAGE)
+        sizes.append(sum(column.nbytes for column in day.columns.values()))
+        arguments = training_arguments(log, tmp_path / f"run{requests}", f"--train_days={DAYS[0]}", "--batch_size=32")
+        command = [sys.executable, "-c", _TRAINS, *arguments]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert sizes[1] == 10 * sizes[0] > 5e6
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 4, (peaks, sizes)
