@@ -1,5 +1,6 @@
 """Fixtures and settings that several test modules share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import torch
 
 from deep_components.optim import deferred_adam
 from tests.helpers import small_log
+
+# A shell starts what it puts in the background with SIGINT ignored; processes that tests send one to would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Matrices in tests are so small that threads only wait for one another: up to thirty times slower on busy cores.
 torch.set_num_threads(1)
