@@ -226,7 +226,7 @@ class Fuzzer:
             read = target.read()
         except InputError as error:
             return self._refused(target, str(error))
-        except Exception:
+        except Exception:  # whatever is no refusal is what a fuzzer looks for
             return "finding", traceback.format_exc()
         if same(read, sound):
             return ("unchanged" if unchanged else "read as it was"), ""

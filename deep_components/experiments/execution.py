@@ -149,7 +149,7 @@ def execute(run: Run, slot: Slot, options: Options, commands: Commands) -> Outco
         return Outcome(run, "failed", time.monotonic() - started, failure.error, failure.code, failure.log)
     except InputError as error:
         return Outcome(run, "failed", time.monotonic() - started, str(error), USERS_MISTAKE)
-    except Exception as error:
+    except Exception as error:  # a defect of ours in one run: it is logged whole, and the others go on
         logger.exception("%s", run.title)
         return Outcome(run, "failed", time.monotonic() - started, f"{type(error).__name__}: {error}", 1)
 
