@@ -23,7 +23,7 @@ from torch.autograd.profiler import record_function
 
 from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features
 from deep_components.cascade import LABEL_CEILING, Cascade
-from deep_components.dataset import recflow
+from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.models.din import DIN, PADDING_LOGIT
 from deep_components.models.dssm import DSSM
 

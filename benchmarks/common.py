@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from deep_components import run_train2, run_train3
 from deep_components.cascade import SETTINGS
 from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.recflow import read_id_counts
+from deep_components.dataset.importers.recflow_files import read_id_counts
 from deep_components.dataset.simulate import SimulationSettings, simulate
 
 COMMANDS = {"two_stage": run_train2, "three_stage": run_train3}

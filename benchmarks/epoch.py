@@ -20,7 +20,7 @@ from benchmarks.step import build_baseline
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import open_day
-from deep_components.training import train_cascade
+from deep_components.training.loop import train_cascade
 
 
 def ours(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:

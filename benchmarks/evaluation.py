@@ -21,7 +21,7 @@ from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import open_day
 from deep_components.errors import InputError
-from deep_components.evaluation import score_day, summary
+from deep_components.evaluation.day import score_day, summary
 
 
 def ours(args: argparse.Namespace, data_dir: Path) -> Callable[[], float]:

@@ -26,14 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from deep_components import checkpoint, doctor, run_test2, run_train2
+from deep_components import run_test2, run_train2
 from deep_components.cascade import TWO_STAGE
-from deep_components.collect_metrics import read_runs
-from deep_components.dataset import recflow
+from deep_components.commands import doctor
+from deep_components.commands.table import read_runs
 from deep_components.dataset.columnar import open_day
-from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow import LOG_COLUMN
 from deep_components.dataset.manifest import MANIFEST_FILE, write_manifest
 from deep_components.errors import InputError
+from deep_components.runs import checkpoint
 from tests.dataset.synthetic import DAY, random_log, write_log
 
 SLOW_SECONDS = 20.0

@@ -12,9 +12,9 @@ import sys
 
 from benchmarks import common
 from deep_components.cascade import SETTINGS
-from deep_components.checkpoint import COST_FILE
 from deep_components.cli import run_command
-from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.runs.checkpoint import COST_FILE
 
 BYTES_A_ROW = 8 * 4 * 4
 

@@ -34,12 +34,13 @@ from unittest import mock
 
 import torch
 
-from deep_components import run_train2, training
-from deep_components.checkpoint import COST_FILE, LOCK_FILE, STATE_FILE, STEP_LOG_FILE
+from deep_components import run_train2
 from deep_components.cli import run_command
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.kernels import load_kernels
-from deep_components.trainer import Trainer
+from deep_components.runs.checkpoint import COST_FILE, LOCK_FILE, STATE_FILE, STEP_LOG_FILE
+from deep_components.training import loop as training
+from deep_components.training.step import Trainer
 
 DAYS = ("2024-01-13", "2024-01-14", "2024-01-15")
 ARGUMENTS = ("--loss_type=lcron", "--batch_size=16", "--emb_dim=4", "--nn_units=16", "--seq_len=5", "--device=cpu",

@@ -21,19 +21,19 @@ from torch.autograd.profiler import record_function
 
 from benchmarks import common
 from benchmarks.baseline import BaselineReader, BaselineTrainer
-from deep_components import training
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import SETTINGS, Cascade
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.encoding import LOG_COLUMN
+from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.dataset.importers.recflow_files import read_id_counts
 from deep_components.dataset.loader import batches
-from deep_components.dataset.recflow import read_id_counts
 from deep_components.errors import InputError
 from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.models import build_models
-from deep_components.models.embedding import ID_FIELDS
-from deep_components.trainer import Trainer
+from deep_components.tables.embedding import ID_FIELDS
+from deep_components.training import loop as training
+from deep_components.training.step import Trainer
 
 
 def flops_of_step(cascade: Cascade, batch_size: int, models: dict[str, nn.Module], length: int) -> float:

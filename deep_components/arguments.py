@@ -10,7 +10,7 @@ import torch
 
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
-from deep_components.dataset.recflow import HISTORY_LENGTH
+from deep_components.dataset.importers.recflow_files import HISTORY_LENGTH
 from deep_components.errors import InputError
 from deep_components.loss.sorting import SORTING_OPERATORS
 

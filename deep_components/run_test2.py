@@ -5,7 +5,7 @@ import sys
 from deep_components.arguments import evaluation_parser
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
-from deep_components.evaluation import evaluate_cascade
+from deep_components.evaluation.day import evaluate_cascade
 
 
 def main(argv: list[str]) -> None:

@@ -19,7 +19,7 @@ from deep_components.loss.two_stage.icc import ICC
 from deep_components.loss.two_stage.lcron import LCRON
 from deep_components.loss.two_stage.rankflow import RankFlow
 from deep_components.loss.two_stage.sorting import SortingCrossEntropy
-from deep_components.training import train_cascade
+from deep_components.training.loop import train_cascade
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

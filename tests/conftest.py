@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deep_components.optim import deferred_adam
+from deep_components.tables import deferred_adam
 from tests.helpers import small_log
 
 # A shell starts what it puts in the background with SIGINT ignored; processes that tests send one to would inherit it.

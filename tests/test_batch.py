@@ -16,7 +16,7 @@ from deep_components.batch import (
     table_ids,
     with_table_ids,
 )
-from tests.dataset.test_rows import batches, random_batch
+from tests.tables.test_rows import batches, random_batch
 
 FIELDS = sorted({*REQUEST_FIELDS, *HISTORY_FIELDS, *ITEM_FIELDS})
 some = settings(max_examples=20, deadline=None, derandomize=True, database=None)

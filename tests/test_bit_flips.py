@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from deep_components import checkpoint
 from deep_components.cascade import TWO_STAGE
-from deep_components.collect_metrics import read_runs
+from deep_components.commands.table import read_runs
 from deep_components.dataset import columnar
 from deep_components.dataset.columnar import open_day
 from deep_components.errors import InputError
+from deep_components.runs import checkpoint
 from tests.dataset.synthetic import DAY, random_log, write_log
 from tests.helpers import evaluate, train
 

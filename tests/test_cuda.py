@@ -8,8 +8,8 @@ from deep_components import run_train2, run_train3
 from deep_components.batch import CascadeBatch, Targets
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
 from deep_components.models import build_models
-from deep_components.models.embedding import ID_FIELDS
-from deep_components.trainer import Trainer
+from deep_components.tables.embedding import ID_FIELDS
+from deep_components.training.step import Trainer
 from tests.models.test_models import random_features
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

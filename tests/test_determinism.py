@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.soak import results
-from deep_components import training
-from deep_components.trainer import Trainer
+from deep_components.training import loop as training
+from deep_components.training.step import Trainer
 from tests.helpers import DAYS, parameters, train
 
 pytestmark = pytest.mark.usefixtures("short_rules")

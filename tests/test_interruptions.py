@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 from benchmarks.soak import results
-from deep_components import run_train2, training
+from deep_components import run_train2
 from deep_components.batch import CascadeBatch
-from deep_components.checkpoint import STATE_FILE, load_state
 from deep_components.cli import run_command
-from deep_components.trainer import Trainer
+from deep_components.runs.checkpoint import STATE_FILE, load_state
+from deep_components.training import loop as training
+from deep_components.training.step import Trainer
 from tests.helpers import leftovers, logged_steps, train, training_arguments
 
 pytestmark = pytest.mark.usefixtures("short_rules")
@@ -261,7 +262,7 @@ from pathlib import Path
 import torch
 from deep_components import run_train2
 from deep_components.cli import run_command
-from deep_components.trainer import Trainer
+from deep_components.training.step import Trainer
 
 torch.set_num_threads(1)
 step, made, signs = Trainer.step, 0, Path(sys.argv[1])

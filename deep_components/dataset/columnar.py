@@ -34,13 +34,13 @@ from deep_components.batch import (
     Targets,
 )
 from deep_components.cascade import Cascade
-from deep_components.dataset import recflow
 from deep_components.dataset.clock import time_zone
-from deep_components.dataset.encoding import LOG_COLUMN, ColumnFiles, encode_day
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow import LOG_COLUMN, ColumnFiles, encode_day
 from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
 from deep_components.files import locked, read_json, sha256_of, write_json
-from deep_components.vocabulary import IdSet
+from deep_components.tables.id_set import IdSet
 
 FORMAT_VERSION = 2
 _META = "meta.json"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from deep_components.dataset.recflow import PERIOD_1, available_days
+from deep_components.dataset.importers.recflow_files import PERIOD_1, available_days
 from deep_components.errors import InputError
 
 

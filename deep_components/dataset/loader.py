@@ -9,8 +9,8 @@ import torch
 
 from deep_components.batch import CascadeBatch
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.rows import BatchRows
 from deep_components.errors import InputError
+from deep_components.tables.rows import BatchRows
 
 _REQUESTS_PER_COPY = 8192
 

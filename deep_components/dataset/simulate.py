@@ -34,7 +34,7 @@ import numpy as np
 
 from deep_components.cascade import THREE_STAGE
 from deep_components.cli import progress, run_command
-from deep_components.dataset.recflow import (
+from deep_components.dataset.importers.recflow_files import (
     GROUP_NAMES,
     HISTORY_COLUMNS,
     HISTORY_LENGTH,

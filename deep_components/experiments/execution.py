@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deep_components import checkpoint
 from deep_components.errors import InputError
 from deep_components.experiments import records
 from deep_components.experiments.plan import Part, Run
+from deep_components.runs import checkpoint
 
 USERS_MISTAKE = 2  # the exit code of a command that refuses its input
 

@@ -16,8 +16,8 @@ from deep_components.arguments import (
     add_method_options,
     training_parser,
 )
-from deep_components.dataset import recflow
 from deep_components.dataset.days import test_day, training_days
+from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
 
 UNTRAINED = "untrained"

@@ -10,9 +10,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from deep_components.checkpoint import STEP_LOG_FILE
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
+from deep_components.runs.checkpoint import STEP_LOG_FILE
 
 _BAR = "{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
 _TAIL = 4096  # bytes at the end of a step log that hold its last line

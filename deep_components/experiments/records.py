@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deep_components import checkpoint, files
-from deep_components.checkpoint import RUN_FILE, STREAMING_FILE
+from deep_components import files
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run, optional
 from deep_components.files import make_folder
+from deep_components.runs import checkpoint
+from deep_components.runs.checkpoint import RUN_FILE, STREAMING_FILE
 
 LOG_FILE = "run.log"
 LOCK_FILE = ".runner.lock"

@@ -10,9 +10,9 @@ from deep_components.cascade import Cascade
 from deep_components.kernels import Kernels
 from deep_components.models.din import DIN
 from deep_components.models.dssm import DSSM
-from deep_components.models.embedding import FieldEmbedding
 from deep_components.models.mlp import MLP
-from deep_components.vocabulary import IdSet
+from deep_components.tables.embedding import FieldEmbedding
+from deep_components.tables.id_set import IdSet
 
 MODEL_OF_STAGE: dict[str, type[DSSM] | type[MLP] | type[DIN]] = {"retrieval": DSSM, "prerank": MLP, "rank": DIN}
 

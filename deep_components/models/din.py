@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from deep_components.batch import Features
 from deep_components.kernels import Kernels
-from deep_components.models.embedding import FieldEmbedding
 from deep_components.models.tower import run_tower, tower
-from deep_components.vocabulary import IdSet
+from deep_components.tables.embedding import FieldEmbedding
+from deep_components.tables.id_set import IdSet
 
 ATTENTION_UNITS = 80
 PADDING_LOGIT = -(2.0**30) + 1.0

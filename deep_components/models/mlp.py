@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from deep_components.batch import Features
-from deep_components.models.embedding import FieldEmbedding, mean_history
 from deep_components.models.tower import run_tower, tower
-from deep_components.vocabulary import IdSet
+from deep_components.tables.embedding import FieldEmbedding, mean_history
+from deep_components.tables.id_set import IdSet
 
 
 class MLP(nn.Module):

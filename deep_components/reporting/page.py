@@ -14,7 +14,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from deep_components import checkpoint
 from deep_components.files import read_json
 from deep_components.reporting import svg
 from deep_components.reporting.charts import Charts, left_after, stages
@@ -32,6 +31,7 @@ from deep_components.reporting.tables import (
     paper_cell,
     signed,
 )
+from deep_components.runs import checkpoint
 
 FOLDER = Path(__file__).with_name("page")
 NOTHING = "\N{EN DASH}"  # in a cell that has no value

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deep_components.dataset.recflow import PERIOD_1
+from deep_components.dataset.importers.recflow_files import PERIOD_1
 
 TABLES = Path(__file__).with_name("paper_tables.csv")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from deep_components import checkpoint
 from deep_components.arguments import UNTRAINED_ARGUMENTS, WHEREABOUTS
 from deep_components.errors import InputError
 from deep_components.files import read_json
+from deep_components.runs import checkpoint
 
 UNTRAINED = "untrained"
 

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from deep_components import checkpoint
 from deep_components.errors import InputError
 from deep_components.files import read_json
 from deep_components.reporting.results import Row
 from deep_components.reporting.runs import Run, printable
+from deep_components.runs import checkpoint
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from deep_components.cascade import TWO_STAGE
-from deep_components.dataset import recflow
+from deep_components.dataset.importers import recflow_files as recflow
 from tests.dataset.synthetic import COUNTS, DAY, edit_pickle, edit_table, with_column
 
 Spoil = Callable[[Path], Any]

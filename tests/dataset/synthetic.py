@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 
-from deep_components.dataset import recflow
-from deep_components.dataset.recflow import GROUP_NAMES, HISTORY_COLUMNS, ITEM_COLUMNS, DayLog
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow_files import GROUP_NAMES, HISTORY_COLUMNS, ITEM_COLUMNS, DayLog
 
 DAY = "2024-01-15"  # a Monday
 MIDNIGHT = 1_705_248_000  # of DAY in Asia/Shanghai, in seconds

@@ -19,9 +19,10 @@ import pytest
 
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Group
-from deep_components.dataset import columnar, recflow
+from deep_components.dataset import columnar
 from deep_components.dataset.columnar import DayCache, default_cache_dir, open_day
-from deep_components.dataset.encoding import ColumnFiles
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow import ColumnFiles
 from deep_components.errors import InputError
 from tests.dataset.synthetic import COUNTS, DAY, random_log, write_log
 

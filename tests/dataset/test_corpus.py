@@ -8,12 +8,12 @@ import pytest
 from deep_components import run_train2
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
-from deep_components.dataset import recflow
 from deep_components.dataset.columnar import open_day
 from deep_components.dataset.days import training_days
+from deep_components.dataset.importers import recflow_files as recflow
 from tests.dataset.corpus import Damaged, Repaired, damaged, repaired
+from tests.dataset.importers.test_recflow import compare
 from tests.dataset.synthetic import DAY, random_log, write_log
-from tests.dataset.test_encoding import compare
 from tests.helpers import leftovers
 
 DAMAGED, REPAIRED = list(damaged()), list(repaired())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deep_components.dataset import days, recflow
+from deep_components.dataset import days
+from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
 
 PERIOD_1 = [f"2024-01-{day}" for day in range(13, 32)] + [f"2024-02-0{day}" for day in range(1, 5)]

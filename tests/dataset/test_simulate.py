@@ -17,8 +17,9 @@ import pytest
 
 from deep_components.cascade import THREE_STAGE, TWO_STAGE
 from deep_components.cli import run_command
-from deep_components.dataset import recflow, simulate
-from deep_components.dataset.recflow import (
+from deep_components.dataset import simulate
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow_files import (
     GROUP_NAMES,
     HISTORY_COLUMNS,
     HISTORY_LENGTH,

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deep_components import collect_costs, collect_streaming
+from deep_components.commands import costs as collect_costs
+from deep_components.commands import streaming as collect_streaming
 from deep_components.errors import InputError
 from deep_components.experiments.execution import Commands, Options, Slot, execute
 from deep_components.experiments.tables import costs_table, streaming_table

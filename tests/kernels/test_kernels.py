@@ -19,7 +19,7 @@ from deep_components import kernels as module
 from deep_components.kernels import Kernels, TableUse, load_kernels
 from deep_components.models.din import PADDING_LOGIT, _CompiledLogits, attention_logits
 from deep_components.models.tower import _linear_relu
-from deep_components.optim.deferred_adam import DeferredAdam
+from deep_components.tables.deferred_adam import DeferredAdam
 from tests.helpers import config, same_parameters, train
 
 BETAS, EPS, LR = (0.9, 0.999), 1e-8, 0.01

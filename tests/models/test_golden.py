@@ -13,7 +13,7 @@ from deep_components.dataset.columnar import open_day
 from deep_components.kernels import load_kernels
 from deep_components.models import MODEL_OF_STAGE, build_models, use_kernels
 from deep_components.models.original_names import from_original, original_name
-from deep_components.trainer import Trainer
+from deep_components.training.step import Trainer
 
 ORIGINAL_MODEL = {"retrieval": "dssm", "prerank": "mlp", "rank": "din"}
 METHODS = ["bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron"]

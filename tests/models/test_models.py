@@ -12,7 +12,7 @@ from deep_components.cascade import THREE_STAGE, TWO_STAGE
 from deep_components.kernels import load_kernels
 from deep_components.models import DIN, DSSM, MLP, build_models, use_kernels
 from deep_components.models.din import PADDING_LOGIT, attention_logits
-from deep_components.models.embedding import ID_FIELDS, TIME_ROWS, FieldEmbedding, initial_rows
+from deep_components.tables.embedding import ID_FIELDS, TIME_ROWS, FieldEmbedding, initial_rows
 
 VOCABULARY = dict.fromkeys(ID_FIELDS, 20)
 DIM, UNITS = 4, 16

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deep_components import report
+from deep_components.commands import report
 from tests.reporting.browser import Page, chromium, find_chromium
 from tests.reporting.report_runs import RECALLS, SCRIPT, write_all
 

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from deep_components import report
 from deep_components.cli import run_command
+from deep_components.commands import report
 from deep_components.reporting import svg
 from deep_components.reporting.charts import DotChart, LineChart, build_charts
 from deep_components.reporting.page import render

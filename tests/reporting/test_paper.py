@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deep_components import run_train2, run_train3
-from deep_components.dataset.recflow import PERIOD_1
+from deep_components.dataset.importers.recflow_files import PERIOD_1
 from deep_components.reporting.paper import TABLES, comparable, paper_number
 from deep_components.reporting.results import build_results
 from deep_components.reporting.runs import read_runs

@@ -1,0 +1,539 @@
+"""Encoded batches against the golden ones, and against the specification followed one item at a time."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pytest
+
+from deep_components.batch import REQUEST_FIELDS
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.importers import recflow as encoding
+from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.errors import InputError
+from tests.dataset.synthetic import (
+    COUNTS,
+    DAY,
+    edit_pickle,
+    edit_table,
+    random_log,
+    read_plain,
+    with_column,
+    write_log,
+)
+
+CASCADES = (TWO_STAGE, THREE_STAGE)
+MISSING = [0, 0, 0, 2, 0, 0, 0, 0]  # the item that is not there: category_one pads with 2
+
+
+def arrays_of(day: DayCache) -> dict[str, np.ndarray]:
+    """The whole day as one batch, in file order."""
+    batch = day.batch(np.arange(len(day)))
+    features, targets = batch.features, batch.targets
+    tensors = {field: getattr(features, field) for field in REQUEST_FIELDS}
+    tensors |= {"request_id": batch.request_id, "history": features.history, "history_mask": features.history_mask}
+    tensors |= {"items": features.items, "labels": targets.labels, "mask": targets.mask}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------------- golden
+
+GOLDEN_NAMES = {
+    "request_id": "request_id",
+    "weekday": "request_wday",
+    "hour": "request_hour",
+    "minute": "request_min",
+    "user": "user_id",
+    "device": "device_id",
+    "gender": "gender",
+    "age": "age",
+    "province": "province",
+    "history": "history",
+    "history_mask": "history_mask",
+}
+
+
+@pytest.mark.parametrize("day", ["2024-01-13", "2024-01-14", "2024-01-15", "2024-02-04"])
+@pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
+def test_golden_batches(golden: Path, tmp_path: Path, cascade: Cascade, day: str) -> None:
+    cache = open_day(golden / "recflow_mini", day, cascade, cache_dir=tmp_path)
+    ours = arrays_of(cache)
+    with np.load(golden / f"batches_{cascade.name}.npz") as file:
+        theirs = {key.removeprefix(f"{day}/"): file[key] for key in file.files if key.startswith(f"{day}/")}
+    for name, golden_name in GOLDEN_NAMES.items():
+        np.testing.assert_array_equal(ours[name], theirs.pop(golden_name), err_msg=name)
+    length = np.maximum(ours["history_mask"].sum(axis=1), 1)
+    np.testing.assert_array_equal(length, theirs.pop("history_len"))
+    for place, group in enumerate(cascade.groups):
+        columns = slice(10 * place, 10 * place + 10)
+        mask = theirs.pop(f"mask/{group.name}")
+        np.testing.assert_array_equal(ours["mask"][:, columns], mask, err_msg=group.name)
+        np.testing.assert_array_equal(ours["items"][:, columns], theirs.pop(f"items/{group.name}"), err_msg=group.name)
+        labels = theirs.pop(f"label/{group.name}")
+        np.testing.assert_array_equal(ours["labels"][:, columns][mask == 1], labels[mask == 1], err_msg=group.name)
+    assert not theirs, "golden arrays that nothing was compared with"
+    assert (day == "2024-01-15") == (not ours["mask"].all())
+    assert not (golden / "recflow_mini" / "cache").exists()
+
+
+# ---------------------------------------------------------------------------------------------- one item at a time
+
+
+def clock_fields(seconds: int, zone: ZoneInfo) -> list[int]:
+    local = datetime.fromtimestamp(seconds, zone)
+    return [local.isoweekday(), local.hour + 1, local.minute + 1]
+
+
+def expected_arrays(root: Path, cascade: Cascade, zone: ZoneInfo) -> dict[str, np.ndarray]:
+    """Section 2 of the specification, word by word."""
+    rows = pyarrow.feather.read_table(recflow.feather_path(root, DAY), memory_map=False).to_pylist()
+    groups_of = read_plain(recflow.request_path(root, DAY))
+    history_of = read_plain(recflow.history_path(root, DAY))
+    truth = {"two_stage": ("rank_pos", "rank_index"), "three_stage": ("rerank_pos", "rerank_index")}[cascade.name]
+    names = {
+        "two_stage": ["rank_pos", "rank_neg", "coarse_neg", "prerank_neg"],
+        "three_stage": ["rerank_pos", "rerank_neg", "rank_neg", "coarse_neg", "prerank_neg"],
+    }[cascade.name]
+    common_label = {"rerank_neg": 30 - 22, "rank_neg": 30 - 23, "coarse_neg": 30 - 24, "prerank_neg": 30 - 25}
+
+    first_row: dict[int, dict[str, int]] = {}
+    index: dict[tuple[int, int], int] = {}
+    for row in rows:
+        first_row.setdefault(row["request_id"], row)
+        if row[truth[0]] == 1 and row[truth[1]] >= 0:
+            index.setdefault((row["request_id"], row["video_id"]), row[truth[1]])
+
+    found: dict[str, list[Any]] = {name: [] for name in (*REQUEST_FIELDS, *ARRAYS)}
+    for request, row in first_row.items():
+        if request not in groups_of:
+            continue
+        found["request_id"].append(request)
+        request_time = clock_fields(row["request_timestamp"] // 1000, zone)
+        for name, value in zip(("weekday", "hour", "minute"), request_time, strict=True):
+            found[name].append(value)
+        for name, column in (("user", "user_id"), ("device", "device_id")):
+            found[name].append(row[column] + 1)
+        for name in ("gender", "age", "province"):
+            found[name].append(row[name] + 1)
+
+        history, valid = [], []
+        for event in history_of.get(request, np.zeros((50, 10), np.int64)).tolist():
+            valid.append(event[7] != 0)
+            history.append([event[0] + 1, event[1] + 1, event[2] + 1, event[3], event[4] + 1] if valid[-1] else [0] * 5)
+        found["history"].append(history)
+        found["history_mask"].append(valid)
+
+        items, labels, mask = [], [], []
+        for name in names:
+            group = groups_of[request].get(name)
+            listed = [] if group is None else [[int(value) for value in item] for item in group]
+            for place in range(10):
+                item = listed[place] if place < len(listed) else None
+                if item is not None and name == truth[0] and (request, item[0]) not in index:
+                    item = None  # its label is unknown
+                mask.append(item is not None)
+                if item is None:
+                    items.append(MISSING)
+                    labels.append(0)
+                    continue
+                ids = [item[0] + 1, item[1] + 1, item[3] + 1, item[6], item[4] + 1]
+                items.append(ids + clock_fields(item[5], zone))
+                labels.append(30 - index[request, item[0]] if name == truth[0] else common_label[name])
+        found["items"].append(items)
+        found["labels"].append(labels)
+        found["mask"].append(mask)
+    return {name: np.array(values) for name, values in found.items()}
+
+
+ARRAYS = ("request_id", "history", "history_mask", "items", "labels", "mask")
+
+
+def compare(root: Path, cascade: Cascade, zone: str = "Asia/Shanghai") -> dict[str, np.ndarray]:
+    """Assert that the day is encoded as the specification says, and return it."""
+    ours = arrays_of(open_day(root, DAY, cascade, zone=zone))
+    expected = expected_arrays(root, cascade, ZoneInfo(zone))
+    mask = expected["mask"]
+    np.testing.assert_array_equal(ours["mask"], mask)
+    np.testing.assert_array_equal(ours.pop("labels")[mask], expected.pop("labels")[mask])
+    for name, values in expected.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    assert set(ours) == set(expected)
+    return ours
+
+
+def ragged(root: Path, seed: int) -> None:
+    """Spoil a sound log in every way that the specification allows."""
+    rng = np.random.default_rng(seed)
+
+    def forms(rows: np.ndarray, more: np.ndarray) -> Sequence[np.ndarray]:
+        return (
+            np.zeros((0, 8), np.int64),
+            np.array([]),
+            rows[: rng.integers(1, 10)],
+            np.concatenate([rows, more]),
+            rows[:, :7],
+            np.concatenate([rows, rows[:, :3]], axis=1),
+            rows[:7].astype(np.int32),
+            rows.astype(">i8"),
+            np.asfortranarray(rows[:9]),
+            rows[::-1].astype(np.float64),
+            rows,
+        )
+
+    def spoil_groups(requests: dict[int, dict[str, np.ndarray]]) -> None:
+        for place, groups in enumerate(requests.values()):
+            sound = dict(groups)
+            for name, rows in sound.items():
+                choices = forms(rows, sound["coarse_neg" if name == "rank_neg" else "rank_neg"][:4])
+                chosen = int(rng.integers(len(choices) + 1))
+                if chosen == len(choices):
+                    del groups[name]
+                else:
+                    groups[name] = choices[chosen]
+            if place == 3:
+                groups.clear()
+        known = list(requests)
+        requests[123] = requests[known[0]]  # stands in no row
+        del requests[known[5]], requests[known[0]]
+
+    def spoil_rows(table: pa.Table) -> pa.Table:
+        table = table.take(pa.array(rng.permutation(table.num_rows)))  # a request's rows stand apart
+        for flag in ("rank_pos", "rerank_pos"):
+            table = with_column(table, flag, table[flag].to_numpy() * (rng.random(table.num_rows) < 0.8))
+        for name in ("rank_pos", "rerank_pos", "rank_index", "user_id", "request_timestamp"):
+            narrow = pa.uint8() if name in ("rank_pos", "user_id") else pa.int64()
+            table = with_column(table, name, pa.array(table[name].to_numpy().astype(np.int64)).cast(narrow))
+        return table
+
+    def spoil_histories(histories: dict[int, np.ndarray]) -> None:
+        known = list(histories)
+        del histories[known[2]]
+        histories[known[4]] = histories[known[4]][:, :8]
+        histories[known[6]] = np.asfortranarray(histories[known[6]].astype(np.int64))
+        histories[known[8]][10:13, 7] = 0  # events without a time amid others
+        histories[456] = histories[known[1]]
+
+    edit_pickle(recflow.request_path(root, DAY), spoil_groups)
+    edit_pickle(recflow.history_path(root, DAY), spoil_histories)
+    edit_table(recflow.feather_path(root, DAY), spoil_rows, chunksize=37)
+
+
+@pytest.mark.parametrize("zone", ["Asia/Shanghai", "America/New_York"])
+@pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
+def test_a_complete_log(tmp_path: Path, cascade: Cascade, zone: str) -> None:
+    ours = compare(write_log(tmp_path), cascade, zone)
+    assert ours["mask"].all() and len(ours["mask"]) == 12
+    for place, field in enumerate(("video_id", "author_id", "category_level_two")):
+        assert ours["items"][..., place].max() == COUNTS[field] + 1  # the largest id keeps its row
+    assert ours["items"][..., 3].min() == 0  # not shifted
+
+
+@pytest.mark.parametrize("group", ["rank_pos", "prerank_neg"])
+@pytest.mark.parametrize("absent", ["missing", "empty", "7 columns", "9 columns"])
+def test_one_group_of_all_requests_is_absent_or_of_another_width(tmp_path: Path, group: str, absent: str) -> None:
+    def spoil(requests: dict[int, dict[str, np.ndarray]]) -> None:
+        for groups in requests.values():
+            rows = groups.pop(group)
+            if absent != "missing":
+                wide = np.concatenate([rows, rows], axis=1)
+                groups[group] = rows[:0] if absent == "empty" else wide[:, : int(absent[0])]
+
+    write_log(tmp_path)
+    edit_pickle(recflow.request_path(tmp_path, DAY), spoil)
+    assert compare(tmp_path, TWO_STAGE)["mask"].all() == ("columns" in absent)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
+def test_a_ragged_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cascade: Cascade, seed: int) -> None:
+    monkeypatch.setattr(encoding, "_ROWS_PER_COPY", 7)  # of 18: whole copies and a part
+    write_log(tmp_path, random_log(20, seed))
+    ragged(tmp_path, seed)
+    zone = ("Asia/Shanghai", "Europe/Berlin")[seed % 2]
+    ours = compare(tmp_path, cascade, zone)
+    assert len(ours["mask"]) == 18
+    assert not ours["mask"].all() and ours["mask"].any()
+    assert (ours["items"][~ours["mask"]] == MISSING).all()
+    repairs = open_day(tmp_path, DAY, cascade, zone=zone).repairs
+    assert sorted(count for text, count in repairs.items() if not text.startswith("items of")) == [0, 0, 1, 1, 2]
+
+
+def truth_rows(table: pa.Table, flag: str) -> np.ndarray:
+    return np.flatnonzero(table[flag].to_numpy() == 1)
+
+
+def test_a_ground_truth_video_without_index_is_left_out_and_counted(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    lost = [3, 14, 15]  # the 4th item of the first request, the 5th and 6th of the second
+
+    def drop_flags(table: pa.Table) -> pa.Table:
+        flags = table["rank_pos"].to_numpy().copy()
+        flags[truth_rows(table, "rank_pos")[lost]] = 0
+        return with_column(table, "rank_pos", flags)
+
+    edit_table(recflow.feather_path(tmp_path, DAY), drop_flags)
+    ours = compare(tmp_path, TWO_STAGE)
+    holes = np.argwhere(~ours["mask"])
+    assert holes.tolist() == [[0, 3], [1, 4], [1, 5]]
+    repairs = {text: count for text, count in open_day(tmp_path, DAY, TWO_STAGE).repairs.items() if count}
+    assert repairs == {"items of rank_pos without rank_index in all_stage, left out": 3}
+
+
+def test_an_index_belongs_to_a_request_and_a_video(tmp_path: Path) -> None:
+    """The same ten videos in all requests, in other orders of truth."""
+    log = random_log(5)
+    log.groups["rank_pos"][:, :, 0] = np.arange(COUNTS["video_id"], COUNTS["video_id"] - 10, -1)
+    write_log(tmp_path, log)
+    labels = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))["labels"]
+    np.testing.assert_array_equal(labels[:, :10], 30 - log.rank_index)
+    compare(tmp_path, TWO_STAGE)
+
+
+def test_the_history_length_takes_the_last_events(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    whole = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    short = arrays_of(open_day(tmp_path, DAY, TWO_STAGE, history_length=7))
+    np.testing.assert_array_equal(short.pop("history"), whole.pop("history")[:, -7:])
+    np.testing.assert_array_equal(short.pop("history_mask"), whole.pop("history_mask")[:, -7:])
+    for name, values in whole.items():
+        np.testing.assert_array_equal(short[name], values, err_msg=name)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def first_request(root: Path) -> int:
+    return next(iter(read_plain(recflow.request_path(root, DAY))))
+
+
+def check_refused(root: Path, *texts: str, cascade: Cascade = TWO_STAGE) -> None:
+    with pytest.raises(InputError) as caught:
+        open_day(root, DAY, cascade)
+    message = str(caught.value)
+    for text in texts:
+        assert text in message, message
+    assert "--cache_dir" not in message, message  # the cache is not to blame
+
+
+def edit_group(root: Path, group: str, edit: Callable[[np.ndarray], Any]) -> None:
+    def change(requests: dict[int, dict[str, Any]]) -> None:
+        groups = requests[first_request(root)]
+        changed = edit(groups[group])
+        groups[group] = groups[group] if changed is None else changed
+
+    edit_pickle(recflow.request_path(root, DAY), change)
+
+
+def edit_history(root: Path, edit: Callable[[np.ndarray], Any]) -> None:
+    def change(histories: dict[int, Any]) -> None:
+        request = first_request(root)
+        changed = edit(histories[request])
+        histories[request] = histories[request] if changed is None else changed
+
+    edit_pickle(recflow.history_path(root, DAY), change)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_missing_file(tmp_path: Path, place: int) -> None:
+    path = recflow.day_paths(write_log(tmp_path), DAY)[place]
+    path.unlink()
+    check_refused(tmp_path, str(path), "no such file", "data/README.md")
+
+
+ITEM_PLACES = {
+    "video_id": 0,
+    "author_id": 1,
+    "category_level_two": 3,
+    "upload_type": 4,
+    "category_level_one": 6,
+}
+HISTORY_PLACES = {
+    "video_id": 0,
+    "author_id": 1,
+    "category_level_two": 2,
+    "category_level_one": 3,
+    "upload_type": 4,
+}
+
+
+@pytest.mark.parametrize("field", ITEM_PLACES)
+@pytest.mark.parametrize("above", [True, False])
+def test_an_item_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
+    write_log(tmp_path)
+    value = COUNTS[field] + 1 if above else -1
+
+    def spoil(rows: np.ndarray) -> None:
+        rows[4, ITEM_PLACES[field]] = value
+
+    edit_group(tmp_path, "coarse_neg", spoil)
+    path = recflow.request_path(tmp_path, DAY)
+    texts = (f"request {first_request(tmp_path)}, coarse_neg", f"{field} is {value}", f"0 .. {COUNTS[field]}")
+    check_refused(tmp_path, str(path), *texts)
+
+
+@pytest.mark.parametrize("field", HISTORY_PLACES)
+@pytest.mark.parametrize("above", [True, False])
+def test_an_id_in_a_history_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
+    write_log(tmp_path)
+    value = COUNTS[field] + 1 if above else -1
+
+    def spoil(rows: np.ndarray) -> None:
+        rows[49, HISTORY_PLACES[field]] = value
+        rows[49, 7] = 1
+
+    edit_history(tmp_path, spoil)
+    request = first_request(tmp_path)
+    texts = (f"request {request}, history", f"{field} is {value}", f"0 .. {COUNTS[field]}")
+    check_refused(tmp_path, str(recflow.history_path(tmp_path, DAY)), *texts)
+
+
+@pytest.mark.parametrize("field", ["user_id", "device_id", "age", "gender", "province"])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_request_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
+    log = random_log()
+    log.request[field][3] = value = COUNTS[field] + 1 if above else -1
+    write_log(tmp_path, log)
+    texts = (f"request {log.request['request_id'][3]}", f"{field} is {value}", f"0 .. {COUNTS[field]}")
+    check_refused(tmp_path, str(recflow.feather_path(tmp_path, DAY)), *texts)
+
+
+def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
+    """Rows beyond the tenth, columns that are not used, padding events, groups of the other cascade."""
+    write_log(tmp_path)
+    before = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+
+    def spoil_group(rows: np.ndarray) -> np.ndarray:
+        rows[:, 2] = rows[:, 7] = -1
+        return np.concatenate([rows, np.full((3, 8), -1)])
+
+    def spoil_history(rows: np.ndarray) -> None:
+        rows[:5, :7] = -1
+        rows[:5, 7] = 0
+        rows[:, 8:] = -1
+
+    edit_group(tmp_path, "rank_pos", spoil_group)
+    edit_group(tmp_path, "rerank_neg", lambda rows: np.full_like(rows, -1))
+    edit_history(tmp_path, spoil_history)
+    after = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    before["history"][0, :5] = 0
+    before["history_mask"][0, :5] = False
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "shape", [(49, 10), (51, 10), (0, 10), (50, 7), (50,), (500,), (50, 10, 1), ()], ids=lambda shape: str(shape)
+)
+def test_a_history_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write_log(tmp_path)
+    edit_history(tmp_path, lambda rows: np.zeros(shape, np.int64))
+    path = recflow.history_path(tmp_path, DAY)
+    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}", str(shape))
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (10,), (10, 8, 1), (), (3, 0)], ids=lambda shape: str(shape))
+def test_items_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write_log(tmp_path)
+    edit_group(tmp_path, "rank_neg", lambda rows: np.zeros(shape, np.int64))
+    path = recflow.request_path(tmp_path, DAY)
+    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}, rank_neg", str(shape))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.5, 2.0**63, -(2.0**64)])
+@pytest.mark.parametrize("in_history", [False, True])
+def test_a_number_that_is_no_integer(tmp_path: Path, value: float, in_history: bool) -> None:
+    write_log(tmp_path)
+
+    def spoil(rows: np.ndarray) -> np.ndarray:
+        rows = rows.astype(np.float64)
+        rows[9, 1] = value
+        return rows
+
+    if in_history:
+        edit_history(tmp_path, spoil)
+    else:
+        edit_group(tmp_path, "prerank_neg", spoil)
+    path = (recflow.history_path if in_history else recflow.request_path)(tmp_path, DAY)
+    what = "the history" if in_history else "prerank_neg"
+    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}, {what}", "not an integer")
+
+
+def test_an_unsigned_number_beyond_int64(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    edit_group(tmp_path, "rank_pos", lambda rows: np.full(rows.shape, (1 << 64) - 1, np.uint64))
+    check_refused(tmp_path, str(recflow.request_path(tmp_path, DAY)), "not an integer of 64 bits")
+
+
+@pytest.mark.parametrize("column", ["request_timestamp", "upload_timestamp"])
+def test_a_time_in_the_wrong_unit(tmp_path: Path, column: str) -> None:
+    log = random_log()
+    if column == "request_timestamp":
+        log.request[column][2] *= 1000
+        path = recflow.feather_path(tmp_path, DAY)
+    else:
+        log.groups["rank_pos"][2, 2, 5] = log.request["request_timestamp"][2]
+        path = recflow.request_path(tmp_path, DAY)
+    write_log(tmp_path, log)
+    check_refused(tmp_path, str(path), column, "to 2200")
+
+
+@pytest.mark.parametrize("index", [1 << 15, (1 << 63) - 1])
+def test_an_index_that_no_label_holds(tmp_path: Path, index: int) -> None:
+    write_log(tmp_path)
+
+    def spoil(table: pa.Table) -> pa.Table:
+        values = table["rank_index"].to_numpy().copy()
+        values[truth_rows(table, "rank_pos")[17]] = index
+        return with_column(table, "rank_index", values)
+
+    edit_table(recflow.feather_path(tmp_path, DAY), spoil)
+    path = recflow.feather_path(tmp_path, DAY)
+    check_refused(tmp_path, f"{path}: request ", f"rank_index is {index}, outside the 0 .. 32767")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([1, 2], "not a dict keyed by request ids"),
+        ({"a": {}}, "not a dict keyed by request ids"),
+        ({}, "none of its requests"),
+        ({5: {}}, "none of its requests"),
+        ({5: 1}, "request 5 is not a dict of arrays by group"),
+        ({5: {"rank_pos": [[1]]}}, "request 5 is not a dict of arrays by group"),
+    ],
+)
+def test_a_request_file_of_another_form(tmp_path: Path, content: Any, text: str) -> None:
+    write_log(tmp_path)
+    path = recflow.request_path(tmp_path, DAY)
+    edit_pickle(path, lambda _: content)
+    check_refused(tmp_path, str(path), text)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (5, "not a dict keyed by request ids"),
+        ({5: None}, "history of request 5 is not an array"),
+        ({5: {"a": 1}}, "history of request 5 is not an array"),
+    ],
+)
+def test_a_history_file_of_another_form(tmp_path: Path, content: Any, text: str) -> None:
+    write_log(tmp_path)
+    path = recflow.history_path(tmp_path, DAY)
+    edit_pickle(path, lambda _: content)
+    check_refused(tmp_path, str(path), text)
+
+
+def test_an_array_without_its_state(tmp_path: Path) -> None:
+    write_log(tmp_path, random_log(1))
+    path = recflow.request_path(tmp_path, DAY)
+    content = path.read_bytes()
+    place = content.rindex(b"t\x94b") + 2  # TUPLE, MEMOIZE, BUILD
+    path.write_bytes(content[:place] + b"0" + content[place + 1 :])
+    check_refused(tmp_path, str(path), cascade=THREE_STAGE)  # it has rerank_neg, the file's last array

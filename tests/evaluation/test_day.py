@@ -1,0 +1,360 @@
+"""Evaluation: every request once, the tables' names, and nothing half-written when something is wrong."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deep_components import run_test2
+from deep_components.cascade import TWO_STAGE
+from deep_components.cli import run_command
+from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.dataset.importers.recflow_files import read_id_counts
+from deep_components.evaluation import day as evaluation
+from deep_components.models import build_models
+from deep_components.runs import checkpoint
+from tests.helpers import (
+    DAYS,
+    REQUESTS_PER_DAY,
+    STAGES,
+    config,
+    contents,
+    evaluate,
+    evaluation_arguments,
+    leftovers,
+    small_log,
+    train,
+)
+
+METRICS = [
+    "joint_recall@10@20",
+    *("retrieval_recall@10@30", "retrieval_ndcg@10", "retrieval_kendall_tau"),
+    *("rank_recall@10@20", "rank_ndcg@10", "rank_kendall_tau"),
+    *("survival_after_retrieval", "survival_after_rank"),
+]
+
+
+@pytest.fixture(scope="session")
+def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(log, tmp_path_factory.mktemp("trained"), "--epochs=3")
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A trained run that the test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def per_request_of(run: Path) -> dict[str, np.ndarray]:
+    with np.load(run / "per_request.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def scores_of(run: Path) -> dict[str, np.ndarray]:
+    with np.load(run / "scores.npz") as arrays:
+        return dict(arrays)
+
+
+def refused(log: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """Evaluates, expects a refusal that leaves nothing behind, and returns its sentence."""
+    assert run_command(run_test2.main, evaluation_arguments(log, run, "--save_scores", *flags)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (run / "metrics.json").exists()
+    assert not (run / "scores.npz").exists()
+    assert not (run / "per_request.npz").exists()
+    assert leftovers(run) == []
+    return error
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_keys_are_those_of_the_papers_tables(log: Path, run: Path, golden: Path) -> None:
+    with (golden.parent / "paper_tables.csv").open() as file:
+        tables = {row["metric"] for row in csv.DictReader(file) if row["setting"] == TWO_STAGE.name}
+    results = evaluate(log, run)
+    assert tables == {name for name in results if "@" in name}
+
+
+def test_metrics_json(log: Path, run: Path) -> None:
+    results = evaluate(log, run)
+    assert [name for name in results if name in METRICS] == METRICS
+    assert all(-1 <= results[name] <= 1 for name in METRICS)
+    about = {"num_requests": REQUESTS_PER_DAY, "num_requests_without_ground_truth": 0, "test_day": DAYS[-1]}
+    about |= {"setting": "two_stage", "loss_type": "lcron", "seed": 30, "epochs": 3, "data": "simulated"}
+    about |= {"commit": config(run)["commit"]}
+    assert {name: results[name] for name in about} == about
+    assert set(results) == {*METRICS, *about, "warning", "test_day_checksum"}
+
+
+def test_scores_npz(log: Path, run: Path) -> None:
+    evaluate(log, run, "--save_scores")
+    scores = scores_of(run)
+    assert set(scores) == {"request_id", "labels", "mask", "data", *STAGES}
+    shape = (REQUESTS_PER_DAY, TWO_STAGE.num_items)
+    assert scores["request_id"].shape == (REQUESTS_PER_DAY,)
+    assert {name: scores[name].shape for name in ("labels", "mask", *STAGES)} == dict.fromkeys(
+        ("labels", "mask", *STAGES), shape
+    )
+    day = open_day(log, DAYS[-1], TWO_STAGE).batch(np.arange(REQUESTS_PER_DAY))  # in file order
+    assert np.array_equal(scores["request_id"], day.request_id.numpy())
+    assert np.array_equal(scores["labels"], day.targets.labels.numpy())
+    assert np.array_equal(scores["mask"], day.targets.mask.numpy())
+
+
+def test_per_request_npz(log: Path, run: Path) -> None:
+    """Every metric of metrics.json per request, in file order; its mean over the requests is the metric."""
+    results = evaluate(log, run, "--save_scores")
+    arrays = per_request_of(run)
+    assert list(arrays) == ["request_id", *METRICS]
+    assert arrays["request_id"].dtype == np.int64
+    assert np.array_equal(arrays["request_id"], scores_of(run)["request_id"])
+    for name in METRICS:
+        assert arrays[name].shape == (REQUESTS_PER_DAY,) and arrays[name].dtype == np.float64
+        assert results[name] == pytest.approx(np.nanmean(arrays[name]), abs=1e-12)
+
+
+def test_scores_only_when_asked_for(log: Path, run: Path) -> None:
+    evaluate(log, run)
+    assert not (run / "scores.npz").exists()
+
+
+def test_scores_of_an_earlier_evaluation_do_not_stay(log: Path, run: Path) -> None:
+    evaluate(log, run, "--save_scores", f"--test_day={DAYS[0]}")
+    evaluate(log, run)
+    assert not (run / "scores.npz").exists()
+
+
+def test_the_metrics_are_those_of_the_scores(log: Path, run: Path) -> None:
+    """The cascade served once more, request by request, from scores.npz."""
+    results = evaluate(log, run, "--save_scores")
+    scores = scores_of(run)
+    joint, single = [], []
+    for retrieval, rank in zip(scores["retrieval"], scores["rank"], strict=True):
+        recalled = np.argsort(-retrieval)[:30]
+        exposed = recalled[np.argsort(-rank[recalled])[:20]]
+        joint.append((exposed < 10).sum() / 10)  # the first group, ten items, is the ground truth
+        single.append((recalled < 10).sum() / 10)
+    assert results["joint_recall@10@20"] == pytest.approx(np.mean(joint), abs=1e-12)
+    assert results["retrieval_recall@10@30"] == pytest.approx(np.mean(single), abs=1e-12)
+
+
+def test_a_trained_cascade_is_better_than_an_untrained_one(log: Path, tmp_path: Path) -> None:
+    """On the day it was trained on."""
+    day, name = f"--test_day={DAYS[0]}", "rank_ndcg@10"
+    flags = ("--epochs=8", "--lr=0.05", f"--train_days={DAYS[0]}")
+    before = evaluate(log, train(log, tmp_path / "before", "--epochs=0"), day)[name]
+    after = evaluate(log, train(log, tmp_path / "after", *flags), day)[name]
+    assert after > before + 0.02
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 39, 1024])
+def test_the_batch_size_does_not_matter(batch_size: int, log: Path, run: Path) -> None:
+    whole = evaluate(log, run, "--save_scores", f"--batch_size={REQUESTS_PER_DAY}")
+    expected = scores_of(run)
+    parts = evaluate(log, run, "--save_scores", f"--batch_size={batch_size}")
+    for stage in STAGES:
+        np.testing.assert_allclose(scores_of(run)[stage], expected[stage], rtol=1e-4, atol=1e-5)
+    assert parts["num_requests"] == whole["num_requests"] == REQUESTS_PER_DAY
+    assert {name: parts[name] for name in METRICS} == pytest.approx({name: whole[name] for name in METRICS}, abs=1e-2)
+
+
+def test_evaluating_twice_gives_the_same_bytes(log: Path, run: Path) -> None:
+    evaluate(log, run, "--save_scores")
+    names = ("metrics.json", "scores.npz", "per_request.npz")
+    before = contents(run, *names)
+    evaluate(log, run, "--save_scores")
+    assert contents(run, *names) == before
+
+
+def test_the_run_is_read_only(log: Path, run: Path) -> None:
+    names = [path.name for path in run.iterdir()]
+    before = contents(run, *names)
+    evaluate(log, run)
+    assert contents(run, *names) == before
+
+
+def test_a_day_that_was_trained_on(log: Path, run: Path) -> None:
+    results = evaluate(log, run, f"--test_day={DAYS[0]}")
+    assert results["test_day"] == DAYS[0]
+    assert DAYS[0] in results["warning_test_day"]
+
+
+def test_an_untrained_cascade_knows_no_day(log: Path, tmp_path: Path) -> None:
+    results = evaluate(log, train(log, tmp_path, "--epochs=0"), f"--test_day={DAYS[0]}")
+    assert results["epochs"] == 0
+    assert "warning_test_day" not in results
+
+
+def test_the_seq_len_is_that_of_the_training(log: Path, tmp_path: Path) -> None:
+    short = train(log, tmp_path, "--epochs=0", "--seq_len=1")
+    evaluate(log, short, "--save_scores")
+    one = scores_of(short)["rank"]
+    content = config(short)
+    content["arguments"]["seq_len"] = 50
+    (short / "config.json").write_text(json.dumps(content))
+    evaluate(log, short, "--save_scores")
+    assert not np.allclose(scores_of(short)["rank"], one)
+
+
+def test_the_time_zone_is_that_of_the_training(log: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path, "--epochs=0", "--time_zone=UTC")
+    evaluate(log, run, "--save_scores")
+    by_default = scores_of(run)["rank"]
+    evaluate(log, run, "--save_scores", "--time_zone=UTC")
+    assert np.array_equal(scores_of(run)["rank"], by_default)
+
+
+def test_missing_items(golden: Path, tmp_path: Path) -> None:
+    data, cache = golden / "recflow_mini", f"--cache_dir={tmp_path / 'cache'}"
+    run = train(data, tmp_path / "run", cache, "--epochs=0")
+    results = evaluate(data, run, cache, "--test_day=2024-01-15", "--save_scores", "--batch_size=5")
+    scores = scores_of(run)
+    present = scores["mask"].astype(bool)
+    assert not present.all()
+    recalls = []
+    for row, rank in zip(present, scores["rank"], strict=True):
+        items = np.flatnonzero(row)
+        best = items[np.argsort(-rank[items])[:20]]
+        recalls.append((best < 10).sum() / row[:10].sum())
+    assert results["rank_recall@10@20"] == pytest.approx(np.mean(recalls), abs=1e-12)
+    assert results["num_requests"] == len(present)
+    assert results["data"] == "unlabelled"
+    assert "warning" not in results
+
+
+@pytest.mark.parametrize("without", [[3], [0, 17, 39], list(range(REQUESTS_PER_DAY))])
+def test_requests_without_ground_truth(
+    without: list[int], log: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left out of recall, and counted."""
+    scores = evaluation.score_day(models_of(log, run), last_day(log), 40, torch.device("cpu"))
+    scored = {name: values.clone() for name, values in scores.items()}
+    scored["mask"][without, :10] = False
+    monkeypatch.setattr(evaluation, "score_day", lambda *_: scored)
+    results = evaluate(log, run)
+    assert results["num_requests"] == REQUESTS_PER_DAY
+    assert results["num_requests_without_ground_truth"] == len(without)
+    kept = [row for row in range(REQUESTS_PER_DAY) if row not in without]
+    best = scored["rank"].argsort(dim=-1, descending=True)[kept, :20]
+    expected = pytest.approx((best < 10).sum(dim=-1).double().mean().item() / 10, abs=1e-12) if kept else None
+    assert results["rank_recall@10@20"] == expected
+    assert np.flatnonzero(np.isnan(per_request_of(run)["joint_recall@10@20"])).tolist() == without
+
+
+def models_of(log: Path, run: Path) -> dict[str, nn.Module]:
+    counts = read_id_counts(log)
+    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
+    models = build_models(TWO_STAGE, vocabulary, emb_dim=4, nn_units=16, seed=30)
+    checkpoint.load_models(run, models)
+    return models
+
+
+def last_day(log: Path) -> DayCache:
+    return open_day(log, DAYS[-1], TWO_STAGE, history_length=5)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_test_day(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--test_day=2023-01-01" in refused(log, run, capsys, "--test_day=2023-01-01")
+
+
+def test_an_unknown_device(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device=gpu" in refused(log, run, capsys, "--device=gpu")
+
+
+def test_a_data_folder_that_is_not_there(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "nowhere" in refused(tmp_path / "nowhere", run, capsys)
+
+
+def test_a_folder_that_is_no_run(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not the folder of a training run" in refused(log, tmp_path, capsys)
+
+
+def test_another_log(run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "id counts differ" in refused(small_log(tmp_path_factory, users=31), run, capsys)
+
+
+def change_config(run: Path, **changes: object) -> None:
+    (run / "config.json").write_text(json.dumps(config(run) | changes))
+
+
+def test_another_setting(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(run, setting="three_stage")
+    assert "a three_stage run" in refused(log, run, capsys)
+
+
+@pytest.mark.parametrize("change", [{"arguments": {}}, {"arguments": None}, {"id_counts": None}], ids=str)
+def test_a_config_that_lacks_fields(
+    change: dict[str, object], log: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(run, **change)
+    refused(log, run, capsys)
+
+
+def test_a_config_of_little(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.json").write_text('{"setting": "two_stage"}')
+    assert "config.json" in refused(log, run, capsys)
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _other_shape(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["embedding.user"] = tensors["embedding.user"][:, :2].contiguous()
+    save_file(tensors, path)
+
+
+def _not_finite(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("damage", [_remove, _cut, _empty, _other_shape, _not_finite])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_damaged_checkpoint(
+    stage: str, damage: Callable[[Path], None], log: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(run / f"{stage}.safetensors")
+    assert f"{stage}.safetensors" in refused(log, run, capsys)
+
+
+def test_a_damaged_config(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.json").write_text("{")
+    assert "config.json" in refused(log, run, capsys)
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_has_nothing_to_evaluate(
+    log: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("deep_components.training.loop.Trainer.step", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(log, run)
+    assert "no such file; train first" in refused(log, run, capsys)
