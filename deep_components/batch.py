@@ -9,7 +9,7 @@ that a step has pulled. Only the loader and ``tables/`` translate. Models get :c
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -97,9 +97,10 @@ class CascadeBatch(Generic[F]):
         """The batch on ``device``, but for ``rows``, which belong to the tables; from pinned memory the copy does not
         wait."""
         moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
-        if isinstance(self.features, SlotFeatures) and isinstance(moved.features, SlotFeatures):
-            return replace(moved, features=replace(moved.features, rows=self.features.rows))
-        return moved
+        if not isinstance(self.features, SlotFeatures):
+            return moved
+        features: Any = replace(cast(SlotFeatures, moved.features), rows=self.features.rows)
+        return replace(moved, features=features)
 
     def pin_memory(self) -> "CascadeBatch[F]":
         return self.apply(Tensor.pin_memory)
