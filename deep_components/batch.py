@@ -9,7 +9,7 @@ that a step has pulled. Only the loader and ``tables/`` translate. Models get :c
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class CascadeBatch(Generic[F]):
         moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
         if not isinstance(self.features, SlotFeatures):
             return moved
-        features: Any = replace(cast(SlotFeatures, moved.features), rows=self.features.rows)
+        features: Any = replace(moved.features, rows=self.features.rows)  # type: ignore[call-arg]
         return replace(moved, features=features)
 
     def pin_memory(self) -> "CascadeBatch[F]":

@@ -1,6 +1,7 @@
 """From a log's indices to the rows of the tables, and to slots among the distinct rows of a batch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
