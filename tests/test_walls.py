@@ -112,7 +112,7 @@ def test_models_know_embedded_features_only(name: str) -> None:
 @pytest.mark.parametrize("room", ["runs", "reporting"])
 def test_rooms_without_torch_load_none(room: str) -> None:
     """Transitively: a table or a report of many runs starts at once."""
-    modules = [name for name in within(f"deep_components.{room}")]
+    modules = within(f"deep_components.{room}")
     script = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
