@@ -1,11 +1,10 @@
-"""BCE for a cascade of three stages: every stage classifies the items that reach it when it serves."""
+"""BCE: every stage classifies the items that reach it when it serves."""
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, ground_truth_bce
+from deep_components.loss.functional import Targets, ground_truth_bce, sum_of_terms
 
 
 class BCE(nn.Module):
@@ -19,12 +18,7 @@ class BCE(nn.Module):
         super().__init__()
         self.exposed_groups = dict(exposed_groups)
 
-    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scores [B, N] of the stages -> ``loss`` and its detached terms, one a stage."""
-        scores = {"retrieval": retrieval, "prerank": prerank, "rank": rank}
-        terms = {
-            stage: ground_truth_bce(scores[stage], targets, targets.mask & (targets.group < self.exposed_groups[stage]))
-            for stage in scores
-        }
-        loss = torch.stack(list(terms.values())).sum()
-        return {"loss": loss} | {stage: term.detach() for stage, term in terms.items()}
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        seen = {stage: targets.mask & (targets.group < groups) for stage, groups in self.exposed_groups.items()}
+        return sum_of_terms({stage: ground_truth_bce(s, targets, seen[stage]) for stage, s in scores.items()})

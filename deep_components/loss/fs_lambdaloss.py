@@ -1,10 +1,11 @@
-"""FS-LambdaLoss for a cascade of three stages: every stage learns the full order, pairs weighted by what a swap costs
-(LambdaLoss, Wang et al., CIKM 2018)."""
+"""FS-LambdaLoss: every stage learns the full order, pairs weighted by what a swap costs (LambdaLoss, Wang et al., CIKM
+2018)."""
 
-import torch
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, lambda_loss
+from deep_components.loss.functional import Targets, lambda_loss, sum_of_terms
 
 
 class FSLambdaLoss(nn.Module):
@@ -18,9 +19,6 @@ class FSLambdaLoss(nn.Module):
         super().__init__()
         self.cutoff = cutoff
 
-    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scores [B, N] of the stages -> ``loss`` and its detached terms, one a stage."""
-        scores = {"retrieval": retrieval, "prerank": prerank, "rank": rank}
-        terms = {stage: lambda_loss(scores[stage], targets, self.cutoff) for stage in scores}
-        loss = torch.stack(list(terms.values())).sum()
-        return {"loss": loss} | {stage: term.detach() for stage, term in terms.items()}
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        return sum_of_terms({stage: lambda_loss(s, targets, self.cutoff) for stage, s in scores.items()})

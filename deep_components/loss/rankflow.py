@@ -1,43 +1,50 @@
-"""RankFlow for a cascade of three stages: each stage trains on what the stage before it passes on, and teaches it
-(Qin et al., SIGIR 2022)."""
+"""RankFlow: each stage trains on what the stage before it passes on, and teaches it (Qin et al., SIGIR 2022)."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, best, ground_truth_bce, ranking_distillation, squared_error
+from deep_components.loss.functional import (
+    Targets,
+    ground_truth_bce,
+    ranking_distillation,
+    squared_error,
+    sum_of_terms,
+    top_k_mask,
+)
 
 
 class RankFlow(nn.Module):
-    """BCE(s_retrieval; all) + BCE(s_prerank; R) + MSE(stopgrad s_prerank, s_retrieval; R) + D(prerank -> retrieval; R)
-    + BCE(s_rank; Q) + MSE(stopgrad s_rank, s_prerank; Q) + D(rank -> prerank; Q).
+    """Sum over stages of BCE(s_i; R_i), and over those but the last of MSE(stopgrad s_{i+1}, s_i; R_{i+1}) and
+    D(i+1 -> i; R_{i+1}).
 
-    R = retrieval's best, Q = prerank's best of R. D(teacher -> student; S) = -log sigmoid(mean of the student's scores
-    over the teacher's best of S, as many as the teacher keeps - their mean over the teacher's worst ``num_worst``).
+    R_1 = all items, R_{i+1} = stage i's best of R_i. D(teacher -> student; S) = -log sigmoid(mean of the student's
+    scores over the teacher's best of S, as many as the teacher keeps - their mean over the teacher's worst
+    ``num_worst``).
 
     Args:
-        quotas: stage -> the items it keeps.
+        quotas: stage -> the items it keeps, in serving order.
+        order_distillation: with D, as in the original with three stages; with two it has none.
         num_worst: items of the lower end in D.
     """
 
-    def __init__(self, quotas: Mapping[str, int], num_worst: int = 10) -> None:
+    def __init__(self, quotas: Mapping[str, int], order_distillation: bool = True, num_worst: int = 10) -> None:
         super().__init__()
-        self.quotas, self.num_worst = dict(quotas), num_worst
+        self.quotas, self.order_distillation, self.num_worst = dict(quotas), order_distillation, num_worst
 
-    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scores [B, N] of the stages -> ``loss`` and its detached terms."""
-        quotas, worst = self.quotas, self.num_worst
-        retrieved = best(retrieval, targets.mask, quotas["retrieval"])
-        preranked = best(prerank, retrieved, quotas["prerank"])
-        terms = {
-            "bce.retrieval": ground_truth_bce(retrieval, targets, targets.mask),
-            "bce.prerank": ground_truth_bce(prerank, targets, retrieved),
-            "bce.rank": ground_truth_bce(rank, targets, preranked),
-            "distill.retrieval": squared_error(retrieval, prerank, retrieved),
-            "distill.prerank": squared_error(prerank, rank, preranked),
-            "order.retrieval": ranking_distillation(retrieval, prerank, retrieved, quotas["prerank"], worst),
-            "order.prerank": ranking_distillation(prerank, rank, preranked, quotas["rank"], worst),
-        }
-        loss = torch.stack(list(terms.values())).sum()
-        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
+        classify, distill, order = {}, {}, {}
+        reached, candidates = {}, targets.mask
+        for stage, quota in self.quotas.items():
+            reached[stage] = candidates
+            classify[f"bce.{stage}"] = ground_truth_bce(scores[stage], targets, candidates)
+            candidates = top_k_mask(scores[stage], candidates, quota)
+        for stage, later in pairwise(self.quotas):
+            student, teacher, common = scores[stage], scores[later], reached[later]
+            distill[f"distill.{stage}"] = squared_error(student, teacher, common)
+            if self.order_distillation:
+                best, worst = self.quotas[later], self.num_worst
+                order[f"order.{stage}"] = ranking_distillation(student, teacher, common, best, worst)
+        return sum_of_terms(classify | distill | order)

@@ -1,12 +1,11 @@
-"""Sorting alone for a cascade of three stages: NeuralSort or SoftSort on every stage (the paper's Table 7)."""
+"""Sorting alone: NeuralSort or SoftSort on every stage (the paper's Table 7)."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, sorting_cross_entropy
-from deep_components.loss.sorting import label_permutation, neural_sort
+from deep_components.loss.functional import Targets, sum_of_terms
+from deep_components.loss.selection import PERMUTATION_OPERATORS, label_permutation, sorting_cross_entropy
 
 
 class SortingCrossEntropy(nn.Module):
@@ -15,20 +14,17 @@ class SortingCrossEntropy(nn.Module):
 
     Args:
         tau: temperature of the sorting operator.
-        sort: ``neural_sort`` or ``soft_sort``.
+        sort: one of ``PERMUTATION_OPERATORS``.
     """
 
-    def __init__(self, tau: float = 50.0, sort: Callable[[Tensor, Tensor, float], Tensor] = neural_sort) -> None:
+    def __init__(self, tau: float = 50.0, sort: str = "neural_sort") -> None:
         super().__init__()
         self.tau, self.sort = tau, sort
 
-    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scores [B, N] of the stages -> ``loss`` and its detached terms, one a stage."""
-        scores = {"retrieval": retrieval, "prerank": prerank, "rank": rank}
-        label_rows = label_permutation(targets.labels, targets.mask, rank.dtype)
-        terms = {
-            stage: sorting_cross_entropy(self.sort(scores[stage], targets.mask, self.tau), label_rows, targets.mask)
-            for stage in scores
-        }
-        loss = torch.stack(list(terms.values())).sum()
-        return {"loss": loss} | {stage: term.detach() for stage, term in terms.items()}
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        mask, sort = targets.mask, PERMUTATION_OPERATORS[self.sort]
+        label_rows = label_permutation(targets.labels, mask, next(iter(scores.values())).dtype)
+        return sum_of_terms(
+            {stage: sorting_cross_entropy(sort(s, mask, self.tau), label_rows, mask) for stage, s in scores.items()}
+        )

@@ -99,7 +99,9 @@ class Trainer:
         ):
             scores = [model(batch.features) for model in self.models.values()]
         with record_function("step.loss"):
-            terms = self.loss(*(score.to(self.dtype) for score in scores), batch.targets)
+            terms = self.loss(
+                {stage: score.to(self.dtype) for stage, score in zip(self.models, scores, strict=True)}, batch.targets
+            )
         with record_function("step.backward"):
             terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
