@@ -64,9 +64,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, atomically, with a field that holds the SHA-256 of all others."""
-    plain = json.loads(json.dumps(content, allow_nan=False, default=str))
+    plain = as_json(content)
     text = json.dumps(plain | {_CHECKSUM: _digest(plain)}, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read back when ``content`` is written: lists for tuples, texts for paths. ValueError for NaN."""
+    plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False, default=str))
+    return plain
 
 
 def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
