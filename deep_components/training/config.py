@@ -28,6 +28,7 @@ def run_config(
     opened: Sequence[DayCache],
 ) -> dict[str, Any]:
     """All that makes a training this one (runs/identity.py), as config.json holds it."""
+    length = args.seq_len or log.history_length
     return as_json(
         {
             "setting": cascade.name,
@@ -35,7 +36,7 @@ def run_config(
             "data": log.origin,
             "schema": log.schema.to_json(),
             "schema_checksum": log.schema.checksum,
-            "arguments": dict(sorted(recorded_arguments(args, loss).items())),
+            "arguments": dict(sorted((recorded_arguments(args, loss) | {"seq_len": length}).items())),
             "loss": hyper_parameters(loss),
             "train_days": list(train_days),
             "data_checksums": {day.day: day.checksum for day in opened},
