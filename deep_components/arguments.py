@@ -2,16 +2,18 @@
 
 import argparse
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from deep_components import loss as methods
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
-from deep_components.loss.sorting import SORTING_OPERATORS
+from deep_components.loss.selection import SELECTION_OPERATORS
 
 T = TypeVar("T")
 
@@ -123,7 +125,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     """The methods' own options. None stands for "not given"; :func:`method_options` fills in the method's default."""
     group = parser.add_argument_group("options of some methods")
     group.add_argument("--tau", type=_positive_float, help="temperature of the sorting operator")
-    group.add_argument("--sort", choices=sorted(SORTING_OPERATORS), help="sorting operator")
+    group.add_argument("--sort", choices=sorted(SELECTION_OPERATORS), help="sorting operator")
     group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
     group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
     group.add_argument(
@@ -137,7 +139,7 @@ METHOD_OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_t
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
-    """The options a method takes: what the user gave, else the defaults; ``args`` gets the defaults filled in.
+    """The options a method takes: what the user gave, else the defaults.
 
     Raises InputError when the user gave an option the method does not take.
     """
@@ -147,11 +149,20 @@ def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
             raise InputError(
                 f"--{name} is not an option of {args.loss_type}; it takes of the methods' options: {taken}"
             )
-    chosen = {
-        name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
-    }
-    vars(args).update(chosen)
-    return chosen
+    return {name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()}
+
+
+def hyper_parameters(loss: nn.Module) -> dict[str, Any]:
+    """The plain public attributes of a loss, name -> a value that JSON can hold: what the method was built with."""
+    plain = (bool, int, float, str, dict, list, tuple, type(None))
+    named = {name: value for name, value in vars(loss).items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in named.items() if isinstance(value, plain)}
+
+
+def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, Any]:
+    """All arguments by name; those of the method's options that were not given are as the method chose them."""
+    given = vars(args)
+    return given | {n: v for n, v in hyper_parameters(loss).items() if n in METHOD_OPTIONS and given[n] is None}
 
 
 def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -> dict[str, Any]:
@@ -208,7 +219,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def unknown_method(loss_type: str, package_path: Iterable[str]) -> InputError:
-    """The error for a --loss_type without a branch in build_loss; it lists the methods of the loss package."""
-    methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package_path)))
-    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {methods}")
+def unknown_method(loss_type: str) -> InputError:
+    """The error for a --loss_type without a branch in build_loss; it lists the method files of the loss package."""
+    files = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"functional", "selection"}
+    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {', '.join(sorted(files))}")

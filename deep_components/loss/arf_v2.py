@@ -1,19 +1,19 @@
-"""ARF-v2 for a cascade of three stages (Adaptive Neural Ranking Framework, Wang et al., WWW 2024)."""
+"""ARF-v2 (Adaptive Neural Ranking Framework, Wang et al., WWW 2024)."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import (
-    Targets,
-    masked_mean,
-    num_ground_truth,
+from deep_components.loss.functional import Targets, masked_mean, num_ground_truth
+from deep_components.loss.selection import (
+    label_permutation,
+    label_split,
+    neural_sort,
     selection_cross_entropy,
-    selection_probability,
     sorting_cross_entropy,
+    split,
 )
-from deep_components.loss.sorting import label_permutation, label_split, neural_sort
 
 
 class ARFv2(nn.Module):
@@ -34,22 +34,21 @@ class ARFv2(nn.Module):
     def __init__(self, quotas: Mapping[str, int], num_relevant: int, tau: float = 200.0) -> None:
         super().__init__()
         self.quotas, self.num_relevant, self.tau = dict(quotas), num_relevant, tau
-        self.weight = nn.ParameterDict(
-            [(stage, nn.Parameter(torch.ones(()))) for stage in ("retrieval", "prerank", "rank")]
-        )
+        self.weight = nn.ParameterDict([(stage, nn.Parameter(torch.ones(()))) for stage in quotas])
 
-    def forward(self, retrieval: Tensor, prerank: Tensor, rank: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Scores [B, N] of the stages -> ``loss`` and its detached terms."""
-        mask, scores = targets.mask, {"retrieval": retrieval, "prerank": prerank, "rank": rank}
-        label_rows = label_permutation(targets.labels, mask, rank.dtype)
-        truth = label_split(targets.labels, mask, num_ground_truth(targets, self.num_relevant), rank.dtype)
-        loss, terms = rank.new_zeros(()), dict[str, Tensor]()
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
+        mask, dtype = targets.mask, next(iter(scores.values())).dtype
+        k = num_ground_truth(targets, self.num_relevant)
+        label_rows = label_permutation(targets.labels, mask, dtype)
+        truth = label_split(targets.labels, mask, k, dtype)
+        loss, terms = label_rows.new_zeros(()), dict[str, Tensor]()
         for stage, weight in self.weight.items():
             permutation = neural_sort(scores[stage], mask, self.tau)
             whole_order = sorting_cross_entropy(permutation, label_rows, mask)
-            chosen = selection_probability(permutation, torch.full_like(mask.sum(dim=-1), self.quotas[stage]))
+            chosen = split(permutation, torch.full_like(k, self.quotas[stage]))
             relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
-            spread = masked_mean(weight.log().expand_as(rank), mask)  # log w; 0 in a batch without items
-            loss = loss + spread + whole_order / (2 * weight**2) + relaxed
+            log_weight = masked_mean(weight.log().expand_as(mask), mask)  # 0 in a batch without items
+            loss = loss + log_weight + whole_order / (2 * weight**2) + relaxed
             terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

@@ -1,4 +1,4 @@
-"""The relaxed sorting operators and the label matrix."""
+"""The operators, the label matrix, and the cross-entropies between the two."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, label_split, neural_sort, soft_sort
+from deep_components.loss import selection
+from deep_components.loss.selection import (
+    EPSILON,
+    PERMUTATION_OPERATORS,
+    SELECTION_OPERATORS,
+    Selection,
+    end_to_end_cross_entropy,
+    label_permutation,
+    label_split,
+    mean_of_rows,
+    neural_sort,
+    select,
+    selection_cross_entropy,
+    soft_sort,
+    sorting_cross_entropy,
+    split,
+)
 from tests.loss import reference
 
 Sort = Callable[[Tensor, Tensor, float], Tensor]
@@ -38,6 +54,17 @@ def tied_labels(num_items: int, num_requests: int = 3, seed: int = 2) -> Tensor:
 def permutation_matrix(scores: Tensor) -> Tensor:
     """[N, N] of one request: row j has its 1 at the j-th largest."""
     return torch.eye(len(scores), dtype=scores.dtype)[scores.argsort(descending=True)]
+
+
+PERMUTATION = [[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.2, 0.3, 0.5]]  # columns sum to 1.1, 1.0, 0.9
+
+
+def floats(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def bools(values: list[list[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.bool)
 
 
 # ---- hand-made -------------------------------------------------------------------------------------------------------
@@ -225,5 +252,108 @@ def test_label_matrix_ignores_missing_labels_and_has_no_gradient() -> None:
     assert not label_permutation(labels, mask, torch.float64).requires_grad
 
 
-def test_names_on_the_command_line() -> None:
-    assert {"neural_sort": neural_sort, "soft_sort": soft_sort} == SORTING_OPERATORS
+# ---- selections ------------------------------------------------------------------------------------------------------
+
+each_operator = pytest.mark.parametrize("name", SELECTION_OPERATORS)
+
+
+@each_operator
+def test_a_selection_is_about_the_present_items(name: str) -> None:
+    scores, mask, k = random_scores(12), ragged_mask(12), torch.tensor([1, 3, 20])
+    chosen = SELECTION_OPERATORS[name](torch.where(mask, scores, math.nan), mask, k, 1.0)
+    torch.testing.assert_close(chosen.top + chosen.rest, mask.double(), rtol=0, atol=1e-4)
+    assert (chosen.top[~mask] == 0).all()
+    assert (chosen.rest[~mask] == 0).all()
+
+
+@each_operator
+def test_a_selection_tends_to_the_k_best(name: str) -> None:
+    scores, mask = random_scores(12), ragged_mask(12)
+    hard = SELECTION_OPERATORS[name](scores, mask, torch.tensor([1, 3, 20]), 1e-4).top
+    for row, k in enumerate([1, 3, 20]):
+        expected = sorted(scores[row, mask[row]].tolist(), reverse=True)[:k]
+        assert sorted(scores[row, hard[row] > 0.5].tolist(), reverse=True) == expected
+
+
+@each_operator
+def test_select_at_several_cuts_sorts_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, mask, sorted_scores = random_scores(7), ragged_mask(7), []
+    cuts = [torch.tensor([1, 2, 0]), torch.tensor([4, 4, 4])]
+    expected = [SELECTION_OPERATORS[name](scores, mask, k, 0.5) for k in cuts]
+    operator = PERMUTATION_OPERATORS[name]
+
+    def counting(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        sorted_scores.append(scores)
+        return operator(scores, mask, temperature)
+
+    monkeypatch.setitem(selection.PERMUTATION_OPERATORS, name, counting)
+    for chosen, alone in zip(select(name, scores, mask, cuts, 0.5), expected, strict=True):
+        assert torch.equal(chosen.top, alone.top)
+        assert torch.equal(chosen.rest, alone.rest)
+    assert len(sorted_scores) == 1
+
+
+def test_split_of_every_k() -> None:
+    chosen = split(floats([PERMUTATION] * 5), torch.tensor([0, 1, 2, 3, 9]))
+    columns = floats([1.1, 1, 0.9]) + EPSILON
+    top = floats([[0, 0, 0], [0.7, 0.2, 0.1], [0.9, 0.7, 0.4], [1.1, 1, 0.9], [1.1, 1, 0.9]])
+    rest = floats([[1.1, 1, 0.9], [0.4, 0.8, 0.8], [0.2, 0.3, 0.5], [0, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(chosen.top, top / columns)
+    torch.testing.assert_close(chosen.rest, rest / columns)
+
+
+def test_split_has_no_gradient_through_its_divisor() -> None:
+    permutation = floats([PERMUTATION]).requires_grad_()
+    (grad,) = torch.autograd.grad(split(permutation, torch.tensor([1])).top.sum(), permutation)
+    torch.testing.assert_close(grad[0, 0], 1 / (floats([1.1, 1, 0.9]) + EPSILON))
+    assert (grad[0, 1:] == 0).all()
+
+
+def test_epsilon_is_that_of_the_specification() -> None:
+    assert EPSILON == 1e-6
+
+
+def test_mean_of_rows_takes_the_rows_there_are() -> None:
+    permutation, mask = floats([PERMUTATION]), bools([[1, 1, 1]])
+    torch.testing.assert_close(mean_of_rows(permutation, mask, 2), floats([[0.45, 0.35, 0.2]]))
+    torch.testing.assert_close(mean_of_rows(permutation, mask, 30), floats([[1.1 / 3, 1 / 3, 0.9 / 3]]))
+    two_of_three = floats([[[0.6, 0, 0.4], [0.4, 0, 0.6], [0, 0, 0]]])
+    torch.testing.assert_close(mean_of_rows(two_of_three, bools([[1, 0, 1]]), 30), floats([[0.5, 0, 0.5]]))
+    assert mean_of_rows(torch.zeros(1, 3, 3), bools([[0, 0, 0]]), 2).tolist() == [[0, 0, 0]]
+
+
+def test_selection_cross_entropy() -> None:
+    predicted, target = Selection(floats([[0.8]]), floats([[0.3]])), Selection(floats([[0.25]]), floats([[7.0]]))
+    expected = -0.25 * math.log(0.8 + 1e-6) - 7 * math.log(0.3 + 1e-6)
+    assert selection_cross_entropy(predicted, target).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_selection_cross_entropy_of_an_impossible_choice_is_finite() -> None:
+    zero, one = floats([[0.0]]), floats([[1.0]])
+    assert selection_cross_entropy(Selection(zero, one), Selection(one, zero)).item() == pytest.approx(-math.log(1e-6))
+
+
+@pytest.mark.parametrize(("gt", "negative"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0), (3.0, 0.0)])
+def test_end_to_end_cross_entropy(gt: float, negative: float) -> None:
+    stages = [Selection(floats([[0.8]]), floats([[0.3]])), Selection(floats([[0.5]]), floats([[0.6]]))]
+    survives, dropped = 0.8 * 0.5, 1 - (1 - 0.3) * (1 - 0.6)
+    expected = -gt * math.log(survives + 1e-6) - negative * math.log(dropped + 1e-6)
+    result = end_to_end_cross_entropy(stages, Selection(floats([[gt]]), floats([[9.0]])))
+    assert result.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_sorting_cross_entropy_is_a_mean_over_the_entries_of_the_present() -> None:
+    label_rows = floats([[[0, 1, 0], [1, 0, 0], [0, 0, 1]]])
+    expected = -(math.log(0.2 + 1e-6) + math.log(0.2 + 1e-6) + math.log(0.5 + 1e-6)) / 9
+    result = sorting_cross_entropy(floats([PERMUTATION]), label_rows, bools([[1, 1, 1]]))
+    assert result.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_sorting_cross_entropy_of_two_of_three_items_divides_by_four() -> None:
+    permutation, label_rows = (
+        floats([[[0.6, 0, 0.4], [0.4, 0, 0.6], [0, 0, 0]]]),
+        floats([[[0, 0, 1], [1, 0, 0], [0, 0, 0]]]),
+    )
+    expected = -2 * math.log(0.4 + 1e-6) / 4
+    result = sorting_cross_entropy(permutation, label_rows, bools([[1, 0, 1]]))
+    assert result.item() == pytest.approx(expected, rel=1e-12)
