@@ -8,9 +8,9 @@ import pytest
 from deep_components import run_train2
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import open_day
 from deep_components.dataset.days import training_days
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import open_log
 from tests.dataset.corpus import Damaged, Repaired, damaged, repaired
 from tests.dataset.importers.test_recflow import compare
 from tests.dataset.synthetic import DAY, random_log, write_log
@@ -42,10 +42,9 @@ def prepare(root: Path) -> int:
     """What the command does with a log, without building models, which would take most of the time."""
 
     def command(argv: list[str]) -> None:
-        recflow.read_origin(root)
-        recflow.read_id_counts(root)
-        for day in training_days(root, [DAY]):
-            open_day(root, day, TWO_STAGE)
+        log = open_log(root)
+        for day in training_days(log, [DAY]):
+            log.open_day(day, TWO_STAGE)
 
     return run_command(command, [])
 
@@ -58,7 +57,7 @@ def test_the_corpus() -> None:
 
 def test_the_sound_log_trains(root: Path) -> None:
     assert train(root) == 0
-    assert not any(open_day(root, DAY, TWO_STAGE).repairs.values())
+    assert not any(open_log(root).open_day(DAY, TWO_STAGE).repairs.values())
 
 
 @pytest.mark.parametrize("case", DAMAGED, ids=[case.name for case in DAMAGED])
@@ -79,6 +78,6 @@ def test_repaired_by_a_rule(root: Path, case: Repaired) -> None:
     """The reference follows the rules one item at a time, on the spoiled files."""
     case.spoil(root)
     compare(root, TWO_STAGE)
-    counted = {text: count for text, count in open_day(root, DAY, TWO_STAGE).repairs.items() if count}
+    counted = {text: count for text, count in open_log(root).open_day(DAY, TWO_STAGE).repairs.items() if count}
     found = {name: counted.pop(text) for name in case.repairs for text in list(counted) if text.startswith(name)}
     assert found == case.repairs and not counted
