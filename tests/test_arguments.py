@@ -45,7 +45,8 @@ def test_given_values_arrive() -> None:
     [
         *("--lr=0", "--lr=-1", "--lr=nan", "--lr=inf", "--lr=x"),
         *("--batch_size=0", "--batch_size=-1", "--batch_size=1.5", "--epochs=-1", "--seed=-1", "--cuda=-1"),
-        *("--emb_dim=0", "--nn_units=0", "--nn_units=6", "--seq_len=0", "--print_freq=0", "--output_dir=", "--data_dir="),
+        *("--emb_dim=0", "--nn_units=0", "--nn_units=6", "--seq_len=0", "--print_freq=0"),
+        *("--output_dir=", "--data_dir="),
         *("--dtype=float16", "--optimizer=sgd", "--sort=bubble", "--learning=0.1", "stray"),
         "--batch=16",  # no abbreviations: a new flag must not change what an old command means
         *("--tau=0", "--tau=-1", "--tau=nan", "--tau=inf", "--end_to_end_quotas=0,1", "--end_to_end_quotas="),
