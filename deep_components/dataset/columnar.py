@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError  # of numpy, for a damaged header
 from typing import Any
 
 import numpy as np
@@ -372,7 +373,7 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
             raise ValueError(f"not one array in C order, and its {size} bytes")
         whole = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
         column = whole[header.offset :].view(header.dtype).reshape(header.shape)
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError, SyntaxError, TokenError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(f"{path}: not a readable .npy file ({reason}); make the day again") from error
     column.flags.writeable = False
