@@ -127,8 +127,8 @@ def compete(
     with ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
-        for name in names:
-            pools[name].submit(_build, name, builders[name], args, data_dir).result()
+        for built in [pools[name].submit(_build, name, builders[name], args, data_dir) for name in names]:
+            built.result()
         for _ in range(1 + args.repeats):
             for name in names:
                 turns[name].append(pools[name].submit(_turn, name, SHORTEST_TURN).result())
@@ -170,17 +170,17 @@ def _peak_bytes() -> dict[str, int]:
 
 
 def _seconds_per_part(name: str, times: int) -> dict[str, float]:
-    if not times:
-        return {}
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(times):
-            _works[name]()
-            synchronise()
-    return {
-        event.key.removeprefix("step."): event.cpu_time_total / 1e6 / times
-        for event in profiler.key_averages()
-        if event.key.startswith("step.")
-    }
+    parts: dict[str, float] = {}
+    if times:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(times):
+                _works[name]()
+                synchronise()
+        for event in profiler.profiler.kineto_results.events():  # key_averages() takes minutes
+            if event.name().startswith("step."):
+                part = event.name().removeprefix("step.")
+                parts[part] = parts.get(part, 0.0) + event.duration_ns() / 1e9 / times
+    return parts
 
 
 def synchronise() -> None:

@@ -14,18 +14,17 @@ import torch
 
 from benchmarks import common
 from benchmarks.baseline import BaselineReader, day_metrics
-from benchmarks.step import build_baseline, build_trainer
+from benchmarks.step import build_baseline, build_run
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.evaluation.day import score_day, summary
 
 
 def ours(args: argparse.Namespace, data_dir: Path) -> common.Work:
-    day, device = common.open_day(args, data_dir), torch.device(args.device)
-    trainer = build_trainer(args, data_dir, day)
+    run = build_run(args, data_dir)
 
     def work() -> float:
-        scored = score_day(trainer.models, trainer.stores, day, args.batch_size, device)
+        scored = score_day(run.trainer.models, run.trainer.stores, run.days[0], args.batch_size, run.device)
         _, results = summary(SETTINGS[args.setting], scored)
         return float(next(value for name, value in results.items() if name.startswith("joint_recall")))
 

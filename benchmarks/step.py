@@ -26,17 +26,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from benchmarks.baseline import BaselineReader, BaselineTrainer
-from deep_components.arguments import AUTOCAST, DTYPES
 from deep_components.batch import CascadeBatch, SlotFeatures
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
 from deep_components.errors import InputError
-from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.models import build_models, din
 from deep_components.tables.store import build_stores
-from deep_components.training.initial import initial_cascade
+from deep_components.training.loop import Run, prepare
 from deep_components.training.step import Trainer
 
 MODES = {  # name -> arguments of the training command
@@ -49,19 +47,15 @@ MODES = {  # name -> arguments of the training command
 BFLOAT16_TOLERANCE = 1e-2  # of the first loss, relative
 
 
-def build_trainer(args: argparse.Namespace, data_dir: Path, day: DayCache, mode: str = "ours") -> Trainer:
-    """The training command's trainer at its start."""
+def build_run(args: argparse.Namespace, data_dir: Path, mode: str = "ours") -> Run:
+    """The training command's run before its first step."""
     namespace = common.training_arguments(args, data_dir, *MODES[mode])
-    cascade, device, dtype = SETTINGS[args.setting], torch.device(args.device), DTYPES[namespace.dtype]
-    models, stores, _ = initial_cascade(cascade, day.schema, namespace, [day], device)
-    loss = common.COMMANDS[args.setting].build_loss(namespace).to(device)
-    keep_freed_memory()
+    run = prepare(SETTINGS[args.setting], namespace, common.COMMANDS[args.setting].build_loss(namespace))
     if mode == "torch_compile":
         din.attention_logits = attention_logits
-        for model in models.values():
+        for model in run.trainer.models.values():
             model.compile()
-    kernels = load_kernels(dtype) if namespace.compile else None
-    return Trainer(models, stores, loss, namespace.lr, kernels=kernels, autocast=AUTOCAST[namespace.autocast])
+    return run
 
 
 def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
@@ -72,16 +66,15 @@ def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) ->
 
 def ours(mode: str, args: argparse.Namespace, data_dir: Path) -> common.Work:
     """Steps on a day that is gone through again and again."""
-    day = common.open_day(args, data_dir)
-    trainer, device = build_trainer(args, data_dir, day, mode), torch.device(args.device)
-    order = np.arange(len(day) // args.batch_size * args.batch_size)
+    run = build_run(args, data_dir, mode)
+    order = np.arange(run.steps[0] * args.batch_size)
 
     def endless() -> Iterator[CascadeBatch[SlotFeatures]]:
         while True:
-            yield from batches(day, order, args.batch_size, device, trainer.prepare)
+            yield from batches(run.days[0], order, args.batch_size, run.device, run.trainer.prepare)
 
     source = endless()
-    return lambda: trainer.step(next(source))["loss"]
+    return lambda: run.trainer.step(next(source))["loss"]
 
 
 def build_baseline(args: argparse.Namespace, data_dir: Path, day: DayCache) -> BaselineTrainer:
@@ -116,9 +109,9 @@ def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
 
 def roofline(args: argparse.Namespace, data_dir: Path, seconds: float) -> dict[str, Any]:
     """What a step must compute and move, and which share of the machine's ceiling it reaches in ``seconds``."""
-    day = common.open_day(args, data_dir)
-    trainer = build_trainer(args, data_dir, day)
-    batch = trainer.prepare(day.batch(np.arange(args.batch_size))).to(torch.device(args.device))
+    run = build_run(args, data_dir)
+    trainer, requests = run.trainer, np.arange(args.batch_size)
+    batch = trainer.prepare(run.days[0].batch(requests)).to(run.device)
     with FlopCounterMode(display=False) as counter:
         trainer.step(batch)
     flops = counter.get_total_flops() + sum(attention_flops(batch, model) for model in trainer.models.values())

@@ -66,7 +66,7 @@ AGES, GENDERS, PROVINCES, UPLOAD_TYPES = 7, 3, 34, 10
 CATEGORIES_ONE, CATEGORIES_TWO = 40, 200
 CATEGORY_ONE_PADDING = 2  # readers pad category_level_one with 2, so no video has it
 
-GROUP_SIZE = THREE_STAGE.group_size
+GROUP_SIZE = 10
 NUM_CANDIDATES = 120
 REQUESTS_PER_CHUNK = 1024  # candidates are scored in chunks: about 100 MB of temporaries, whatever the day's size
 NUM_FACTORS = 8
