@@ -92,7 +92,8 @@ def compare(setting: str, args: argparse.Namespace) -> bool:
             rows = [row for row in csv.DictReader(file) if (row["setting"], row["metric"]) == (setting, JOINT)]
         expected = {row["method"]: row for row in rows if row["method"] in runs}
     values = {name: [json.loads((run / METRICS_FILE).read_text())[JOINT] for run in runs[name]] for name in expected}
-    return all([agrees(name, values[name], expected[name]) for name in expected])
+    verdicts = [agrees(name, values[name], expected[name]) for name in expected]
+    return all(verdicts)
 
 
 def main(argv: list[str]) -> None:
@@ -100,7 +101,8 @@ def main(argv: list[str]) -> None:
     settings = args.settings.split(",")
     if set(settings) - SETTINGS.keys() or args.jobs < 1:
         raise InputError(f"--settings={args.settings} --jobs={args.jobs}: use {', '.join(SETTINGS)}; jobs from 1")
-    if not all([compare(setting, args) for setting in settings]):
+    verdicts = [compare(setting, args) for setting in settings]
+    if not all(verdicts):
         raise InputError("a method differs from the expected numbers by more than allowed, see above")
 
 
