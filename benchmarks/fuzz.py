@@ -29,12 +29,12 @@ import numpy as np
 from deep_components import run_test2, run_train2
 from deep_components.cascade import TWO_STAGE
 from deep_components.commands import doctor
-from deep_components.commands.table import read_runs
 from deep_components.dataset.columnar import open_day
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.recflow import LOG_COLUMN
 from deep_components.dataset.manifest import MANIFEST_FILE, write_manifest
 from deep_components.errors import InputError
+from deep_components.reporting.frame import read_runs
 from deep_components.runs import checkpoint
 from tests.dataset.synthetic import DAY, random_log, write_log
 
@@ -114,8 +114,7 @@ def tensors(path: Path) -> dict[str, Any]:
 
 
 def results(run: Path) -> dict[str, Any]:
-    (read,) = read_runs([run]).runs
-    return {"config": dict(read.config), "results": dict(read.results)}
+    return {"runs": read_runs([run]).runs.to_json(default_handler=str)}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

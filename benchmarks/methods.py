@@ -15,15 +15,16 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.reporting.frame import read_runs
 from deep_components.reporting.results import build_results
-from deep_components.reporting.runs import read_runs
-from deep_components.reporting.tables import text
+from deep_components.reporting.tables import metrics_document, text
 
 METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")
 DIFFERS = "DIFFERS"
@@ -87,7 +88,7 @@ def verdict(method: str, values: list[float], expected: dict[str, str]) -> str:
 def report(args: argparse.Namespace, setting: str, methods: list[str], folders: list[Path]) -> bool:
     """Print the setting's table and verdicts; False when one differs."""
     collected = read_runs(folders)
-    print(text(build_results(collected)))
+    print(text(partial(metrics_document, build_results(collected))))
     expected: dict[str, dict[str, str]] = {}
     if args.expected:
         with args.expected.open() as file:
@@ -95,7 +96,7 @@ def report(args: argparse.Namespace, setting: str, methods: list[str], folders: 
         expected = {row["method"]: row for row in rows}
     verdicts = {}
     for method in methods:
-        values = [run.results[JOINT] for run in collected.runs if run.folder.parent.name == method]
+        values = [run[JOINT] for _, run in collected.runs.iterrows() if run["folder"].parent.name == method]
         if method in expected:
             verdicts[method] = verdict(method, values, expected[method])
             print(f"  {method:<14} {mean(values):.4f}, {verdicts[method]}")
