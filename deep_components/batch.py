@@ -1,69 +1,86 @@
-"""What a model sees and what a loss sees of a batch of requests.
+"""What a batch of requests holds on its way from the log to a loss.
 
-Shapes: B requests, N items a request, L history positions. All ids are encoded (spec: index 0 is padding, 2 for
-category_one); B may be any size.
+Shapes: B requests, N items a request, L history positions, d embedding dimension. B may be any size.
+
+The ids of a batch pass through three types, so that none is taken for another: :class:`Features` has the indices of the
+log's cache, :class:`RowFeatures` the rows of the embedding tables, :class:`SlotFeatures` the slots among the values
+that a step has pulled. Only the loader and ``tables/`` translate. Models get :class:`EmbeddedFeatures`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-REQUEST_FIELDS = ("weekday", "hour", "minute", "user", "device", "gender", "age", "province")
-HISTORY_FIELDS = ("video", "author", "category_two", "category_one", "upload_type")
-ITEM_FIELDS = (*HISTORY_FIELDS, "weekday", "hour", "minute")
-
-PADDING_INDEX = {"category_one": 2}  # every other field pads with 0
-
 
 @dataclass(frozen=True)
 class Features:
-    """Encoded inputs of the models. No labels."""
+    """A batch as the log's cache has it. Ids and times are int64 indices, numbers are float32."""
 
-    weekday: Tensor  # [B] of the request, Monday = 1
-    hour: Tensor  # [B] 1..24
-    minute: Tensor  # [B] 1..60
-    user: Tensor  # [B]
-    device: Tensor  # [B]
-    gender: Tensor  # [B]
-    age: Tensor  # [B]
-    province: Tensor  # [B]
-    history: Tensor  # [B, L, 5] last dimension in the order of HISTORY_FIELDS
+    request: Mapping[str, Tensor]  # field -> [B]
+    history: Mapping[str, Tensor]  # field -> [B, L]
+    item: Mapping[str, Tensor]  # field -> [B, N]
     history_mask: Tensor  # [B, L] bool, True where there is an event
-    items: Tensor  # [B, N, 8] last dimension in the order of ITEM_FIELDS
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """The same with rows of the embedding tables in place of the log's indices."""
+
+    request: Mapping[str, Tensor]
+    history: Mapping[str, Tensor]
+    item: Mapping[str, Tensor]
+    history_mask: Tensor
+
+
+@dataclass(frozen=True)
+class SlotFeatures:
+    """The same with slots in place of rows, for the tables that ``rows`` lists: slot u of such a table stands for its
+    row ``rows[table][u]``, and slot 0 is the padding row. The fields of other tables still hold rows."""
+
+    request: Mapping[str, Tensor]
+    history: Mapping[str, Tensor]
+    item: Mapping[str, Tensor]
+    history_mask: Tensor
+    rows: Mapping[str, Tensor]  # table -> [U] int64, distinct
+
+
+@dataclass(frozen=True)
+class EmbeddedFeatures:
+    """What a model sees: fields side by side in the schema's order, ids embedded in d numbers, numbers as they are."""
+
+    request: Tensor  # [B, schema.width("request", d)]
+    history: Tensor  # [B, L, schema.width("history", d)]
+    item: Tensor  # [B, N, schema.width("item", d)]
+    history_mask: Tensor  # [B, L] bool
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the losses and metrics know of a batch. The label of a masked item is arbitrary."""
+    """What the losses and metrics know of a batch. Label and group of a masked item are arbitrary."""
 
     labels: Tensor  # [B, N] int64, higher is better
     mask: Tensor  # [B, N] bool, False where the item is missing
-    group: Tensor  # [N] int64, 0 = the ground-truth group
+    group: Tensor  # [B, N] int64, 0 = the ground truth, then from better to worse
+
+
+F = TypeVar("F", Features, RowFeatures, SlotFeatures)
 
 
 @dataclass(frozen=True)
-class CascadeBatch:
-    """B requests with all their items.
-
-    ``distinct`` holds, for some fields, the distinct rows [U] of the field's table that the batch names; its ids in
-    ``features`` are then places among them, and place 0 is the padding row.
-    """
+class CascadeBatch(Generic[F]):
+    """B requests with all their items."""
 
     request_id: Tensor  # [B] int64
-    features: Features
+    features: F
     targets: Targets
-    distinct: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "CascadeBatch":
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "CascadeBatch[F]":
         """The same batch with ``function`` applied to every tensor."""
-        return CascadeBatch(
-            request_id=function(self.request_id),
-            features=Features(**{f.name: function(getattr(self.features, f.name)) for f in fields(Features)}),
-            targets=Targets(**{f.name: function(getattr(self.targets, f.name)) for f in fields(Targets)}),
-            distinct={name: function(rows) for name, rows in self.distinct.items()},
-        )
+        mapped: CascadeBatch[F] = _map(self, function)
+        return mapped
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which :meth:`apply` takes them."""
@@ -76,40 +93,25 @@ class CascadeBatch:
         self.apply(note)
         return found
 
-    def to(self, device: torch.device) -> "CascadeBatch":
-        """The batch on ``device``, but for ``distinct``; from pinned memory the copy does not wait."""
+    def to(self, device: torch.device) -> "CascadeBatch[F]":
+        """The batch on ``device``, but for ``rows``, which belong to the tables; from pinned memory the copy does not
+        wait."""
         moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
-        return replace(moved, distinct=self.distinct)
+        if not isinstance(self.features, SlotFeatures):
+            return moved
+        features: Any = replace(moved.features, rows=self.features.rows)  # type: ignore[call-arg]
+        return replace(moved, features=features)
 
-    def pin_memory(self) -> "CascadeBatch":
+    def pin_memory(self) -> "CascadeBatch[F]":
         return self.apply(Tensor.pin_memory)
 
 
-def table_ids(features: Features, name: str) -> Tensor:
-    """All ids of a field in the features: of the requests, then the histories, then the items. [n]."""
-    parts = [getattr(features, name)] if name in REQUEST_FIELDS else []
-    if name in HISTORY_FIELDS:
-        parts.append(features.history[..., HISTORY_FIELDS.index(name)].flatten())
-    if name in ITEM_FIELDS:
-        parts.append(features.items[..., ITEM_FIELDS.index(name)].flatten())
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def with_table_ids(features: Features, new: Mapping[str, Tensor]) -> Features:
-    """The features with other ids in some fields, given in the order of :func:`table_ids`."""
-    history, items = features.history.clone(), features.items.clone()
-    requests = {}
-    for name, ids in new.items():
-        sizes = (
-            len(features.weekday) if name in REQUEST_FIELDS else 0,
-            history[..., 0].numel() if name in HISTORY_FIELDS else 0,
-            items[..., 0].numel() if name in ITEM_FIELDS else 0,
-        )
-        request, event, item = ids.split(sizes)
-        if name in REQUEST_FIELDS:
-            requests[name] = request
-        if name in HISTORY_FIELDS:
-            history[..., HISTORY_FIELDS.index(name)] = event.view(history.shape[:-1])
-        if name in ITEM_FIELDS:
-            items[..., ITEM_FIELDS.index(name)] = item.view(items.shape[:-1])
-    return replace(features, **requests, history=history, items=items)
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``function`` of a tensor; of every tensor in a mapping or a dataclass."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: _map(part, function) for name, part in value.items()}
+    assert is_dataclass(value)
+    assert not isinstance(value, type)
+    return replace(value, **{f.name: _map(getattr(value, f.name), function) for f in fields(value)})

@@ -1,22 +1,42 @@
 """The cascade: its stages, how many items each keeps, the item groups of a request, and what counts as relevant.
 
-Every such number of the project stands here and nowhere else (paper, section 5.1; RecFlow's stages).
+Every such number of the project stands here and nowhere else (paper, section 5.1; RecFlow's stages), or in the TOML
+file of a cascade of one's own (docs/cascades.md).
 """
 
-from dataclasses import dataclass
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import numpy as np
+
+from deep_components.errors import InputError
 
 LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so that higher is better
+STAGES_ALLOWED = range(2, 5)
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+# A stage's name becomes that of files, metrics and terms of a loss.
+_RESERVED = ("loss", "end_to_end", "labels", "mask", "request_id", "training_state", "weight", "joint", "survival")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One ranker of the cascade: it keeps its best ``keep`` of the items that reach it.
 
-    ``exposed_groups``: when it served, it saw the items of its cascade's first so many groups; None = all of them.
+    Args:
+        name: of its model's file and metrics.
+        keep: q, its quota.
+        model: one of ``deep_components.models.MODELS``.
+        exposed_groups: when it served, it saw the items of its cascade's first so many groups; None = all of them.
     """
 
     name: str
     keep: int
+    model: str
     exposed_groups: int | None = None
 
 
@@ -24,11 +44,15 @@ class Stage:
 class Group:
     """Items of a request that left the online system at the same point.
 
-    ``position`` is the group's common position in the true order; None says that every item has its own, read from the
-    log's column ``index_field``.
+    Args:
+        name: the group's name in the log.
+        size: how many items of it a request has at the most; what the log has beyond is not used.
+        position: the group's common position in the true order; None says that every item has its own.
+        index_field: the column of RecFlow's all_stage files with the items' own positions.
     """
 
     name: str
+    size: int = 10
     position: int | None = None
     index_field: str | None = None
 
@@ -40,18 +64,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Cascade:
-    """Stages in serving order, item groups from best to worst; the first group is the ground truth."""
+    """Stages in serving order, item groups from best to worst; the first group is the ground truth.
+
+    Args:
+        stages: two to four.
+        groups: two or more.
+        num_relevant: upper limit of K, the ground-truth items of a request that count.
+        name: of the setting, in folders and results.
+    """
 
     stages: tuple[Stage, ...]
     groups: tuple[Group, ...]
-    group_size: int = 10
     num_relevant: int = 10
     name: str = "custom"
 
     @property
     def num_items(self) -> int:
-        """N, the number of item places of a request."""
-        return len(self.groups) * self.group_size
+        """N, the number of item slots of a request."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def group_of_item(self) -> np.ndarray:
+        """[N] int64: the group, from 0, that each item slot of a request belongs to."""
+        return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -75,9 +110,94 @@ class Cascade:
         names = self.stage_names
         return cuts | {names[-1]: cuts[names[-2]]}
 
+    def to_json(self) -> dict[str, Any]:
+        """The cascade as plain JSON values."""
+        return asdict(self) | {"stages": [asdict(s) for s in self.stages], "groups": [asdict(g) for g in self.groups]}
+
+    @classmethod
+    def from_json(cls, content: Any, source: str) -> "Cascade":
+        """The reverse of :meth:`to_json`; ``source`` names the file in the InputError for what is no cascade."""
+        top = _entry(cls, content, source, "the cascade")
+        stages = tuple(Stage(**_entry(Stage, e, source, "a stage")) for e in _list(top, "stages", source))
+        groups = tuple(Group(**_entry(Group, e, source, "a group")) for e in _list(top, "groups", source))
+        cascade = cls(**top | {"stages": stages, "groups": groups})
+        for problem in _problems(cascade):
+            raise InputError(f"{source}: {problem}")
+        return cascade
+
+    @classmethod
+    def from_toml(cls, path: Path) -> "Cascade":
+        """The cascade in a TOML file (docs/cascades.md). InputError when it cannot be read or is no cascade."""
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); --cascade names a TOML file") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{path}: not a TOML file ({error}); see docs/cascades.md") from error
+        return cls.from_json({"name": path.stem.lower()} | content, str(path))
+
+
+def _entry(kind: type[Any], content: Any, source: str, what: str) -> dict[str, Any]:
+    """The keys of an object that becomes a ``kind``. InputError for a key it does not have, or lacks, or of a type that
+    it cannot be."""
+    known = {field.name: field for field in fields(kind)}
+    if not isinstance(content, Mapping):
+        raise InputError(f"{source}: {what} is not a table of keys; see docs/cascades.md")
+    for key, value in content.items():
+        if key not in known:
+            raise InputError(f"{source}: {what} has the key {key!r}; it takes {', '.join(known)}")
+        kinds = get_args(known[key].type) or (known[key].type,)
+        if get_origin(known[key].type) is not tuple and type(value) not in kinds:
+            wanted = "a whole number" if int in kinds else "a text"
+            raise InputError(f"{source}: {key} of {what} is {value!r}, not {wanted}")
+    missing = [
+        field.name for field in known.values() if field.default is field.default_factory and field.name not in content
+    ]
+    if missing:
+        raise InputError(f"{source}: {what} has no {missing[0]}; see docs/cascades.md")
+    return dict(content)
+
+
+def _list(top: Mapping[str, Any], name: str, source: str) -> Sequence[Any]:
+    if not isinstance(top[name], Sequence) or isinstance(top[name], str):
+        raise InputError(f"{source}: {name} is not a list of tables; see docs/cascades.md")
+    return top[name]
+
+
+def _problems(cascade: Cascade) -> list[str]:
+    """What is wrong with a cascade, a sentence each."""
+    found = []
+    if len(cascade.stages) not in STAGES_ALLOWED:
+        found.append(f"a cascade has {STAGES_ALLOWED[0]} to {STAGES_ALLOWED[-1]} stages, not {len(cascade.stages)}")
+    if len(cascade.groups) < 2:
+        found.append("a cascade has two groups or more, the first of which is the ground truth")
+    for what, names in (("stage", cascade.stage_names), ("group", [group.name for group in cascade.groups])):
+        wrong = [name for name in names if not _NAME.fullmatch(name) or name in _RESERVED]
+        if wrong:
+            found.append(f"{what} {wrong[0]!r}: a name is of lower-case letters, digits and _, and not reserved")
+        if len(set(names)) < len(names):
+            found.append(f"two of its {what}s have the same name")
+    if not _NAME.fullmatch(cascade.name):
+        found.append(f"name {cascade.name!r}: a name is of lower-case letters, digits and _")
+    for group in cascade.groups:
+        if group.size < 1:
+            found.append(f"group {group.name}: size is 1 or more")
+        if group.position is not None and group.index_field is not None:
+            found.append(f"group {group.name} has position and index_field; give one of them")
+    left = cascade.num_items
+    for stage in cascade.stages:
+        if not 0 < stage.keep <= left:
+            found.append(f"stage {stage.name} keeps {stage.keep}; it is reached by {left} items, so 1 to {left}")
+        left = stage.keep
+        if stage.exposed_groups is not None and not 0 < stage.exposed_groups <= len(cascade.groups):
+            found.append(f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}")
+    if cascade.num_relevant < 1:
+        found.append("num_relevant is 1 or more")
+    return found
+
 
 TWO_STAGE = Cascade(
-    stages=(Stage("retrieval", keep=30), Stage("rank", keep=20, exposed_groups=2)),
+    stages=(Stage("retrieval", keep=30, model="dssm"), Stage("rank", keep=20, model="din", exposed_groups=2)),
     groups=(
         Group("rank_pos", index_field="rank_index"),
         Group("rank_neg", position=23),
@@ -89,9 +209,9 @@ TWO_STAGE = Cascade(
 
 THREE_STAGE = Cascade(
     stages=(
-        Stage("retrieval", keep=40),
-        Stage("prerank", keep=30, exposed_groups=4),
-        Stage("rank", keep=20, exposed_groups=2),
+        Stage("retrieval", keep=40, model="dssm"),
+        Stage("prerank", keep=30, model="mlp", exposed_groups=4),
+        Stage("rank", keep=20, model="din", exposed_groups=2),
     ),
     groups=(
         Group("rerank_pos", index_field="rerank_index"),

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
-from deep_components.files import read_json
 from deep_components.reporting.frame import arguments_of, is_number, printable
-from deep_components.runs.checkpoint import STEP_LOG_FILE, STREAMING_FILE
+from deep_components.runs.folder import STEP_LOG_FILE, STREAMING_FILE, read_json
 
 T = TypeVar("T")
 
@@ -92,12 +91,9 @@ def read_steps(folder: Path) -> pd.DataFrame:
 def read_streaming(folder: Path) -> dict[str, dict[str, Any]]:
     """Test day -> metrics, of a run's streaming.json; empty when there is none. InputError when it is damaged."""
     path = folder / STREAMING_FILE
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
+    content = read_json(path)
+    if content is None:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable ({error}); its curve is left out") from error
     days = content.get("days")
     if not isinstance(days, list) or not all(isinstance(d, dict) and isinstance(d.get("test_day"), str) for d in days):
         raise InputError(f"{path}: field days is missing or damaged; its curve is left out")

@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deep_components.arguments import UNTRAINED_ARGUMENTS, WHEREABOUTS
 from deep_components.errors import InputError
-from deep_components.files import read_json
-from deep_components.runs.checkpoint import (
+from deep_components.runs import identity
+from deep_components.runs.folder import (
     CONFIG_FILE,
     COST_FILE,
     METRICS_FILE,
@@ -30,14 +29,13 @@ from deep_components.runs.checkpoint import (
     RUN_FILE,
     STEP_LOG_FILE,
     read_config,
+    read_json,
 )
 
 UNTRAINED = "untrained"
 ARGUMENT = "arguments."  # before the names of columns that hold a training's arguments
 DATA_CHECKSUM = "data_checksums."  # before the names of columns that hold the checksum of a training day
 
-# Arguments in which runs of one method may differ. Checksums see to it that the data are the same wherever they lie.
-_NOT_THE_METHOD = (*WHEREABOUTS, "seed", "loss_type", "compact_from", "on_nonfinite")
 _REQUIRED = {
     "setting": str,
     "data": str,
@@ -141,10 +139,7 @@ def arguments_of(run: Mapping[Any, Any]) -> dict[str, Any]:
 
 def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:
     """The arguments that make the method, all but the seed and how it is executed, and the days trained on."""
-    arguments = arguments_of(run) | {"train_days": run["train_days"]}
-    if run["untrained"]:
-        return {name: arguments.get(name) for name in UNTRAINED_ARGUMENTS}
-    return {name: value for name, value in arguments.items() if name not in _NOT_THE_METHOD}
+    return identity.method_arguments(arguments_of(run) | {"train_days": run["train_days"]})
 
 
 def per_request(folder: Path, name: str) -> np.ndarray | None:
@@ -213,12 +208,9 @@ def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
 def _read_run(folder: Path) -> dict[str, Any]:
     """A row of the frame."""
     path = folder / METRICS_FILE
-    try:
-        results, config = read_json(path), read_config(folder)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: not evaluated (no {path.name}); finish the run or remove it") from error
-    except (OSError, ValueError, RecursionError) as error:  # an InputError is a ValueError
-        raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
+    results, config = read_json(path), read_config(folder)
+    if results is None:
+        raise InputError(f"{folder}: not evaluated (no {path.name}); finish the run or remove it")
     _check_results(path, results, config)
     metrics = tuple(name for name in results if "@" in name)
     _check_per_request(folder, results, metrics)
@@ -284,16 +276,13 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _given_name(folder: Path, loss_type: str) -> str | None:
     """The script's name for the run. InputError when the folder was trained with another loss since."""
     path = folder / RUN_FILE
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
+    content = read_json(path)
+    if content is None:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable ({error}); make the run again") from error
-    name, identity = content.get("name"), content.get("identity")
+    name, arguments = content.get("name"), content.get("identity")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: field name is missing or damaged; make the run again")
-    made = identity.get("loss_type", loss_type) if isinstance(identity, dict) else loss_type
+    made = arguments.get("loss_type", loss_type) if isinstance(arguments, dict) else loss_type
     if made != loss_type:
         raise InputError(
             f"{path}: is of a run of {made}, but the folder was trained with {loss_type}; remove this file"
@@ -306,10 +295,10 @@ def _costs(folder: Path, warnings: list[str]) -> dict[str, Any]:
     path = folder / COST_FILE
     try:
         cost = read_json(path)
-    except FileNotFoundError:
+    except InputError as error:
+        warnings.append(f"{error}; what this run took is left out")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        warnings.append(f"{path}: not readable ({error}); what this run took is left out")
+    if cost is None:
         return {}
     if not all(_is_a(cost.get(name), kind) for name, kind in _COSTS.items()):
         warnings.append(f"{path}: a number is missing or damaged; what this run took is left out")

@@ -1,6 +1,7 @@
 """Encoded batches against the golden ones, and against the specification followed one item at a time."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pytest
+import torch
 
-from deep_components.batch import REQUEST_FIELDS
-from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers import recflow as encoding
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade, Group
+from deep_components.dataset import columnar
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
 from tests.dataset.synthetic import (
     COUNTS,
@@ -28,6 +30,7 @@ from tests.dataset.synthetic import (
     write_log,
 )
 
+REQUEST_FIELDS = ("weekday", "hour", "minute", "user", "device", "gender", "age", "province")
 CASCADES = (TWO_STAGE, THREE_STAGE)
 MISSING = [0, 0, 0, 2, 0, 0, 0, 0]  # the item that is not there: category_one pads with 2
 
@@ -36,9 +39,11 @@ def arrays_of(day: DayCache) -> dict[str, np.ndarray]:
     """The whole day as one batch, in file order."""
     batch = day.batch(np.arange(len(day)))
     features, targets = batch.features, batch.targets
-    tensors = {field: getattr(features, field) for field in REQUEST_FIELDS}
-    tensors |= {"request_id": batch.request_id, "history": features.history, "history_mask": features.history_mask}
-    tensors |= {"items": features.items, "labels": targets.labels, "mask": targets.mask}
+    tensors = dict(features.request)
+    tensors |= {"request_id": batch.request_id, "history_mask": features.history_mask}
+    tensors |= {"history": torch.stack(list(features.history.values()), dim=-1)}
+    tensors |= {"items": torch.stack(list(features.item.values()), dim=-1)}
+    tensors |= {"labels": targets.labels, "mask": targets.mask}
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -62,7 +67,7 @@ GOLDEN_NAMES = {
 @pytest.mark.parametrize("day", ["2024-01-13", "2024-01-14", "2024-01-15", "2024-02-04"])
 @pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
 def test_golden_batches(golden: Path, tmp_path: Path, cascade: Cascade, day: str) -> None:
-    cache = open_day(golden / "recflow_mini", day, cascade, cache_dir=tmp_path)
+    cache = open_log(golden / "recflow_mini").open_day(day, cascade, cache_dir=tmp_path)
     ours = arrays_of(cache)
     with np.load(golden / f"batches_{cascade.name}.npz") as file:
         theirs = {key.removeprefix(f"{day}/"): file[key] for key in file.files if key.startswith(f"{day}/")}
@@ -156,7 +161,7 @@ ARRAYS = ("request_id", "history", "history_mask", "items", "labels", "mask")
 
 def compare(root: Path, cascade: Cascade, zone: str = "Asia/Shanghai") -> dict[str, np.ndarray]:
     """Assert that the day is encoded as the specification says, and return it."""
-    ours = arrays_of(open_day(root, DAY, cascade, zone=zone))
+    ours = arrays_of(open_log(root).open_day(DAY, cascade, zone=zone))
     expected = expected_arrays(root, cascade, ZoneInfo(zone))
     mask = expected["mask"]
     np.testing.assert_array_equal(ours["mask"], mask)
@@ -252,7 +257,7 @@ def test_one_group_of_all_requests_is_absent_or_of_another_width(tmp_path: Path,
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
 def test_a_ragged_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cascade: Cascade, seed: int) -> None:
-    monkeypatch.setattr(encoding, "_ROWS_PER_COPY", 7)  # of 18: whole copies and a part
+    monkeypatch.setattr(columnar, "_ROWS_PER_PIECE", 7)  # of 18: whole copies and a part
     write_log(tmp_path, random_log(20, seed))
     ragged(tmp_path, seed)
     zone = ("Asia/Shanghai", "Europe/Berlin")[seed % 2]
@@ -260,7 +265,7 @@ def test_a_ragged_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cascade: 
     assert len(ours["mask"]) == 18
     assert not ours["mask"].all() and ours["mask"].any()
     assert (ours["items"][~ours["mask"]] == MISSING).all()
-    repairs = open_day(tmp_path, DAY, cascade, zone=zone).repairs
+    repairs = open_log(tmp_path).open_day(DAY, cascade, zone=zone).repairs
     assert sorted(count for text, count in repairs.items() if not text.startswith("items of")) == [0, 0, 1, 1, 2]
 
 
@@ -281,7 +286,7 @@ def test_a_ground_truth_video_without_index_is_left_out_and_counted(tmp_path: Pa
     ours = compare(tmp_path, TWO_STAGE)
     holes = np.argwhere(~ours["mask"])
     assert holes.tolist() == [[0, 3], [1, 4], [1, 5]]
-    repairs = {text: count for text, count in open_day(tmp_path, DAY, TWO_STAGE).repairs.items() if count}
+    repairs = {text: count for text, count in open_log(tmp_path).open_day(DAY, TWO_STAGE).repairs.items() if count}
     assert repairs == {"items of rank_pos without rank_index in all_stage, left out": 3}
 
 
@@ -290,15 +295,62 @@ def test_an_index_belongs_to_a_request_and_a_video(tmp_path: Path) -> None:
     log = random_log(5)
     log.groups["rank_pos"][:, :, 0] = np.arange(COUNTS["video_id"], COUNTS["video_id"] - 10, -1)
     write_log(tmp_path, log)
-    labels = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))["labels"]
+    labels = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))["labels"]
     np.testing.assert_array_equal(labels[:, :10], 30 - log.rank_index)
     compare(tmp_path, TWO_STAGE)
 
 
+def test_groups_of_other_sizes(tmp_path: Path) -> None:
+    """As many of each group's items, from its first, as the cascade says."""
+    write_log(tmp_path)
+    sizes = (3, 10, 1, 12)
+    groups = tuple(replace(group, size=size) for group, size in zip(TWO_STAGE.groups, sizes, strict=True))
+    whole = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
+    cut = arrays_of(open_log(tmp_path).open_day(DAY, replace(TWO_STAGE, groups=groups)))
+    there = [*range(3), *range(10, 20), 20, *range(30, 40)]
+    for name in ("items", "labels", "mask"):
+        np.testing.assert_array_equal(cut[name][:, :24], whole[name][:, there], err_msg=name)
+    assert cut["items"].shape == (12, 26, 8) and not cut["mask"][:, 24:].any()
+    assert (cut["items"][:, 24:] == MISSING).all()
+
+
+def test_a_first_group_with_one_position(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    groups = (Group("coarse_neg", size=2, position=7), Group("prerank_neg", size=3, position=9))
+    day = open_log(tmp_path).open_day(DAY, replace(TWO_STAGE, groups=groups))
+    ours = arrays_of(day)
+    assert ours["labels"].tolist() == [[23, 23, 21, 21, 21]] * 12 and ours["mask"].all()
+    np.testing.assert_array_equal(ours["items"][:, :2], arrays_of(open_day_two_stage(tmp_path))["items"][:, 20:22])
+    assert not any(day.repairs.values())
+
+
+def open_day_two_stage(root: Path) -> DayCache:
+    return open_log(root).open_day(DAY, TWO_STAGE)
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        (Group("clicked", position=5), "group clicked is not in a log of RecFlow's layout, which has rank_pos"),
+        (Group("rank_neg"), "group rank_neg has no position"),
+        (Group("rank_neg", index_field="rank_index"), "group rank_neg has no position"),
+        (Group("rank_neg", position=1 << 15), "group rank_neg: position is 32768, outside the 0 .. 32767"),
+    ],
+)
+def test_a_group_that_the_log_lacks(tmp_path: Path, group: Group, text: str) -> None:
+    write_log(tmp_path)
+    cascade = replace(TWO_STAGE, groups=(TWO_STAGE.groups[0], group))
+    check_refused(tmp_path, f"cascade two_stage: {text}", cascade=cascade)
+    first = replace(TWO_STAGE, groups=(Group("rank_pos"), *TWO_STAGE.groups[1:]))
+    check_refused(tmp_path, "group rank_pos has neither position nor index_field", cascade=first)
+    other = replace(TWO_STAGE, groups=(Group("rank_pos", index_field="place"), *TWO_STAGE.groups[1:]))
+    check_refused(tmp_path, "2024-01-15.feather: column place is missing", cascade=other)
+
+
 def test_the_history_length_takes_the_last_events(tmp_path: Path) -> None:
     write_log(tmp_path)
-    whole = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
-    short = arrays_of(open_day(tmp_path, DAY, TWO_STAGE, history_length=7))
+    whole = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
+    short = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE, history_length=7))
     np.testing.assert_array_equal(short.pop("history"), whole.pop("history")[:, -7:])
     np.testing.assert_array_equal(short.pop("history_mask"), whole.pop("history_mask")[:, -7:])
     for name, values in whole.items():
@@ -314,7 +366,7 @@ def first_request(root: Path) -> int:
 
 def check_refused(root: Path, *texts: str, cascade: Cascade = TWO_STAGE) -> None:
     with pytest.raises(InputError) as caught:
-        open_day(root, DAY, cascade)
+        open_log(root).open_day(DAY, cascade)
     message = str(caught.value)
     for text in texts:
         assert text in message, message
@@ -341,6 +393,7 @@ def edit_history(root: Path, edit: Callable[[np.ndarray], Any]) -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_missing_file(tmp_path: Path, place: int) -> None:
+    write_log(tmp_path, random_log(1), "2024-01-16")
     path = recflow.day_paths(write_log(tmp_path), DAY)[place]
     path.unlink()
     check_refused(tmp_path, str(path), "no such file", "data/README.md")
@@ -406,7 +459,7 @@ def test_a_request_s_id_out_of_range(tmp_path: Path, field: str, above: bool) ->
 def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     """Rows beyond the tenth, columns that are not used, padding events, groups of the other cascade."""
     write_log(tmp_path)
-    before = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    before = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
 
     def spoil_group(rows: np.ndarray) -> np.ndarray:
         rows[:, 2] = rows[:, 7] = -1
@@ -420,7 +473,7 @@ def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     edit_group(tmp_path, "rank_pos", spoil_group)
     edit_group(tmp_path, "rerank_neg", lambda rows: np.full_like(rows, -1))
     edit_history(tmp_path, spoil_history)
-    after = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    after = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
     before["history"][0, :5] = 0
     before["history_mask"][0, :5] = False
     for name, values in before.items():
