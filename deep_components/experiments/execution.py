@@ -180,8 +180,8 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
             ended = error if isinstance(error, Ended) else Ended("failed", str(error))
             raise
         finally:
-            error = {"error": ended.error} if ended.error else {}
-            end_record(run.folder, record, {**error, "ended": _now()}, ended.status)
+            said = {"error": ended.error} if ended.error else {}
+            end_record(run.folder, record, {**said, "ended": _now()}, ended.status)
         if options.discard_state:
             (run.folder / STATE_FILE).unlink(missing_ok=True)
         return "finished"
