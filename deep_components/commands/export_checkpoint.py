@@ -63,5 +63,3 @@ def main(argv: list[str]) -> None:
     logger.info("exported %s -> %s", args.run, args.output_dir)
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main))

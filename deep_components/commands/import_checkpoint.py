@@ -125,5 +125,3 @@ def main(argv: list[str]) -> None:
     logger.info("imported %s -> %s", ", ".join(cascade.stage_names), args.output_dir)
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main))
