@@ -25,7 +25,8 @@ from deep_components.kernels import load_kernels
 from deep_components.metrics import cascade_metrics
 from deep_components.models import build_models, use_kernels
 from deep_components.runs import checkpoint
-from deep_components.tables.rows import BatchRows
+from deep_components.tables.lookup import TableLookup
+from deep_components.tables.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +34,25 @@ logger = logging.getLogger(__name__)
 @torch.inference_mode()
 def score_day(
     models: Mapping[str, nn.Module],
+    stores: Mapping[str, EmbeddingStore],
     day: DayCache,
     batch_size: int,
     device: torch.device,
-    prepare: BatchRows | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order, in one pass. ``prepare`` gives the rows of
-    compacted tables.
+    """Scores of every stage over every request of the day, in file order, in one pass.
 
     Returns:
-        on the CPU: stage -> [R, N]; and "request_id" [R], "labels" [R, N], "mask" [R, N].
+        on the CPU: stage -> [R, N]; and "request_id" [R], "labels", "mask" and "group" [R, N].
     """
+    first = next(iter(stores.values()))
+    lookup = TableLookup(first.schema, first.ids, {})
     parts: dict[str, list[Tensor]] = {}
     with tqdm(
         total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
-        for batch in batches(day, np.arange(len(day)), batch_size, device, prepare):
-            columns = {stage: model(batch.features) for stage, model in models.items()}
-            columns |= {"request_id": batch.request_id, "labels": batch.targets.labels, "mask": batch.targets.mask}
+        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
+            columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
+            columns |= {"request_id": batch.request_id, **vars(batch.targets)}
             for name, values in columns.items():
                 parts.setdefault(name, []).append(values.cpu())
             bar.update(len(batch.request_id))

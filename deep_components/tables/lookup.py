@@ -1,6 +1,7 @@
 """From a log's indices to the rows of the tables, and to slots among the distinct rows of a batch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,14 +54,14 @@ class TableLookup:
             ids = np.where(self.ids[table].contains(ids), ids, unknown)
         return self.ids[table].rows(ids)
 
-    def _replaced(self, features: Features | RowFeatures, new: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    def _replaced(self, features: Features | RowFeatures, new: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fields of the features with other ids for some tables, given in the order of their uses."""
         sides: dict[str, dict[str, Tensor]] = {side: dict(getattr(features, side)) for side in SIDES}
         for table, ids in new.items():
             old = [sides[side][name] for side, name in self._uses[table]]
             for (side, name), part in zip(self._uses[table], ids.split([ids.numel() for ids in old]), strict=True):
                 sides[side][name] = part.view(sides[side][name].shape)
-        return {**sides, "history_mask": features.history_mask}  # type: ignore[dict-item]
+        return {**sides, "history_mask": features.history_mask}
 
     def _distinct(self, table: str, used: Tensor) -> tuple[Tensor, Tensor]:
         """Distinct rows, and the slot of each used row among them, without sorting: every row notes its first use."""

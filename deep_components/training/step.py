@@ -215,16 +215,14 @@ class Trainer:
         target.copy_(saved)
 
 
-def use_kernels(
-    models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], kernels: Kernels | None
-) -> None:
+def use_kernels(models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], kernels: Kernels | None) -> None:
     """Have models and stores use compiled loops, or with None PyTorch's operators. All must be on a CPU."""
     for store in stores.values():
         store.kernels = kernels
     for model in models.values():
         for module in model.modules():
             if hasattr(module, "kernels"):
-                module.kernels = kernels
+                module.kernels = kernels  # type: ignore[assignment]
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:
