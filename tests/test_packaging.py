@@ -66,5 +66,5 @@ def test_the_installed_command_trains(
     assert "import movielens" in lcron(installed, tmp_path, "--help")
     where = [f"--data_dir={small_log(tmp_path_factory)}", "--output_dir=run", "--device=cpu"]
     lcron(installed, tmp_path, "train", "--cascade=two_stage", *SMALL, *where)
-    lcron(installed, tmp_path, "test", "--cascade=two_stage", *where)
+    lcron(installed, tmp_path, "test", *where)
     assert "lcron" in lcron(installed, tmp_path, "table", "run")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deep_components.__main__ import COMMANDS, main
+from deep_components.commands import COMMANDS, main
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 EARLIER = {  # names under which users know the commands
     "collect_metrics": "table",
     "collect_costs": "table",
@@ -63,7 +63,7 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(tmp_path: Path, capsys: pytest.
 
 
 def test_only_what_is_run_is_imported() -> None:
-    script = "import sys; from deep_components.__main__ import main; main(['--help']); main(['tabel'])\n"
+    script = "import sys; from deep_components.commands import main; main(['--help']); main(['tabel'])\n"
     script += "sys.exit(bool({'torch', 'numpy', 'pandas', 'matplotlib'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
