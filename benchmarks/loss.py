@@ -23,16 +23,18 @@ def evaluate_loss(times: int, args: argparse.Namespace, data_dir: Path) -> Calla
     loss = common.COMMANDS[args.setting].build_loss(common.training_namespace(args, data_dir)).to(args.device)
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch_size, cascade.num_items)
-    scores = [torch.randn(shape, generator=generator).to(args.device).requires_grad_() for _ in cascade.stages]
-    group = torch.arange(cascade.num_items) // cascade.group_size
-    labels = torch.where(group == 0, 30 - torch.arange(cascade.num_items), 8 - group).expand(shape)
+    scores = {
+        stage: torch.randn(shape, generator=generator).to(args.device).requires_grad_() for stage in cascade.stage_names
+    }
+    group = (torch.arange(cascade.num_items) // cascade.group_size).expand(shape)
+    labels = torch.where(group == 0, 30 - torch.arange(cascade.num_items), 8 - group)
     targets = Targets(
         labels.to(args.device), torch.ones(shape, dtype=torch.bool, device=args.device), group.to(args.device)
     )
 
     def work() -> torch.Tensor:
         for _ in range(times):
-            value = loss(*scores, targets)["loss"]
+            value = loss(scores, targets)["loss"]
         value.backward()
         return value.detach()
 

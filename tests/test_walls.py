@@ -42,7 +42,7 @@ def forbidden(name: str, *packages: str) -> set[str]:
 
 
 STANDARD = ("math", "typing", "__future__", "collections", "dataclasses", "functools")
-LOSS_KERNELS = ("deep_components.loss.functional", "deep_components.loss.selection", "deep_components.loss.sorting")
+LOSS_KERNELS = ("deep_components.loss.functional", "deep_components.loss.selection")
 # What users start: `python -m deep_components.NAME`. Nothing else imports them.
 ENTRY_POINTS = [
     name
@@ -138,7 +138,7 @@ def test_nothing_imports_what_users_start(name: str) -> None:
 )
 def test_the_frame_names_no_method(name: str) -> None:
     methods = {path.stem for path in (PACKAGE / "loss").glob("[a-z]*.py")}
-    methods -= {"functional", "selection", "sorting"}
+    methods -= {"functional", "selection"}
     assert len(methods) >= 8
     code = ast.parse(MODULES[f"deep_components.{name}"].read_text())
     texts = {node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)}

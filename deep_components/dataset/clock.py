@@ -1,12 +1,13 @@
 """Wall-clock fields of timestamps in the log's own time zone, never the machine's."""
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
 
 from deep_components.errors import InputError
 
+DEFAULT_TIME_ZONE = "Asia/Shanghai"  # RecFlow's
 _QUARTER_HOUR = 900  # nearly all changes of an offset lie at multiples of it
 MIN_SECONDS, MAX_SECONDS = -2_208_988_800, 7_258_118_400  # 1900-01-01 .. 2200-01-01 UTC
 MIN_REQUEST_SECONDS = 631_152_000  # 1990-01-01: seconds taken for milliseconds give a day in January 1970
@@ -18,6 +19,14 @@ def time_zone(name: str) -> ZoneInfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, OSError, ValueError) as error:  # OSError: a folder of zones, such as Asia
         raise InputError(f"--time_zone={name}: unknown time zone; use a name such as Asia/Shanghai") from error
+
+
+def is_date(day: str) -> bool:
+    """Whether ``day`` is a date such as 2024-01-13."""
+    try:
+        return date.fromisoformat(day).isoformat() == day
+    except ValueError:
+        return False
 
 
 def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,7 +44,7 @@ def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndar
     if seconds.size and (seconds.min() < MIN_SECONDS or seconds.max() >= MAX_SECONDS):
         raise ValueError("a time outside the years 1900 to 2200; is it in the unit that data/README.md names?")
     buckets, inverse = np.unique(seconds // _QUARTER_HOUR, return_inverse=True)
-    first, last = (_utc_offsets(buckets * _QUARTER_HOUR + place, zone) for place in (0, _QUARTER_HOUR - 1))
+    first, last = (_utc_offsets(buckets * _QUARTER_HOUR + second, zone) for second in (0, _QUARTER_HOUR - 1))
     offsets = first[inverse].reshape(seconds.shape)
     changing = (first != last)[inverse].reshape(seconds.shape)  # within the quarter: look these up one by one
     offsets[changing] = _utc_offsets(seconds[changing], zone)

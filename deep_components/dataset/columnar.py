@@ -1,13 +1,9 @@
-"""The columnar cache: a day of a log, encoded once for one cascade, memory-mapped afterwards.
+"""The public input format: a day of a log as one .npy file a column, memory-mapped when read (docs/format.md).
 
-``cache_dir/<cascade>/<day>-<log>-<key>/`` holds one .npy file a column and ``meta.json``. The key is a digest of all
-that the content depends on (the source files' sizes and modification times, the id counts, the cascade's groups, the
-time zone and FORMAT_VERSION), so a stale cache is never opened. A folder is written under a temporary name and renamed;
-the SHA-256 of meta.json and of every column is checked when it is opened, and a damaged folder is built anew.
-
-Processes share caches: each holds a lock of the day, shared while it opens, exclusive while it builds or removes. So a
-second process waits for the first one's cache, and a temporary folder whose day can be locked is one that a killed
-process has left.
+A day is a folder of columns and ``meta.json``, which holds the schema, and size and SHA-256 of every file. Importers,
+a user's own script among them, write days with :func:`write_day`; nothing here knows where data came from. Files are
+untrusted: :func:`read_day` compares shapes, types, checksums and the range of every value with the schema, so that no
+index it hands out lies outside its table.
 """
 
 import hashlib
@@ -15,244 +11,464 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deep_components.batch import (
-    HISTORY_FIELDS,
-    ITEM_FIELDS,
-    PADDING_INDEX,
-    REQUEST_FIELDS,
-    CascadeBatch,
-    Features,
-    Targets,
-)
+from deep_components.batch import CascadeBatch, Features, Targets
 from deep_components.cascade import Cascade
-from deep_components.dataset.clock import time_zone
-from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.importers.recflow import LOG_COLUMN, ColumnFiles, encode_day
-from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
-from deep_components.files import locked, read_json, sha256_of, write_json
+from deep_components.files import read_json, sha256_of, write_json
+from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
 
-FORMAT_VERSION = 2
-_META = "meta.json"
+FORMAT_VERSION = 3
+META_FILE = "meta.json"
+VERIFIED = "LCRON_VERIFIED_DAYS"  # environment variable: the days that this process or a parent of it has verified
 _ID_SETS = "ids."
-_ROWS_PER_CHUNK = 1 << 14
-DEFAULT_TIME_ZONE = "Asia/Shanghai"
+_OPTIONAL = "item.group"
+_MAX_SIZE = 1 << 32  # rows of a table
+_ROWS_PER_PIECE = 1 << 13
+_BYTES_PER_READ = 1 << 20
+_JUST_WRITTEN = 100_000_000  # nanoseconds: a file system's clock may not tell apart what is written within them
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a column consists of: one value for each element of its side, below ``limit`` where there is one."""
+
+    side: str  # "request" [R], "history" [R, L] or "item" [R, N]
+    dtypes: tuple[np.dtype, ...]  # any of these; a writer converts to the first
+    limit: int | None = None
+
+
+def columns_of(schema: Schema) -> dict[str, Column]:
+    """Name -> column, of all columns of a day; item.group may be absent."""
+
+    def dtypes(*kinds: type[np.generic]) -> tuple[np.dtype, ...]:
+        return tuple(np.dtype(kind) for kind in kinds)
+
+    columns = {"request_id": Column("request", dtypes(np.int64))}
+    for entry in schema.fields:
+        if entry.size > _MAX_SIZE:
+            raise InputError(f"field {entry.name} of side {entry.side}: size {entry.size} is above {_MAX_SIZE}")
+        index = (np.min_scalar_type(entry.size - 1),)
+        column = Column(entry.side, index, entry.size) if entry.table else Column(entry.side, dtypes(np.float32))
+        columns[f"{entry.side}.{entry.name}"] = column
+    columns |= {f"{side}.mask": Column(side, dtypes(np.bool_), 2) for side in ("history", "item")}
+    columns["item.label"] = Column("item", dtypes(np.int64, np.int32, np.int16))
+    columns[_OPTIONAL] = Column("item", dtypes(np.uint8))
+    return columns
 
 
 @dataclass(frozen=True)
 class DayCache:
     """One opened day. ``columns`` are memory maps whose first dimension is the request, in file order.
 
-    ``repairs`` counts what was left out or repaired when the day was read (see data/README.md); ``checksum`` is the
-    SHA-256 of what the day holds, the same wherever its cache lies.
+    ``repairs`` counts what its importer left out or repaired; ``checksum`` is the SHA-256 of what the day holds, the
+    same wherever it lies.
     """
 
     day: str
     columns: Mapping[str, np.ndarray]
-    group: np.ndarray  # [N] int64
-    repairs: Mapping[str, int]
-    checksum: str
-    id_bits: Mapping[str, np.ndarray]
-    history_length: int = recflow.HISTORY_LENGTH  # L: this many of the last history positions are handed out
+    schema: Schema
+    group: np.ndarray  # [N] int64: the group of each item slot, where there is no column of groups
+    history_length: int  # this many of the last history positions are handed out
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    checksum: str = ""
+    id_bits: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.columns["request_id"])
 
-    def ids(self, field: str) -> IdSet:
-        """The encoded ids of a field of ID_FIELDS that the day names, its padding index and 0 included."""
-        return IdSet(self.id_bits[field])
+    def ids(self, table: str) -> IdSet:
+        """The indices of a table that the day uses, and its padding index, that of unknown ids, and 0."""
+        bits = self.id_bits.get(table)
+        return _used_ids(self.schema, table, self.columns) if bits is None else IdSet(bits)
 
-    def batch(self, requests: np.ndarray) -> CascadeBatch:
+    def with_history(self, length: int | None) -> "DayCache":
+        """The same day, of whose histories the last ``length`` positions are handed out; None = all.
+
+        Raises InputError when they have not so many.
+        """
+        there = self.columns["history.mask"].shape[1]
+        if length is not None and length > there:
+            raise InputError(f"--seq_len={length}: the histories of the log have {there} positions")
+        return replace(self, history_length=there if length is None else length)
+
+    def batch(self, requests: np.ndarray) -> CascadeBatch[Features]:
         """The requests at the given positions, all N items at once."""
+        targets = Targets(
+            labels=self._values("item.label", requests),
+            mask=self._values("item.mask", requests),
+            group=self._values(_OPTIONAL, requests)
+            if _OPTIONAL in self.columns
+            else torch.from_numpy(self.group).expand(len(requests), -1),
+        )
+        sides = {
+            side: {entry.name: self._values(f"{side}.{entry.name}", requests) for entry in self.schema.side(side)}
+            for side in SIDES
+        }
+        features = Features(**sides, history_mask=self._values("history.mask", requests))
+        return CascadeBatch(self._values("request_id", requests), features, targets)
 
-        def column(name: str) -> torch.Tensor:
-            return torch.from_numpy(self.columns[name][requests].astype(np.int64))
+    def _values(self, name: str, requests: np.ndarray) -> torch.Tensor:
+        column = self.columns[name]
+        values = column[requests]
+        if name.startswith("history."):
+            values = values[:, column.shape[1] - self.history_length :]
+        kept = column.dtype if column.dtype in (np.bool_, np.float32) else np.int64
+        return torch.from_numpy(np.ascontiguousarray(values, kept))
 
-        def stacked(prefix: str, fields: Sequence[str], last: int) -> torch.Tensor:
-            values = np.empty((len(requests), last, len(fields)), np.int64)
-            for place, field in enumerate(fields):
-                values[:, :, place] = self.columns[f"{prefix}.{field}"][requests][:, -last:]
-            return torch.from_numpy(values)
 
-        return CascadeBatch(
-            request_id=column("request_id"),
-            features=Features(
-                **{field: column(f"request.{field}") for field in REQUEST_FIELDS},
-                history=stacked("history", HISTORY_FIELDS, self.history_length),
-                history_mask=torch.from_numpy(self.columns["history.mask"][requests][:, -self.history_length :].copy()),
-                items=stacked("items", ITEM_FIELDS, len(self.group)),
-            ),
-            targets=Targets(
-                labels=column("items.label"),
-                mask=torch.from_numpy(self.columns["items.mask"][requests]),
-                group=torch.from_numpy(self.group),
-            ),
+def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray]) -> IdSet:
+    """The indices of table ``name`` in the columns, its padding index, that of unknown ids, and 0."""
+    table = schema.tables[name]
+    always = np.array([0, table.padding, table.padding if table.unknown is None else table.unknown])
+    used = [columns[f"{entry.side}.{entry.name}"] for entry in schema.fields if entry.table == name]
+    pieces = (part[k : k + _ROWS_PER_PIECE] for part in used for k in range(0, len(part), _ROWS_PER_PIECE))
+    return IdSet.of((always, *pieces), table.size)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class ColumnFiles:
+    """The columns of one day, written whole or piece by piece; made by :func:`write_day`.
+
+    A file is mapped only while a piece is written, so that the pages of the whole day never count as memory; its space
+    on the disk is reserved first, so that a full disk is an OSError and not a SIGBUS.
+
+    Attributes:
+        requests: R, the rows of every column.
+        repairs: what the importer left out or repaired, counted; a user sees it whenever the day is opened.
+    """
+
+    def __init__(self, folder: Path, schema: Schema, requests: int) -> None:
+        self.folder, self.schema, self.requests = folder, schema, requests
+        self.repairs: dict[str, int] = {}
+        self._columns = columns_of(schema)
+        self._layouts: dict[str, dict[str, Any]] = {}  # column -> where in its file what lies, as np.memmap takes it
+
+    def write(self, name: str, values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> None:
+        """Put ``values`` at the ``rows`` of column ``name``; rows never written are zero.
+
+        Raises:
+            InputError: the schema has no such column, or it cannot hold the values.
+            OSError: the disk is full.
+        """
+        values = self._converted(name, values)
+        path = self.folder / f"{name}.npy"
+        if name not in self._layouts:
+            shape = (self.requests, *values.shape[1:])
+            new = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            self._layouts[name] = {"offset": new.offset, "shape": new.shape, "dtype": new.dtype}
+        np.memmap(path, mode="r+", **self._layouts[name])[rows] = values
+
+    def _converted(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The values in the column's type. InputError when that would change them."""
+        column = self._columns.get(name)
+        if column is None:
+            raise InputError(f"column {name}: not in the schema, whose columns are {', '.join(self._columns)}")
+        if values.dtype in column.dtypes:
+            return values
+        dtype = column.dtypes[0]
+        if values.dtype.kind not in ("iuf" if dtype.kind == "f" else "iub"):
+            raise InputError(f"column {name}: values of type {values.dtype}, not {dtype}; convert them first")
+        if dtype.kind != "f" and values.size:
+            low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+            wrong = values[(values < low) | (values > high)]
+            if wrong.size:
+                raise InputError(f"column {name}: holds {wrong[0]}, outside the {low} .. {high} that it can")
+        return values.astype(dtype)
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Leave only these rows (positions, rising) of every column written so far."""
+        before, self._layouts, self.requests = self._layouts, {}, len(rows)
+        for name, layout in before.items():
+            path = self.folder / f"{name}.npy"
+            old = path.rename(path.with_suffix(".old"))
+            for first in range(0, len(rows), _ROWS_PER_PIECE):
+                values = np.memmap(old, mode="r", **layout)[rows[first : first + _ROWS_PER_PIECE]]
+                self.write(name, values, slice(first, first + len(values)))
+            old.unlink()
+
+    def finish(self, made_from: Mapping[str, Any]) -> None:
+        """Check the columns, and write beside them which ids they use and meta.json."""
+        missing = sorted(self._columns.keys() - self._layouts.keys() - {_OPTIONAL})
+        if missing:
+            raise InputError(f"column {missing[0]}: not written; a day needs every column of its schema")
+        columns = {name: _mapped(self.folder, name) for name in self._layouts}
+        _check_shapes(self.folder, self.schema, columns)
+        files = {}
+        for name, column in columns.items():
+            sha256 = _check_values(self.folder, name, column, self._columns[name])
+            files[f"{name}.npy"] = {"size": (self.folder / f"{name}.npy").stat().st_size, "sha256": sha256}
+        # Tables need no rows for other ids; a reader need not look for them in all columns.
+        for table in {entry.table: None for entry in self.schema.fields if entry.kind == "id"}:
+            path = self.folder / f"{_ID_SETS}{table}.npy"
+            np.save(path, _used_ids(self.schema, table, columns).bits)
+            files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        write_json(
+            self.folder / META_FILE,
+            {
+                "format": FORMAT_VERSION,
+                "schema": self.schema.to_json(),
+                "made_from": made_from,
+                "repairs": self.repairs,
+                "files": files,
+            },
         )
 
 
-def open_day(
-    data_dir: Path,
-    day: str,
-    cascade: Cascade,
-    cache_dir: Path | None = None,
-    zone: str = DEFAULT_TIME_ZONE,
-    history_length: int = recflow.HISTORY_LENGTH,
-) -> DayCache:
-    """The day's cache, built first when there is none, when its sources changed, or when it is damaged.
+@contextmanager
+def write_day(
+    folder: Path, schema: Schema, requests: int, made_from: Mapping[str, Any] | None = None
+) -> Iterator[ColumnFiles]:
+    """Write a day: the block fills every column of ``schema``, and the finished day is renamed to ``folder``.
 
-    Args:
-        data_dir: a log in RecFlow's layout.
-        day: the file name of the day, e.g. 2024-01-13.
-        cascade: which item groups to take.
-        cache_dir: where caches lie; by default :func:`default_cache_dir`.
-        zone: the time zone of the log.
-        history_length: how many of the last history positions batches have.
+    ::
+
+        with write_day(Path("log/2024-01-13"), schema, requests=1000) as day:
+            day.write("item.video", videos)  # [1000, N]
+            ...
+
+    When the block fails, or a column is missing or does not fit the schema, nothing is left.
 
     Raises:
-        InputError: a source file is missing or cannot be used, or the cache cannot be written.
+        InputError: the folder is there already, or a column is missing or does not fit the schema.
+        OSError: the folder cannot be written.
     """
-    counts = recflow.read_id_counts(data_dir)
-    identity = _identity(data_dir, day, cascade, counts, zone)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    parent = (cache_dir or default_cache_dir(data_dir)) / cascade.name
-    # The log is in the name too: logs that share a --cache_dir must not take each other's days for stale.
-    log = hashlib.sha256(f"{data_dir.resolve()}|{zone}".encode()).hexdigest()[:8]
-    folder = parent / f"{day}-{log}-{key}"
-    with locked(_lock_path(parent, f"{day}-{log}"), shared=True):
-        if folder.exists() and _damage(folder, identity) is None:
-            return _open_folder(folder, day, cascade, history_length)
-    try:
-        with locked(_lock_path(parent, f"{day}-{log}")):
-            damage = _damage(folder, identity) if folder.exists() else None
-            if damage is not None:
-                logger.warning("%s: the cache is damaged (%s) and is built anew", folder, damage)
-                shutil.rmtree(folder)
-            if not folder.exists():  # else another process has built it meanwhile
-                _build_folder(folder, data_dir, day, cascade, counts, zone, identity)
-                for stale in parent.glob(f"{day}-{log}-*"):
-                    if stale != folder:
-                        shutil.rmtree(stale)
-            opened = _open_folder(folder, day, cascade, history_length)
-        _remove_leftovers(parent)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
-        ) from error
-    return opened
-
-
-def _lock_path(parent: Path, day_and_log: str) -> Path:
-    return parent.parent / ".locks" / f"{parent.name}-{day_and_log}"
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove the temporary folders of processes that were killed: of those at work, the day is locked."""
-    for leftover in parent.glob(".*.tmp"):
-        day_and_log = leftover.name[1:].partition(".")[0].rpartition("-")[0]
-        with locked(_lock_path(parent, day_and_log), wait=False) as free:
-            if free:
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def default_cache_dir(data_dir: Path) -> Path:
-    """``data_dir/cache``; for a folder marked read-only, a folder of its own under the user's cache directory."""
-    writable = os.access(data_dir, os.W_OK) and data_dir.stat().st_mode & 0o222
-    if writable:
-        return data_dir / "cache"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "lcron" / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
-
-
-def _identity(data_dir: Path, day: str, cascade: Cascade, counts: Mapping[str, int], zone: str) -> dict[str, Any]:
-    sources = {}
-    for path in recflow.day_paths(data_dir, day):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: no such file; see data/README.md for the files a day consists of") from error
-        sources[path.parent.name] = [status.st_size, status.st_mtime_ns]
-    return {
-        "format": FORMAT_VERSION,
-        "sources": sources,
-        "id_counts": dict(counts),
-        "groups": [asdict(group) for group in cascade.groups],
-        "group_size": cascade.group_size,
-        "time_zone": zone,
-    }
-
-
-def _build_folder(
-    folder: Path,
-    data_dir: Path,
-    day: str,
-    cascade: Cascade,
-    counts: Mapping[str, int],
-    zone: str,
-    identity: Mapping[str, Any],
-) -> None:
+    if folder.exists():
+        raise InputError(f"{folder}: is there already; remove it or write the day elsewhere")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
-        verify(data_dir, recflow.day_paths(data_dir, day))
-        repairs = encode_day(data_dir, day, cascade, counts, time_zone(zone), ColumnFiles(temporary))
-        _write_id_sets(temporary, counts)
-        files = {
-            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(temporary.iterdir())
-        }
-        write_json(temporary / _META, {"identity": identity, "repairs": repairs, "files": files})
+        files = ColumnFiles(temporary, schema, requests)
+        yield files
+        files.finish(made_from or {})
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    _note_verified(folder)
 
 
-def _write_id_sets(folder: Path, counts: Mapping[str, int]) -> None:
-    """Beside the columns, which ids each field has in them: tables need no rows for others."""
-    for field, column in LOG_COLUMN.items():
-        names = [f"{part}.{field}.npy" for part in ("request", "history", "items")]
-        columns = [np.load(folder / name, mmap_mode="r") for name in names if (folder / name).exists()]
-        padding = np.array([0, PADDING_INDEX.get(field, 0)])
-        chunks = (part[k : k + _ROWS_PER_CHUNK] for part in columns for k in range(0, len(part), _ROWS_PER_CHUNK))
-        np.save(folder / f"{_ID_SETS}{field}.npy", IdSet.of((padding, *chunks), counts[column] + 2).bits)
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, day: str, cascade: Cascade, history_length: int) -> DayCache:
-    meta = read_json(folder / _META, must_have_checksum=True)
-    columns = {name.removesuffix(".npy"): np.load(folder / name, mmap_mode="r") for name in meta["files"]}
-    id_bits = {name.removeprefix(_ID_SETS): columns.pop(name) for name in list(columns) if name.startswith(_ID_SETS)}
-    group = np.repeat(np.arange(len(cascade.groups)), cascade.group_size)
+def read_day(
+    folder: Path,
+    day: str,
+    cascade: Cascade,
+    made_from: Mapping[str, Any] | None = None,
+) -> DayCache:
+    """Open the day in ``folder``; its columns are mapped, and keep no file open.
+
+    The content is verified once a tree of processes: a day that this process or a parent has verified, and whose files
+    still have the same inodes, sizes and times, is not read through again.
+
+    Args:
+        folder: as :func:`write_day` leaves it.
+        day: what it is called, a date.
+        cascade: whose N items, and as many groups, a request must have.
+        made_from: what the day must say that it was made from; None = anything.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit the schema or the cascade.
+    """
+    meta = _read_meta(folder)
+    schema = Schema.from_json(meta["schema"], str(folder / META_FILE))
+    if made_from is not None and meta["made_from"] != json.loads(json.dumps(made_from)):
+        raise InputError(f"{folder / META_FILE}: was made from something else; make the day again")
+    columns, id_bits = _open_columns(folder, schema, meta["files"])
+    _check_shapes(folder, schema, columns, cascade)
+    _verify(folder, schema, columns, id_bits, meta["files"])
     for repair, count in meta["repairs"].items():
         if count:
             logger.warning("%s: %s: %d", day, repair, count)
     contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
-    checksum = hashlib.sha256(contents.encode()).hexdigest()
-    return DayCache(day, columns, group, meta["repairs"], checksum, id_bits, history_length)
+    return DayCache(
+        day,
+        columns,
+        schema,
+        cascade.group_of_item,
+        columns["history.mask"].shape[1],
+        meta["repairs"],
+        hashlib.sha256(contents.encode()).hexdigest(),
+        id_bits,
+    )
 
 
-def _damage(folder: Path, identity: Mapping[str, Any]) -> str | None:
-    """What is wrong with the folder, or None."""
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json, with the keys that it must have."""
+    path = folder / META_FILE
     try:
-        meta = read_json(folder / _META, must_have_checksum=True)
-        if meta["identity"] != json.loads(json.dumps(identity)) or not isinstance(meta["repairs"], dict):
-            return f"{_META} is another cache's"
-        if {*meta["files"], _META} != {path.name for path in folder.iterdir()}:
-            return "its files are not those that were written"
-        for name, expected in meta["files"].items():
-            if (folder / name).stat().st_size != expected["size"]:
-                return f"{name} has another size"
-            if sha256_of(folder / name) != expected["sha256"]:
-                return f"{name} does not match its checksum"
+        meta = read_json(path, must_have_checksum=True)
+        if meta["format"] != FORMAT_VERSION:
+            raise InputError(f"{path}: format {meta['format']!r}, not {FORMAT_VERSION}; make the day again")
+        if not all(type(count) is int for count in meta["repairs"].values()):
+            raise ValueError("repairs holds what is no count")
+        wrong = {
+            name for name, file in meta["files"].items() if (type(file["size"]), type(file["sha256"])) != (int, str)
+        }
+        if wrong or "made_from" not in meta or "schema" not in meta:
+            raise ValueError("made_from, schema, or size and sha256 of a file are missing")
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        raise InputError(f"{path}: not readable ({error}); make the day again, see docs/format.md") from error
+    return meta
+
+
+def schema_of(folder: Path) -> Schema:
+    """The schema of the day in ``folder``. InputError as in :func:`read_day`."""
+    return Schema.from_json(_read_meta(folder)["schema"], str(folder / META_FILE))
+
+
+def history_length_of(folder: Path) -> int:
+    """L of the day in ``folder``. InputError as in :func:`read_day`."""
+    mask = _mapped(folder, "history.mask")
+    if mask.ndim != 2:
+        raise InputError(f"{folder}/history.mask.npy: shape {mask.shape}, not [R, L]; make the day again")
+    return int(mask.shape[1])
+
+
+def _open_columns(
+    folder: Path, schema: Schema, files: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(columns, sets of ids) of a day whose files are just those that it must and may have."""
+    names = list(columns_of(schema))
+    id_sets = [f"{_ID_SETS}{table}" for table in schema.tables]
+    must = {f"{name}.npy" for name in names if name != _OPTIONAL}
+    may = must | {f"{name}.npy" for name in (_OPTIONAL, *id_sets)}
+    there = {path.name for path in folder.iterdir()}
+    for name in sorted((must - there) | (set(files) - there)):
+        raise InputError(f"{folder / name}: no such file; make the day again, see docs/format.md")
+    for name in sorted((there - {META_FILE}) ^ set(files) | (set(files) - may)):
+        raise InputError(f"{folder / name}: not a file that {META_FILE} and its schema name; make the day again")
+    columns = {name: _mapped(folder, name) for name in names if f"{name}.npy" in files}
+    id_bits = {name.removeprefix(_ID_SETS): _mapped(folder, name) for name in id_sets if f"{name}.npy" in files}
+    return columns, id_bits
+
+
+def _mapped(folder: Path, name: str) -> np.ndarray:
+    """The array in a .npy file, mapped read-only. np.load's own map would keep the file open: 35 a day."""
+    path = folder / f"{name}.npy"
+    try:
+        header = np.load(path, mmap_mode="r")
+        size = path.stat().st_size
+        if not header.flags.c_contiguous or size != header.offset + header.nbytes:
+            raise ValueError(f"not one array in C order, and its {size} bytes")
+        whole = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
+        column = whole[header.offset :].view(header.dtype).reshape(header.shape)
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{path}: not a readable .npy file ({reason}); make the day again") from error
+    column.flags.writeable = False
+    return column
+
+
+def _check_shapes(
+    folder: Path, schema: Schema, columns: Mapping[str, np.ndarray], cascade: Cascade | None = None
+) -> None:
+    """InputError for a column of another type or shape than the schema, the other columns and the cascade say."""
+    requests, (length, items) = (
+        len(columns["request_id"]),
+        (columns[f"{side}.mask"].shape[-1] for side in ("history", "item")),
+    )
+    sizes = {"request": (requests,), "history": (requests, length), "item": (requests, items)}
+    known = columns_of(schema)
+    for name, column in columns.items():
+        path, expected = folder / f"{name}.npy", known[name]
+        if column.dtype not in expected.dtypes:
+            raise InputError(f"{path}: type {column.dtype}, not {expected.dtypes[0]}; make the day again")
+        if column.shape != sizes[expected.side]:
+            raise InputError(f"{path}: shape {column.shape}, not {sizes[expected.side]}; make the day again")
+    if not requests:
+        raise InputError(f"{folder}: holds no request; make the day again")
+    if cascade is not None and items != cascade.num_items:
+        raise InputError(
+            f"{folder}: its requests have {items} items, the cascade {cascade.name} has {cascade.num_items}; "
+            "give the groups of --cascade the log's sizes"
+        )
+    if cascade is not None and _OPTIONAL in columns and columns[_OPTIONAL].max() >= len(cascade.groups):
+        raise InputError(
+            f"{folder / _OPTIONAL}.npy: holds {columns[_OPTIONAL].max()}, and the cascade {cascade.name} has "
+            f"{len(cascade.groups)} groups, from 0; name all groups in --cascade"
+        )
+
+
+def _check_values(folder: Path, name: str, array: np.ndarray, column: Column) -> str:
+    """The SHA-256 of a column's file. InputError when a value is not below the column's limit, or no finite number.
+
+    The file is read, not mapped: mapped pages would count as memory. One pass serves both.
+    """
+    path = folder / f"{name}.npy"
+    kind = np.dtype(np.uint8) if array.dtype == np.bool_ else array.dtype  # a byte of a mask can hold more than 0 and 1
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(path.stat().st_size - array.nbytes))
+        while piece := file.read(_BYTES_PER_READ):
+            digest.update(piece)
+            values = np.frombuffer(piece, kind)
+            if column.limit is not None and values.max() >= column.limit:
+                raise InputError(f"{path}: holds {values.max()}, outside the 0 .. {column.limit - 1} of its schema")
+            if kind.kind == "f" and not np.isfinite(values).all():
+                raise InputError(f"{path}: holds a value that is no finite number; say in the importer what it becomes")
+    return digest.hexdigest()
+
+
+def _verify(
+    folder: Path,
+    schema: Schema,
+    columns: Mapping[str, np.ndarray],
+    id_bits: Mapping[str, np.ndarray],
+    files: Mapping[str, Any],
+) -> None:
+    """InputError when a file is not what meta.json says, or holds what its schema does not allow."""
+    if _fingerprint(folder) in os.environ.get(VERIFIED, "").split():
+        return
+    known = columns_of(schema)
+    try:
+        found = {name: _check_values(folder, name, column, known[name]) for name, column in columns.items()}
+        found |= {f"{_ID_SETS}{table}": sha256_of(folder / f"{_ID_SETS}{table}.npy") for table in id_bits}
+        sizes = {name: (folder / name).stat().st_size for name in files}
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); make the day again") from error
+    for name, sha256 in found.items():
+        if files[f"{name}.npy"] != {"size": sizes[f"{name}.npy"], "sha256": sha256}:
+            raise InputError(f"{folder / name}.npy: does not match its checksum in {META_FILE}; make the day again")
+    for table, bits in id_bits.items():
+        size = schema.tables[table].size
+        if bits.dtype != np.uint64 or bits.shape != (-(-size // 64),) or int(bits[-1]) >> ((size - 1) % 64 + 1):
+            raise InputError(f"{folder / _ID_SETS}{table}.npy: not a set of ids below {size}; make the day again")
+    _note_verified(folder)
+
+
+def _note_verified(folder: Path) -> None:
+    """Let this process and those that it starts know that the day's content is what it should be."""
+    fingerprint = _fingerprint(folder)
+    noted = os.environ.get(VERIFIED, "").split()
+    if fingerprint is not None and fingerprint not in noted:
+        os.environ[VERIFIED] = " ".join([*noted, fingerprint])
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """A digest of where the day's files lie, and of their names, sizes, times and inodes; None while they are so young
+    that a change could leave their times as they are."""
+    status = {path.name: path.stat() for path in sorted(folder.iterdir())}
+    if time.time_ns() - max(entry.st_mtime_ns for entry in status.values()) < _JUST_WRITTEN:
+        return None
+    files = [(name, entry.st_size, entry.st_mtime_ns, entry.st_ino) for name, entry in status.items()]
+    return hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:32]

@@ -1,33 +1,37 @@
 """Which days train and which day tests (spec section 5)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from deep_components.dataset.importers.recflow_files import PERIOD_1, available_days
+from deep_components.dataset.log import Log
 from deep_components.errors import InputError
 
 
-def training_days(data_dir: Path, wanted: Sequence[str] | None) -> list[str]:
-    """The days to train on: ``wanted``, or Period 1 but its last day where all of it is there, or all days but the
-    last. InputError for a day that is not there, or when no day is left."""
-    days = available_days(data_dir, named=wanted is not None)
+def training_days(log: Log, wanted: Sequence[str] | None) -> list[str]:
+    """The days to train on: ``wanted``, or the days of the published protocol but the last where all of them are there,
+    or all days but the last. InputError for a day that is not there, or when no day is left."""
+    days = log.days(named=wanted is not None)
     if wanted is not None:
         missing = [day for day in wanted if day not in days]
         if missing or not wanted:
-            raise InputError(f"--train_days={','.join(wanted)}: {data_dir} has only {', '.join(days)}")
+            raise InputError(f"--train_days={','.join(wanted)}: {log.folder} has only {', '.join(days)}")
         return list(wanted)
-    if set(PERIOD_1) <= set(days):
-        return list(PERIOD_1[:-1])
-    if len(days) < 2:
-        raise InputError(f"{data_dir}: has the one day {days[0]}, which is the test day; add days or give --train_days")
-    return days[:-1]
+    protocol = _protocol(log, days)
+    if len(protocol) < 2:
+        raise InputError(
+            f"{log.folder}: has the one day {days[0]}, which is the test day; add days or give --train_days"
+        )
+    return protocol[:-1]
 
 
-def test_day(data_dir: Path, wanted: str | None) -> str:
-    """The day to evaluate on: ``wanted``, or the last of Period 1 where all of it is there, or the last day."""
-    days = available_days(data_dir, named=wanted is not None)
-    if wanted is not None:
-        if wanted not in days:
-            raise InputError(f"--test_day={wanted}: {data_dir} has only {', '.join(days)}")
-        return wanted
-    return PERIOD_1[-1] if set(PERIOD_1) <= set(days) else days[-1]
+def test_day(log: Log, wanted: str | None) -> str:
+    """The day to evaluate on: ``wanted``, or the last of the published protocol where all of its days are there, or the
+    last day."""
+    days = log.days(named=wanted is not None)
+    if wanted is not None and wanted not in days:
+        raise InputError(f"--test_day={wanted}: {log.folder} has only {', '.join(days)}")
+    return wanted or _protocol(log, days)[-1]
+
+
+def _protocol(log: Log, days: list[str]) -> list[str]:
+    """The published protocol's days where the log has all of them, else the log's."""
+    return list(log.protocol_days) if log.protocol_days and set(log.protocol_days) <= set(days) else days

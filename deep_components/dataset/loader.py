@@ -2,17 +2,30 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from deep_components.batch import CascadeBatch
+from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatures
 from deep_components.dataset.columnar import DayCache
 from deep_components.errors import InputError
-from deep_components.tables.rows import BatchRows
 
 _REQUESTS_PER_COPY = 8192
+_SHORT = (torch.int8, torch.int16, torch.int32)
+
+
+class Prepare(Protocol):
+    """Translates the ids of a batch: the log's indices to rows of tables, these to slots (``tables/lookup.py``)."""
+
+    def __call__(self, batch: CascadeBatch[Features], /) -> CascadeBatch[SlotFeatures]:
+        """Both steps."""
+
+    def rows(self, batch: CascadeBatch[Features], /) -> CascadeBatch[RowFeatures]:
+        """The first step; may be taken once for the whole day."""
+
+    def slots(self, batch: CascadeBatch[RowFeatures], /) -> CascadeBatch[SlotFeatures]:
+        """The second step, of one batch, on the device where it lies."""
 
 
 def training_order(day: DayCache, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -41,16 +54,15 @@ def batches(
     order: np.ndarray,
     batch_size: int,
     device: torch.device,
-    prepare: BatchRows | None = None,
+    prepare: Prepare,
     day_on_device: bool = False,
-) -> Iterator[CascadeBatch]:
+) -> Iterator[CascadeBatch[SlotFeatures]]:
     """The day's requests in the given order, ``batch_size`` at a time (the last batch may be smaller), on ``device``.
 
-    The next batch is assembled, and its ids rewritten as ``prepare`` says, by a thread while the current one is used;
-    for a GPU in pinned memory, so that its copy does not hold up the computation. With ``day_on_device`` the whole day
-    is copied to the device first and batches are taken from there.
+    The next batch is assembled and prepared by a thread while the current one is used; for a GPU in pinned memory, so
+    that its copy does not hold up the computation. With ``day_on_device`` the whole day is copied to the device first
+    and batches are taken from there.
     """
-    prepare = prepare or BatchRows({}, {}, {})
     if not len(order):
         return
     if day_on_device:
@@ -58,7 +70,7 @@ def batches(
         return
     pieces = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
-    def assemble(requests: np.ndarray) -> CascadeBatch:
+    def assemble(requests: np.ndarray) -> CascadeBatch[SlotFeatures]:
         batch = prepare(day.batch(requests))
         return batch.pin_memory() if device.type == "cuda" else batch
 
@@ -72,34 +84,30 @@ def batches(
 
 
 def _resident_batches(
-    day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: BatchRows
-) -> Iterator[CascadeBatch]:
+    day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: Prepare
+) -> Iterator[CascadeBatch[SlotFeatures]]:
     """Batches of a day that lies on the device, in the smallest types that hold its values."""
-    group = torch.from_numpy(day.group).to(device)
     chunks: list[list[torch.Tensor]] = []
     for first in range(0, len(day), _REQUESTS_PER_COPY):
-        batch = prepare.table_rows(day.batch(np.arange(first, min(first + _REQUESTS_PER_COPY, len(day)))))
-        # The items' groups are the same for all requests: something that has a row per request stands in for them.
-        batch = replace(batch, targets=replace(batch.targets, group=batch.request_id))
+        batch = prepare.rows(day.batch(np.arange(first, min(first + _REQUESTS_PER_COPY, len(day)))))
         chunks.append(batch.apply(_short).to(device).tensors())
-    whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # in the widest of its chunks' types
     chunks.clear()
-    places = torch.from_numpy(order).to(device)
+    positions = torch.from_numpy(order).to(device)
     for first in range(0, len(order), batch_size):
-        chosen = places[first : first + batch_size]
+        chosen = positions[first : first + batch_size]
         columns = iter(whole)
-        taken = batch.apply(lambda _: _long(next(columns)[chosen]))  # noqa: B023
-        yield prepare.distinct_rows(replace(taken, targets=replace(taken.targets, group=group)))
+        yield prepare.slots(batch.apply(lambda _: _long(next(columns)[chosen])))  # noqa: B023
 
 
 def _short(values: torch.Tensor) -> torch.Tensor:
-    """int64 as int32 where all values fit."""
-    limits = torch.iinfo(torch.int32)
-    fits = values.dtype == torch.int64 and (
-        not values.numel() or (int(values.min()) >= limits.min and int(values.max()) <= limits.max)
-    )
-    return values.int() if fits else values
+    """int64 in the smallest type that holds all values."""
+    if values.dtype != torch.int64 or not values.numel():
+        return values
+    low, high = int(values.min()), int(values.max())
+    fitting = (kind for kind in _SHORT if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max)
+    return values.to(next(fitting, torch.int64))
 
 
 def _long(values: torch.Tensor) -> torch.Tensor:
-    return values.long() if values.dtype == torch.int32 else values
+    return values.long() if values.dtype in _SHORT else values

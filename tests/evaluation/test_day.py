@@ -20,6 +20,7 @@ from deep_components.dataset.importers.recflow import LOG_COLUMN
 from deep_components.dataset.importers.recflow_files import read_id_counts
 from deep_components.evaluation import day as evaluation
 from deep_components.models import build_models
+from deep_components.reporting.paper import TABLES
 from deep_components.runs import checkpoint
 from tests.helpers import (
     DAYS,
@@ -79,8 +80,8 @@ def refused(log: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: st
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_the_keys_are_those_of_the_papers_tables(log: Path, run: Path, golden: Path) -> None:
-    with (golden.parent / "paper_tables.csv").open() as file:
+def test_the_keys_are_those_of_the_papers_tables(log: Path, run: Path) -> None:
+    with TABLES.open() as file:
         tables = {row["metric"] for row in csv.DictReader(file) if row["setting"] == TWO_STAGE.name}
     results = evaluate(log, run)
     assert tables == {name for name in results if "@" in name}

@@ -1,8 +1,11 @@
 """float64 gradcheck of the losses that are smooth and have no stop-gradient. The others (lcron, arf_v2, rankflow and
 fs_lambdaloss hold a part of their formula constant) are compared with numerical derivatives in test_properties."""
 
+from typing import cast
+
 import pytest
 import torch
+from torch import Tensor
 
 from deep_components import run_train2, run_train3
 from deep_components.batch import Targets
@@ -20,10 +23,14 @@ def test_gradcheck(cascade: Cascade, method: str) -> None:
     targets = Targets(
         labels=torch.tensor([[9, 8, 5, 5, 3, 3], [7, 9, 5, 5, 3, 3]]),
         mask=torch.tensor([[True] * 6, [True, True, True, False, True, True]]),
-        group=torch.tensor([0, 0, 1, 1, 2, 2]),
+        group=torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 1, 0, 1, 2]]),
     )
     # Well separated scores: NeuralSort's |s_a - s_b| has a kink where two are equal.
     scores = [torch.randperm(2 * num_items, generator=generator).view(2, num_items).double() for _ in range(stages)]
     for values in scores:
         values.div_(4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: loss.double()(*inputs, targets)["loss"], scores)
+
+    def value(*inputs: Tensor) -> Tensor:
+        return cast(Tensor, loss.double()(dict(zip(cascade.stage_names, inputs, strict=True)), targets)["loss"])
+
+    assert torch.autograd.gradcheck(value, scores)

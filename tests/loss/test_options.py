@@ -1,5 +1,6 @@
 """What the methods' options do, which of them are refused, and that every script's hyper-parameters are accepted."""
 
+import json
 import math
 import re
 import shlex
@@ -9,14 +10,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deep_components.arguments import METHOD_OPTIONS, hyper_parameters, recorded_arguments
 from deep_components.errors import InputError
-from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, neural_sort
-from tests.loss.methods import NUM_GROUPS, SETTINGS, STAGES, WEIGHTS, Batch, build, serving_batch, set_weights, step
+from deep_components.loss.selection import PERMUTATION_OPERATORS, label_permutation, neural_sort
+from tests.loss.methods import (
+    COMMANDS,
+    NUM_GROUPS,
+    STAGES,
+    WEIGHTS,
+    Batch,
+    build,
+    parse,
+    serving_batch,
+    set_weights,
+    step,
+)  # fmt: skip
 from tests.loss.methods import weights_of as weights_in
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("arf", "arf_v2", "bce", "fs_lambdaloss", "fs_ranknet", "icc", "lcron", "rankflow", "sorting")
-each_setting = pytest.mark.parametrize("setting", STAGES)
+SETTINGS = ("two_stage", "three_stage")
+each_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def lcron(setting: str, *flags: str) -> nn.Module:
@@ -147,7 +161,7 @@ def single_term(permutation: Tensor, batch: Batch, label_ties: str) -> float:
 @pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
 @pytest.mark.parametrize("tau", [1.0, 50.0, 1000.0])
 def test_sort_tau_and_label_ties(setting: str, label_ties: str, sort: str, tau: float) -> None:
-    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
+    batch, operator = serving_batch(setting), PERMUTATION_OPERATORS[sort]
     terms = step(lcron(setting, f"--sort={sort}", f"--tau={tau}", f"--label_ties={label_ties}"), batch).terms
     permutations = {stage: operator(scores, batch.targets.mask, tau) for stage, scores in batch.scores.items()}
     for stage, permutation in permutations.items():
@@ -203,13 +217,48 @@ def test_default_temperatures(setting: str, name: str, tau: float) -> None:
 @each_setting
 @pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
 def test_sorting_alone(setting: str, sort: str) -> None:
-    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
+    batch, operator = serving_batch(setting), PERMUTATION_OPERATORS[sort]
     terms = step(build(setting, "--loss_type=sorting", f"--sort={sort}", "--tau=2"), batch).terms
     labels = rows_of_labels(batch, "shared")
     for stage, scores in batch.scores.items():
         expected = (-(operator(scores, batch.targets.mask, 2.0) + 1e-6).log() * labels).mean().item()
         assert terms[stage].item() == same(expected)
     assert terms["loss"].item() == same(sum(terms[stage].item() for stage in STAGES[setting]))
+
+
+# ---- what a run records ----------------------------------------------------------------------------------------------
+
+
+@each_setting
+@pytest.mark.parametrize("name", METHODS)
+def test_building_a_loss_leaves_the_arguments_alone(setting: str, name: str) -> None:
+    args = parse(setting, f"--loss_type={name}")
+    before = dict(vars(args))
+    COMMANDS[setting].build_loss(args)
+    assert vars(args) == before
+
+
+def test_hyper_parameters_are_what_the_method_was_built_with() -> None:
+    assert hyper_parameters(build("three_stage", "--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3,2")) == {
+        "tau": 2.0, "sort": "neural_sort", "terms": "both", "single_weight": None, "weighting": "original",
+        "label_ties": "repeated", "end_to_end_quotas": {"retrieval": 4, "prerank": 3, "rank": 2}, "num_relevant": 10,
+    }  # fmt: skip
+    assert hyper_parameters(build("two_stage", "--loss_type=icc"))["weights"] == {"retrieval": 1, "rank": 1}
+    assert list(hyper_parameters(build("three_stage", "--loss_type=icc"))["weights"].values()) == [1, 2, 4]
+    assert not hyper_parameters(build("two_stage", "--loss_type=rankflow"))["order_distillation"]
+
+
+@each_setting
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_arguments_are_those_given_and_the_defaults_of_the_method(setting: str, name: str) -> None:
+    args = parse(setting, f"--loss_type={name}")
+    recorded = recorded_arguments(args, build(setting, f"--loss_type={name}"))
+    chosen = {option for option, value in recorded.items() if value is not None and vars(args)[option] is None}
+    assert chosen & set(METHOD_OPTIONS) == set(TAKES[name]) - {"single_weight", "end_to_end_quotas"}
+    json.dumps({option: recorded[option] for option in METHOD_OPTIONS})
+    given = parse("two_stage", "--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3")
+    loss = build("two_stage", "--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3")
+    assert recorded_arguments(given, loss)["end_to_end_quotas"] == [4, 3]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -317,7 +366,7 @@ def test_a_value_out_of_range_is_refused_at_the_command_line(
 
 SCRIPTS = [
     script
-    for setting in STAGES
+    for setting in SETTINGS
     for script in sorted((ROOT / setting).glob("*.sh"))
     if script.name not in ("run.sh", "all.sh")
 ]
@@ -337,7 +386,7 @@ def test_a_script_parses_builds_and_trains(script: Path) -> None:
     name, arguments = script_arguments(script)
     assert name == script.stem
     assert all(argument.startswith("--") and "=" in argument for argument in arguments)
-    args = SETTINGS[setting].parse_args([*arguments, "--data_dir=D", "--output_dir=O"])
+    args = COMMANDS[setting].parse_args([*arguments, "--data_dir=D", "--output_dir=O"])
     assert (args.lr, args.batch_size) == (0.01, 1024)  # spec, section 5
     assert step(build(setting, *arguments), serving_batch(setting, dtype=torch.float32)).loss.isfinite()
 

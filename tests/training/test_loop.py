@@ -24,7 +24,7 @@ from deep_components.dataset.importers.recflow import LOG_COLUMN
 from deep_components.dataset.importers.recflow_files import read_id_counts
 from deep_components.dataset.loader import batches
 from deep_components.errors import InputError
-from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.runs.checkpoint import load_state
 from deep_components.training import loop as training
@@ -743,7 +743,7 @@ class HandMadeAdam:
 
 def fresh(log: Path) -> tuple[dict[str, nn.Module], LCRON]:
     models = build_models(TWO_STAGE, vocabulary(log), emb_dim=4, nn_units=16, seed=30)
-    loss = LCRON(TWO_STAGE.num_relevant)
+    loss = LCRON(TWO_STAGE.stage_names, TWO_STAGE.num_relevant)
     for module in (*models.values(), loss):
         module.double()
     return models, loss

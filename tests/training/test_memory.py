@@ -14,7 +14,7 @@ from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
 from deep_components.dataset.columnar import open_day
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.errors import InputError
-from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.tables.embedding import ID_FIELDS, FieldEmbedding
 from deep_components.training import memory
@@ -59,7 +59,7 @@ def test_tables_take_what_a_training_holds(
 ) -> None:  # fmt: skip
     vocabulary = dict(zip(ID_FIELDS, counts, strict=True))
     models = build_models(TWO_STAGE, vocabulary, dim, 8, seed=0)
-    loss = LCRON(TWO_STAGE.num_relevant)
+    loss = LCRON(TWO_STAGE.stage_names, TWO_STAGE.num_relevant)
     for module in (*models.values(), loss):
         module.to(dtype)
     trainer = Trainer(models, loss, lr=0.01, large_table=large_table)

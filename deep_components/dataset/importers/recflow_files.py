@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.feather
 
 from deep_components.cli import progress
+from deep_components.dataset.clock import is_date
 from deep_components.dataset.importers.safe_pickle import PickledArray, iterate_pickle, load_pickle
 from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
@@ -129,34 +130,32 @@ def days_of(root: Path) -> tuple[list[str], list[str]]:
         for example in day_paths(root, "any")
     ]
     for day in sorted(set.union(*names)):
-        if not _is_date(day):
+        if not is_date(day):
             file = next(path for path in day_paths(root, day) if path.exists())
             raise InputError(f"{file}: {day} is no date; name the day's files by it, or remove them")
     complete = set.intersection(*names)
     return sorted(complete), sorted(set.union(*names) - complete)
 
 
-def _is_date(day: str) -> bool:
-    try:
-        return bool(datetime.date.fromisoformat(day))
-    except ValueError:
-        return False
-
-
 def read_origin(root: Path) -> str:
     """What made the log: "simulated", "movielens-1m", ... as its origin.json says; without one "recflow" where all of
     Period 1 is there, else "unlabelled"."""
-    try:
-        origin = json.loads((root / ORIGIN_FILE).read_text())["data"]
-        verify(root, [root / ORIGIN_FILE])
-    except FileNotFoundError:
+    path = root / ORIGIN_FILE
+    if not path.exists():
         return "recflow" if set(PERIOD_1) <= set(days_of(root)[0]) else "unlabelled"
-    except InputError:
-        raise
+    origin = origin_in(path, "data")
+    verify(root, [path])
+    return origin
+
+
+def origin_in(path: Path, key: str) -> str:
+    """The name of what made a log, in a JSON file. InputError when it cannot be read or is no name."""
+    try:
+        origin = json.loads(path.read_text())[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{root / ORIGIN_FILE}: not readable ({error}); make the log again") from error
+        raise InputError(f"{path}: not readable ({error}); make the log again") from error
     if not isinstance(origin, str) or not origin.isprintable() or not 0 < len(origin) <= 100:
-        raise InputError(f"{root / ORIGIN_FILE}: field data is {reprlib.repr(origin)}, not a name; make the log again")
+        raise InputError(f"{path}: field {key} is {reprlib.repr(origin)}, not a name; make the log again")
     return origin
 
 
@@ -237,8 +236,8 @@ class Requests:
     disagreeing: int = 0
 
 
-def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
-    """Read ``all_stage/<day>.feather`` by record batches, one column at a time.
+def read_requests(path: Path, truth_flag: str, truth_index: str | None) -> Requests:
+    """Read ``all_stage/<day>.feather`` by record batches, one column at a time; without ``truth_index`` no positions.
 
     A day has some 50 million rows; what is kept is one row a request and the rows flagged ``truth_flag``, so the memory
     needed is that of one column of one record batch and of the result.
@@ -248,9 +247,10 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
     """
     kept: dict[str, list[np.ndarray]] = {}
     again: dict[str, list[np.ndarray]] = {}  # a row of every request that an earlier batch has too
+    truths: list[np.ndarray] = []
     disagreeing: list[np.ndarray] = []
     seen = np.empty(0, np.int64)  # sorted ids of the requests met so far
-    for batch in _record_batches(path, (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)):
+    for batch in _record_batches(path, _columns_read(truth_flag, truth_index)):
         ids = batch("request_id")
         changes = np.flatnonzero(ids[1:] != ids[:-1]) + 1  # rows of a request mostly stand together
         starts = np.concatenate([np.zeros(min(len(ids), 1), np.int64), changes])
@@ -258,11 +258,6 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
         new = ~np.isin(distinct, seen, assume_unique=True)
         rows = np.sort(starts[first[new]])
         seen = np.union1d(seen, distinct[new])
-        flags = batch(truth_flag)
-        if ((flags < 0) | (flags > 1)).any():
-            wrong = flags[(flags < 0) | (flags > 1)][0]
-            raise InputError(f"{path}: column {truth_flag} holds {wrong}, not 0 or 1; fetch the file again")
-        truth_rows = np.flatnonzero(flags)
         head = starts[first][np.repeat(run, np.diff(starts, append=len(ids)))]  # of every row: its request's first
         disagree = np.zeros(len(ids), bool)
         for name in REQUEST_COLUMNS:
@@ -271,30 +266,34 @@ def read_requests(path: Path, truth_flag: str, truth_index: str) -> Requests:
             again.setdefault(name, []).append(values[starts[first[~new]]])
             disagree |= values != values[head]
         disagreeing.append(np.unique(ids[disagree]))
-        kept.setdefault("truth_request_id", []).append(ids[truth_rows])
-        kept.setdefault("truth_video_id", []).append(batch("video_id")[truth_rows])
-        kept.setdefault("truth_index", []).append(batch(truth_index)[truth_rows])
+        truth = np.zeros((3, 0), np.int64)
+        if truth_index is not None:
+            flags = batch(truth_flag)
+            wrong = flags[(flags < 0) | (flags > 1)]
+            if len(wrong):
+                raise InputError(f"{path}: column {truth_flag} holds {wrong[0]}, not 0 or 1; fetch the file again")
+            flagged = np.flatnonzero(flags)
+            truth = np.stack([ids[flagged], batch("video_id")[flagged], batch(truth_index)[flagged]])
+        truths.append(truth)
     if not len(seen):
         raise InputError(f"{path}: holds no request; fetch the file again")
-    joined = {name: np.concatenate(parts) for name, parts in kept.items()}
-    fields = {name: joined[name] for name in REQUEST_COLUMNS}
+    fields = {name: np.concatenate(parts) for name, parts in kept.items()}
     disagreeing.append(_disagreeing(fields, {name: np.concatenate(parts) for name, parts in again.items()}))
-    return Requests(
-        fields,
-        joined["truth_request_id"],
-        joined["truth_video_id"],
-        joined["truth_index"],
-        len(np.unique(np.concatenate(disagreeing))),
-    )
+    request_id, video_id, index = np.concatenate(truths, axis=1)
+    return Requests(fields, request_id, video_id, index, len(np.unique(np.concatenate(disagreeing))))
 
 
-def check_feather(path: Path, truth_flag: str, truth_index: str) -> int:
+def check_feather(path: Path, truth_flag: str, truth_index: str | None) -> int:
     """Read what :func:`read_requests` would of the first record batch, and return its number of rows. InputError when
     that, or the columns, are not as they should be."""
-    columns = (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)
+    columns = _columns_read(truth_flag, truth_index)
     for batch in _record_batches(path, columns):
         return min(len(batch(name)) for name in columns)
     raise InputError(f"{path}: holds no request; fetch the file again")
+
+
+def _columns_read(truth_flag: str, truth_index: str | None) -> tuple[str, ...]:
+    return REQUEST_COLUMNS if truth_index is None else (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)
 
 
 def _disagreeing(fields: Mapping[str, np.ndarray], again: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -337,7 +336,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> np.ndarray:
     with _readable(path):
-        column = readers[name].get_batch(index).column(0)
+        batch = readers[name].get_batch(index)
+        batch.validate()  # that its buffers hold as many rows as it declares: else memory behind them would be read
+        column = batch.column(0)
     if column.null_count:
         raise InputError(f"{path}: column {name} has {column.null_count} missing values; fetch the file again")
     values = column.to_numpy(zero_copy_only=False)

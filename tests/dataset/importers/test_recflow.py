@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pytest
+import torch
 
-from deep_components.batch import REQUEST_FIELDS
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers import recflow as encoding
+from deep_components.dataset import columnar
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
 from tests.dataset.synthetic import (
     COUNTS,
@@ -28,6 +29,7 @@ from tests.dataset.synthetic import (
     write_log,
 )
 
+REQUEST_FIELDS = ("weekday", "hour", "minute", "user", "device", "gender", "age", "province")
 CASCADES = (TWO_STAGE, THREE_STAGE)
 MISSING = [0, 0, 0, 2, 0, 0, 0, 0]  # the item that is not there: category_one pads with 2
 
@@ -36,9 +38,11 @@ def arrays_of(day: DayCache) -> dict[str, np.ndarray]:
     """The whole day as one batch, in file order."""
     batch = day.batch(np.arange(len(day)))
     features, targets = batch.features, batch.targets
-    tensors = {field: getattr(features, field) for field in REQUEST_FIELDS}
-    tensors |= {"request_id": batch.request_id, "history": features.history, "history_mask": features.history_mask}
-    tensors |= {"items": features.items, "labels": targets.labels, "mask": targets.mask}
+    tensors = dict(features.request)
+    tensors |= {"request_id": batch.request_id, "history_mask": features.history_mask}
+    tensors |= {"history": torch.stack(list(features.history.values()), dim=-1)}
+    tensors |= {"items": torch.stack(list(features.item.values()), dim=-1)}
+    tensors |= {"labels": targets.labels, "mask": targets.mask}
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -62,7 +66,7 @@ GOLDEN_NAMES = {
 @pytest.mark.parametrize("day", ["2024-01-13", "2024-01-14", "2024-01-15", "2024-02-04"])
 @pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
 def test_golden_batches(golden: Path, tmp_path: Path, cascade: Cascade, day: str) -> None:
-    cache = open_day(golden / "recflow_mini", day, cascade, cache_dir=tmp_path)
+    cache = open_log(golden / "recflow_mini").open_day(day, cascade, cache_dir=tmp_path)
     ours = arrays_of(cache)
     with np.load(golden / f"batches_{cascade.name}.npz") as file:
         theirs = {key.removeprefix(f"{day}/"): file[key] for key in file.files if key.startswith(f"{day}/")}
@@ -156,7 +160,7 @@ ARRAYS = ("request_id", "history", "history_mask", "items", "labels", "mask")
 
 def compare(root: Path, cascade: Cascade, zone: str = "Asia/Shanghai") -> dict[str, np.ndarray]:
     """Assert that the day is encoded as the specification says, and return it."""
-    ours = arrays_of(open_day(root, DAY, cascade, zone=zone))
+    ours = arrays_of(open_log(root).open_day(DAY, cascade, zone=zone))
     expected = expected_arrays(root, cascade, ZoneInfo(zone))
     mask = expected["mask"]
     np.testing.assert_array_equal(ours["mask"], mask)
@@ -252,7 +256,7 @@ def test_one_group_of_all_requests_is_absent_or_of_another_width(tmp_path: Path,
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("cascade", CASCADES, ids=lambda cascade: cascade.name)
 def test_a_ragged_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cascade: Cascade, seed: int) -> None:
-    monkeypatch.setattr(encoding, "_ROWS_PER_COPY", 7)  # of 18: whole copies and a part
+    monkeypatch.setattr(columnar, "_ROWS_PER_PIECE", 7)  # of 18: whole copies and a part
     write_log(tmp_path, random_log(20, seed))
     ragged(tmp_path, seed)
     zone = ("Asia/Shanghai", "Europe/Berlin")[seed % 2]
@@ -260,7 +264,7 @@ def test_a_ragged_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cascade: 
     assert len(ours["mask"]) == 18
     assert not ours["mask"].all() and ours["mask"].any()
     assert (ours["items"][~ours["mask"]] == MISSING).all()
-    repairs = open_day(tmp_path, DAY, cascade, zone=zone).repairs
+    repairs = open_log(tmp_path).open_day(DAY, cascade, zone=zone).repairs
     assert sorted(count for text, count in repairs.items() if not text.startswith("items of")) == [0, 0, 1, 1, 2]
 
 
@@ -281,7 +285,7 @@ def test_a_ground_truth_video_without_index_is_left_out_and_counted(tmp_path: Pa
     ours = compare(tmp_path, TWO_STAGE)
     holes = np.argwhere(~ours["mask"])
     assert holes.tolist() == [[0, 3], [1, 4], [1, 5]]
-    repairs = {text: count for text, count in open_day(tmp_path, DAY, TWO_STAGE).repairs.items() if count}
+    repairs = {text: count for text, count in open_log(tmp_path).open_day(DAY, TWO_STAGE).repairs.items() if count}
     assert repairs == {"items of rank_pos without rank_index in all_stage, left out": 3}
 
 
@@ -290,15 +294,15 @@ def test_an_index_belongs_to_a_request_and_a_video(tmp_path: Path) -> None:
     log = random_log(5)
     log.groups["rank_pos"][:, :, 0] = np.arange(COUNTS["video_id"], COUNTS["video_id"] - 10, -1)
     write_log(tmp_path, log)
-    labels = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))["labels"]
+    labels = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))["labels"]
     np.testing.assert_array_equal(labels[:, :10], 30 - log.rank_index)
     compare(tmp_path, TWO_STAGE)
 
 
 def test_the_history_length_takes_the_last_events(tmp_path: Path) -> None:
     write_log(tmp_path)
-    whole = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
-    short = arrays_of(open_day(tmp_path, DAY, TWO_STAGE, history_length=7))
+    whole = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
+    short = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE, history_length=7))
     np.testing.assert_array_equal(short.pop("history"), whole.pop("history")[:, -7:])
     np.testing.assert_array_equal(short.pop("history_mask"), whole.pop("history_mask")[:, -7:])
     for name, values in whole.items():
@@ -314,7 +318,7 @@ def first_request(root: Path) -> int:
 
 def check_refused(root: Path, *texts: str, cascade: Cascade = TWO_STAGE) -> None:
     with pytest.raises(InputError) as caught:
-        open_day(root, DAY, cascade)
+        open_log(root).open_day(DAY, cascade)
     message = str(caught.value)
     for text in texts:
         assert text in message, message
@@ -341,6 +345,7 @@ def edit_history(root: Path, edit: Callable[[np.ndarray], Any]) -> None:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_missing_file(tmp_path: Path, place: int) -> None:
+    write_log(tmp_path, random_log(1), "2024-01-16")
     path = recflow.day_paths(write_log(tmp_path), DAY)[place]
     path.unlink()
     check_refused(tmp_path, str(path), "no such file", "data/README.md")
@@ -406,7 +411,7 @@ def test_a_request_s_id_out_of_range(tmp_path: Path, field: str, above: bool) ->
 def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     """Rows beyond the tenth, columns that are not used, padding events, groups of the other cascade."""
     write_log(tmp_path)
-    before = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    before = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
 
     def spoil_group(rows: np.ndarray) -> np.ndarray:
         rows[:, 2] = rows[:, 7] = -1
@@ -420,7 +425,7 @@ def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     edit_group(tmp_path, "rank_pos", spoil_group)
     edit_group(tmp_path, "rerank_neg", lambda rows: np.full_like(rows, -1))
     edit_history(tmp_path, spoil_history)
-    after = arrays_of(open_day(tmp_path, DAY, TWO_STAGE))
+    after = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
     before["history"][0, :5] = 0
     before["history_mask"][0, :5] = False
     for name, values in before.items():

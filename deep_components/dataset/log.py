@@ -1,0 +1,150 @@
+"""A log: days of requests in one folder, whatever wrote them.
+
+Two kinds of folder are understood: RecFlow's layout (data/README.md), whose days are encoded into a cache when they are
+first opened, and days in the columnar format itself (docs/format.md), with a ``log.json`` beside them::
+
+    log.json                 {"origin": "what made the log"}
+    2024-01-13/meta.json     a day, as columnar.write_day leaves it
+    2024-01-13/*.npy
+    ...
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from deep_components.cascade import Cascade
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date
+from deep_components.dataset.columnar import META_FILE, DayCache, history_length_of, read_day, schema_of
+from deep_components.dataset.importers.recflow import open_recflow
+from deep_components.dataset.importers.recflow_files import origin_in
+from deep_components.errors import InputError
+from deep_components.files import write_atomically
+from deep_components.schema import Schema
+
+LOG_FILE = "log.json"
+
+
+class Log(Protocol):
+    """What training and evaluation know of a log."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def origin(self) -> str:
+        """What made it: "recflow", "simulated", "movielens-1m", ..."""
+
+    @property
+    def schema(self) -> Schema:
+        """The fields of its days."""
+
+    @property
+    def protocol_days(self) -> tuple[str, ...]:
+        """The days of the published protocol, which are used where all of them are there; none for logs without one."""
+
+    @property
+    def history_length(self) -> int:
+        """L, the history positions of a request: the maximum of --seq_len."""
+
+    def days(self, named: bool = False) -> list[str]:
+        """The days that are complete, in order; at least one.
+
+        Raises InputError when there is none; and when a day lacks a file, unless the user has ``named`` the days to
+        use: a day that fell out silently would change what is trained and tested on.
+        """
+
+    def open_day(
+        self,
+        day: str,
+        cascade: Cascade,
+        cache_dir: Path | None = None,
+        zone: str = DEFAULT_TIME_ZONE,
+        history_length: int | None = None,
+    ) -> DayCache:
+        """One day, with the item groups of the cascade.
+
+        Args:
+            day: one of :meth:`days`.
+            cascade: which item groups to take.
+            cache_dir: where days that must be encoded are cached; None = beside the log.
+            zone: the log's time zone, for days that must be encoded.
+            history_length: how many of the last history positions batches have; None = all.
+
+        Raises:
+            InputError: a file is missing or cannot be used, or the cache cannot be written.
+        """
+
+    def files(self) -> list[Path]:
+        """All files that the log consists of, for its manifest."""
+
+    def day_files(self, day: str) -> list[Path]:
+        """The files of one day."""
+
+    def checks(self, day: str, cascade: Cascade) -> dict[str, Callable[[], str]]:
+        """Quick checks of a day: name -> function that says what is sound, or raises InputError."""
+
+
+@dataclass(frozen=True)
+class ColumnarLog:
+    """A log in the columnar format; see :class:`Log`."""
+
+    folder: Path
+    origin: str
+    schema: Schema
+    protocol_days: tuple[str, ...] = ()
+
+    @property
+    def history_length(self) -> int:
+        return history_length_of(self.folder / self.days()[0])
+
+    def days(self, named: bool = False) -> list[str]:
+        return _columnar_days(self.folder)
+
+    def open_day(
+        self,
+        day: str,
+        cascade: Cascade,
+        cache_dir: Path | None = None,
+        zone: str = DEFAULT_TIME_ZONE,
+        history_length: int | None = None,
+    ) -> DayCache:
+        opened = read_day(self.folder / day, day, cascade).with_history(history_length)
+        if opened.schema != self.schema:
+            raise InputError(f"{self.folder / day / META_FILE}: another schema than the log's first day; make it again")
+        return opened
+
+    def files(self) -> list[Path]:
+        return [self.folder / LOG_FILE, *(path for day in self.days() for path in self.day_files(day))]
+
+    def day_files(self, day: str) -> list[Path]:
+        return sorted((self.folder / day).iterdir())
+
+    def checks(self, day: str, cascade: Cascade) -> dict[str, Callable[[], str]]:
+        return {"columns": lambda: f"all {len(self.open_day(day, cascade)):,} requests are sound"}
+
+
+def open_log(data_dir: Path) -> Log:
+    """The log in ``data_dir``. InputError when there is none, or when what concerns all of its days is damaged."""
+    if not (data_dir / LOG_FILE).exists():
+        return open_recflow(data_dir)
+    first, *_ = _columnar_days(data_dir)
+    return ColumnarLog(data_dir, origin_in(data_dir / LOG_FILE, "origin"), schema_of(data_dir / first))
+
+
+def write_log_file(folder: Path, origin: str) -> None:
+    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made."""
+    write_atomically(folder / LOG_FILE, lambda file: file.write((json.dumps({"origin": origin}) + "\n").encode()))
+
+
+def _columnar_days(folder: Path) -> list[str]:
+    days = sorted(path.parent.name for path in folder.glob(f"[!.]*/{META_FILE}"))
+    for day in days:
+        if not is_date(day):
+            raise InputError(f"{folder / day}: {day} is no date such as 2024-01-13; name the day's folder by one")
+    if not days:
+        raise InputError(f"{folder}: has {LOG_FILE} but no day in it; see docs/format.md")
+    return days
