@@ -60,8 +60,7 @@ def _refuse(argv: list[str]) -> None:
     """InputError that names the nearest command."""
     if not argv:
         raise InputError(f"no command given; choose one of {', '.join(COMMANDS)}")
-    near = difflib.get_close_matches(" ".join(argv[:2]), COMMANDS, 1)
-    near += [name for name in COMMANDS if name.split()[0] == argv[0]]
-    near += difflib.get_close_matches(argv[0], COMMANDS, 1)
+    words, kin = " ".join(argv[:2]), [name for name in COMMANDS if name.split()[0] == argv[0]]
+    near = difflib.get_close_matches(words, kin, 1, 0) or difflib.get_close_matches(argv[0], COMMANDS, 1)
     hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
     raise InputError(f"{argv[0]}: no such command; {hint}")
