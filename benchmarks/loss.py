@@ -26,7 +26,7 @@ def evaluate_loss(times: int, args: argparse.Namespace, data_dir: Path) -> Calla
     scores = {
         stage: torch.randn(shape, generator=generator).to(args.device).requires_grad_() for stage in cascade.stage_names
     }
-    group = (torch.arange(cascade.num_items) // cascade.group_size).expand(shape)
+    group = torch.from_numpy(cascade.group_of_item).expand(shape)
     labels = torch.where(group == 0, 30 - torch.arange(cascade.num_items), 8 - group)
     targets = Targets(
         labels.to(args.device), torch.ones(shape, dtype=torch.bool, device=args.device), group.to(args.device)

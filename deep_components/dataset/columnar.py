@@ -383,10 +383,8 @@ def _check_shapes(
     folder: Path, schema: Schema, columns: Mapping[str, np.ndarray], cascade: Cascade | None = None
 ) -> None:
     """InputError for a column of another type or shape than the schema, the other columns and the cascade say."""
-    requests, (length, items) = (
-        len(columns["request_id"]),
-        (columns[f"{side}.mask"].shape[-1] for side in ("history", "item")),
-    )
+    axes = {"request_id": 0, "history.mask": 1, "item.mask": 1}
+    requests, length, items = ((*columns[name].shape, 0, 0)[axis] for name, axis in axes.items())
     sizes = {"request": (requests,), "history": (requests, length), "item": (requests, items)}
     known = columns_of(schema)
     for name, column in columns.items():

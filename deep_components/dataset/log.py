@@ -129,6 +129,8 @@ class ColumnarLog:
 
 def open_log(data_dir: Path) -> Log:
     """The log in ``data_dir``. InputError when there is none, or when what concerns all of its days is damaged."""
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir}: no such folder; name a log with --data_dir, see data/README.md")
     if not (data_dir / LOG_FILE).exists():
         return open_recflow(data_dir)
     first, *_ = _columnar_days(data_dir)

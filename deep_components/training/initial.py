@@ -36,9 +36,9 @@ def initial_cascade(
     pulled = pulled_tables(rows, args.optimizer)
     if args.epochs:
         itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
-        tables = [stages * size for size in memory.table_bytes(rows, args.emb_dim, pulled, itemsize)]
+        in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         step = memory.step_bytes(args.batch_size, cascade.num_items, history_length, args.nn_units, stages, itemsize)
-        _check_memory(*tables, step, device, args.table_memory == "host")
+        _check_memory(stages * in_pulled, stages * in_dense + step, device, args.table_memory == "host")
     seed: int | None = None if args.init_from is not None else args.seed
     models = build_models(cascade, schema, args.emb_dim, args.nn_units, seed)
     stores = build_stores(cascade, schema, args.emb_dim, seed, ids)
@@ -70,10 +70,10 @@ def compacted_ids(
     return ids
 
 
-def _check_memory(pulled: int, dense: int, step: int, device: torch.device, on_host: bool) -> None:
-    """InputError when there are too few bytes for the pulled tables, the other tables, or a step."""
+def _check_memory(pulled: int, rest: int, device: torch.device, on_host: bool) -> None:
+    """InputError when there are too few bytes for the pulled tables and the rest."""
     cpu = torch.device("cpu")
     if on_host and device != cpu:
-        memory.check_memory({device: dense + step, cpu: pulled})
+        memory.check_memory({device: rest, cpu: pulled})
     else:
-        memory.check_memory({device: pulled + dense + step})
+        memory.check_memory({device: pulled + rest})

@@ -1,452 +1,434 @@
-"""The columnar cache: when it is used, when it is built anew, and what lies on disk meanwhile."""
+"""The columnar format: days that are written come back, and what does not fit its schema is refused."""
 
-import dataclasses
+import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from threading import Timer
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 
-from deep_components.batch import CascadeBatch
-from deep_components.cascade import THREE_STAGE, TWO_STAGE, Group
+from deep_components.cascade import Cascade, Group, Stage
 from deep_components.dataset import columnar
-from deep_components.dataset.columnar import DayCache, default_cache_dir, open_day
-from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.importers.recflow import ColumnFiles
+from deep_components.dataset.columnar import VERIFIED, DayCache, columns_of, read_day, write_day
+from deep_components.dataset.days import test_day as default_test_day
+from deep_components.dataset.days import training_days
+from deep_components.dataset.log import open_log, write_log_file
 from deep_components.errors import InputError
-from tests.dataset.synthetic import COUNTS, DAY, random_log, write_log
+from deep_components.schema import Field, Schema
+
+DAY = "2024-01-13"
+SCHEMA = Schema(
+    (
+        Field("user", "request", size=257),
+        Field("hour", "request", "time", size=26),
+        Field("age", "request", "number"),
+        Field("video", "history", size=1001, padding=3, unknown=5),
+        Field("watched", "history", "number"),
+        Field("video", "item", size=1001, padding=3, unknown=5),
+        Field("price", "item", "number"),
+        Field("hour", "item", "time", size=26),
+    )
+)
+CASCADE = Cascade((Stage("retrieval", 4, "dssm"), Stage("rank", 2, "din")), (Group("good", 2), Group("bad", 3)))
+R, L, N = 7, 4, 5
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return write_log(tmp_path / "log")
-
-
-@pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The days that are encoded during the test."""
-    encoded: list[str] = []
-    encode_day = columnar.encode_day
-
-    def counting(data_dir: Path, day: str, *rest: Any) -> dict[str, int]:
-        encoded.append(day)
-        return encode_day(data_dir, day, *rest)
-
-    monkeypatch.setattr(columnar, "encode_day", counting)
-    yield encoded
-
-
-def folder_of(parent: Path, cascade: str = "two_stage") -> Path:
-    """The one folder of the cascade's cache, with nothing beside it."""
-    (folder,) = (parent / cascade).iterdir()
-    return folder
-
-
-def state(folder: Path) -> dict[str, tuple[int, int, int]]:
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size) for path in folder.iterdir()}
-
-
-def everything(day: DayCache) -> dict[str, np.ndarray]:
-    return {name: np.array(values) for name, values in day.columns.items()}
-
-
-def check_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
-    assert set(first) == set(second)
-    for name, values in first.items():
-        np.testing.assert_array_equal(values, second[name], err_msg=name, strict=True)
-
-
-# ---------------------------------------------------------------------------------------------- contents
-
-
-def test_columns_are_memory_maps_of_the_smallest_types(root: Path) -> None:
-    day = open_day(root, DAY, THREE_STAGE)
-    assert len(day) == 12 and day.day == DAY
-    types = {  # the largest index is count + 1
-        "user": np.uint8,  # 255
-        "device": np.uint16,  # 256
-        "gender": np.uint8,
-        "age": np.uint8,
-        "province": np.uint8,
-        "video": np.uint32,  # 65536
-        "author": np.uint16,  # 65535
-        "category_two": np.uint16,
-        "category_one": np.uint8,
-        "upload_type": np.uint8,
-        "weekday": np.uint8,
-        "hour": np.uint8,
-        "minute": np.uint8,
-        "label": np.int16,
-        "mask": np.bool_,
-        "request_id": np.int64,
-    }
-    for name, column in day.columns.items():
-        assert isinstance(column, np.memmap) and not column.flags.writeable, name
-        assert column.dtype == types[name.rpartition(".")[2]], name
-        places = {"request": (), "request_id": (), "history": (50,), "items": (50,)}[name.partition(".")[0]]
-        assert column.shape == (12, *places), name
-    assert day.group.tolist() == [group for group in range(5) for _ in range(10)]
-    for field, count in (("user", "user_id"), ("device", "device_id")):
-        assert day.columns[f"request.{field}"].max() == COUNTS[count] + 1
-    assert day.columns["items.video"].max() == 65_536 and day.columns["items.author"].max() == 65_535
-
-
-def tensors(batch: CascadeBatch) -> list[Any]:
-    found: list[Any] = []
-
-    def keep(tensor: Any) -> Any:
-        found.append(tensor)
-        return tensor
-
-    batch.apply(keep)
+def values(requests: int = R) -> dict[str, np.ndarray]:
+    """A day's columns in the types that the format wants."""
+    rng = np.random.default_rng(0)
+    shapes = {"request": (requests,), "history": (requests, L), "item": (requests, N)}
+    found = {}
+    for name, column in columns_of(SCHEMA).items():
+        kind, shape = column.dtypes[0], shapes[column.side]
+        limit = 2 if kind.kind == "b" else column.limit or 100
+        drawn = rng.random(shape) if kind.kind == "f" else rng.integers(0, limit, shape)
+        found[name] = drawn.astype(kind)
+    found["item.group"] = np.tile(np.array([1, 0, 1, 0, 1], np.uint8), (requests, 1))
     return found
 
 
-def test_a_batch_holds_copies_of_the_requests_asked_for(root: Path) -> None:
-    day = open_day(root, DAY, TWO_STAGE)
-    before = everything(day)
-    whole = tensors(day.batch(np.arange(len(day))))
-    order = np.array([11, 0, 5, 5])
-    for tensor, all_of_it in zip(tensors(day.batch(order)), whole, strict=True):
-        is_group = len(all_of_it) != len(day)
-        np.testing.assert_array_equal(tensor, all_of_it if is_group else all_of_it[order])
-        if not is_group:
-            tensor.zero_()
-    check_same(before, everything(day))
-    check_same(before, everything(open_day(root, DAY, TWO_STAGE)))
-    assert [len(tensor) for tensor in tensors(day.batch(np.zeros(0, np.int64)))] == [0] * 14 + [40]
+def write(folder: Path, columns: dict[str, np.ndarray] | None = None, schema: Schema = SCHEMA) -> Path:
+    columns = values() if columns is None else columns
+    with write_day(folder, schema, len(columns["request_id"])) as day:
+        for name, column in columns.items():
+            day.write(name, column)
+    return folder
 
 
-# ---------------------------------------------------------------------------------------------- reuse
+def read(folder: Path, cascade: Cascade = CASCADE, **options: Any) -> DayCache:
+    return read_day(folder, DAY, cascade, **options)
 
 
-def test_a_cache_is_used_again(root: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    first = everything(open_day(root, DAY, TWO_STAGE))
-    folder = folder_of(root / "cache")
-    assert folder.name.startswith(f"{DAY}-")
-    before = state(folder)
-    check_same(first, everything(open_day(root, DAY, TWO_STAGE, history_length=3)))
-    assert state(folder) == before and builds == [DAY]
-    assert not caplog.records
+def seal(folder: Path, **changes: Any) -> None:
+    """Make meta.json fit the folder's files again, as a forger would."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["checksum"]
+    meta["files"] = {
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in folder.glob("*.npy")
+    }
+    meta |= changes
+    meta["checksum"] = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def test_two_cascades_and_two_days_lie_side_by_side(root: Path, builds: list[str]) -> None:
-    write_log(root, random_log(5, seed=1), "2024-01-16")
-    for _ in range(2):
-        assert len(open_day(root, DAY, TWO_STAGE)) == 12
-        assert len(open_day(root, "2024-01-16", TWO_STAGE)) == 5
-        assert open_day(root, DAY, THREE_STAGE).columns["items.label"].shape == (12, 50)
-    assert builds == [DAY, "2024-01-16", DAY]
-    assert len(list((root / "cache" / "two_stage").iterdir())) == 2
+# ---------------------------------------------------------------------------------------------- written and read
 
 
-def changed_log(root: Path) -> None:
-    write_log(root, random_log(12, seed=9))
+def test_a_day_reads_back(tmp_path: Path) -> None:
+    columns = values()
+    day = read(write(tmp_path / DAY, columns))
+    assert set(day.columns) == set(columns) and len(day) == R and day.schema == SCHEMA
+    for name, column in columns.items():
+        np.testing.assert_array_equal(day.columns[name], column, strict=True)
+        assert not day.columns[name].flags.writeable
+    requests = np.array([5, 0, 0])
+    batch = day.batch(requests)
+    for side in ("request", "history", "item"):
+        fields = getattr(batch.features, side)
+        assert list(fields) == [field.name for field in SCHEMA.side(side)]
+        for name, tensor in fields.items():
+            expected = columns[f"{side}.{name}"][requests]
+            wanted = expected if expected.dtype == np.float32 else expected.astype(np.int64)
+            np.testing.assert_array_equal(tensor.numpy(), wanted, strict=True)
+    np.testing.assert_array_equal(batch.features.history_mask, columns["history.mask"][requests])
+    np.testing.assert_array_equal(batch.targets.labels, columns["item.label"][requests])
+    np.testing.assert_array_equal(batch.targets.mask, columns["item.mask"][requests])
+    np.testing.assert_array_equal(batch.targets.group, columns["item.group"][requests])
+    np.testing.assert_array_equal(batch.request_id, columns["request_id"][requests])
 
 
-def touched(place: int) -> Callable[[Path], None]:
-    def touch(root: Path) -> None:
-        path = recflow.day_paths(root, DAY)[place]
-        status = path.stat()
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-
-    return touch
+def test_without_a_column_of_groups_the_cascade_s_hold(tmp_path: Path) -> None:
+    columns = values()
+    del columns["item.group"]
+    targets = read(write(tmp_path / DAY, columns)).batch(np.arange(3)).targets
+    assert targets.group.tolist() == [[0, 0, 1, 1, 1]] * 3
 
 
-def more_users(root: Path) -> None:
-    recflow.write_id_counts(root, COUNTS | {"user_id": 255})
+@pytest.mark.parametrize("length", [0, 1, L, None])
+def test_the_last_history_positions_are_handed_out(tmp_path: Path, length: int | None) -> None:
+    columns = values()
+    day = read(write(tmp_path / DAY, columns)).with_history(length)
+    first = 0 if length is None else L - length
+    batch = day.batch(np.arange(R))
+    np.testing.assert_array_equal(batch.features.history["video"], columns["history.video"][:, first:])
+    np.testing.assert_array_equal(batch.features.history_mask, columns["history.mask"][:, first:])
+    with pytest.raises(InputError, match=r"--seq_len=5: the histories of the log have 4 positions"):
+        day.with_history(5)
+
+
+def test_pieces_and_other_types_give_the_same_day(tmp_path: Path) -> None:
+    columns = values()
+    whole = read(write(tmp_path / DAY, columns))
+    with write_day(tmp_path / "pieces", SCHEMA, R) as day:
+        for rows in (np.array([6, 1, 0]), np.array([2, 3, 4, 5])):
+            for name, column in columns.items():
+                wide = np.float64 if column.dtype == np.float32 else np.int64
+                day.write(name, column[rows].astype(wide if name != "item.label" else column.dtype), rows)
+    assert read(tmp_path / "pieces").checksum == whole.checksum
+
+
+def test_the_ids_of_a_table(tmp_path: Path) -> None:
+    columns = values()
+    day = read(write(tmp_path / DAY, columns))
+    videos = np.union1d(columns["history.video"], columns["item.video"])
+    assert day.ids("video").ids().tolist() == np.union1d(videos, [0, 3, 5]).tolist()
+    assert day.ids("hour").ids().tolist() == np.union1d(columns["request.hour"], columns["item.hour"]).tolist()
+    (tmp_path / DAY / "ids.video.npy").unlink()  # a user's own script need not write them
+    seal(tmp_path / DAY)
+    assert read(tmp_path / DAY).ids("video") == day.ids("video")
+
+
+def test_an_open_day_keeps_no_file_open(tmp_path: Path) -> None:
+    def opened() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    write(tmp_path / DAY)
+    read(tmp_path / DAY)
+    before = opened()
+    days = [read(tmp_path / DAY) for _ in range(3)]
+    assert opened() == before and len(days) == 3
+
+
+def test_repairs_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with write_day(tmp_path / DAY, SCHEMA, R) as day:
+        for name, column in values().items():
+            day.write(name, column)
+        day.repairs = {"prices unknown, given 0": 3, "nothing": 0}
+    with caplog.at_level(logging.WARNING):
+        assert read(tmp_path / DAY).repairs == {"prices unknown, given 0": 3, "nothing": 0}
+    assert caplog.messages == [f"{DAY}: prices unknown, given 0: 3"]
+
+
+# ---------------------------------------------------------------------------------------------- refused when written
 
 
 @pytest.mark.parametrize(
-    "change",
-    [changed_log, touched(0), touched(1), touched(2), more_users],
-    ids=["another log", "all_stage", "request_id_dict", "seq_effective_50_dict", "id_cnt"],
+    ("name", "change", "text"),
+    [
+        ("item.price", lambda v: np.where(v > 2, v, np.nan), "no finite number"),
+        ("request.age", lambda v: v + np.float32(np.inf), "no finite number"),
+        ("request.user", lambda v: v + 257, "holds .*outside the 0 .. 256"),
+        ("request.user", lambda v: v.astype(np.int64) - 1000, "outside the 0 .. 65535"),
+        ("request.user", lambda v: v.astype(np.float32), "type float32, not uint16"),
+        ("item.hour", lambda v: v.astype(np.int64) * 0 + 256, "holds 256, outside the 0 .. 255"),
+        ("item.mask", lambda v: v.astype(np.int64) + 2, "outside the 0 .. 1"),
+        ("item.label", lambda v: v.astype(str), "not int64"),
+        ("item.video", lambda v: v[:, :4], r"shape \(7, 4\), not \(7, 5\)"),
+        ("history.watched", lambda v: v[:, :, None], r"shape \(7, 4, 1\), not \(7, 4\)"),
+    ],
 )
-def test_a_changed_source_gives_a_new_cache_and_removes_the_old(
-    root: Path, builds: list[str], change: Callable[[Path], None]
+def test_what_does_not_fit_is_not_written(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], text: str
 ) -> None:
-    old_day = open_day(root, DAY, TWO_STAGE)
-    old = folder_of(root / "cache")
-    old_columns = everything(old_day)
-    change(root)
-    new = everything(open_day(root, DAY, TWO_STAGE))
-    assert folder_of(root / "cache") != old
-    assert builds == [DAY, DAY]
-    if change is changed_log:
-        assert not np.array_equal(new["items.video"], old_columns["items.video"])
-    if change is more_users:
-        assert new["request.user"].dtype == np.uint16
-    check_same(old_columns, everything(old_day))  # who has it open goes on reading the old one
+    columns = values()
+    columns[name] = change(columns[name])
+    with pytest.raises(InputError, match=rf"{name}.*{text}"):
+        write(tmp_path / DAY, columns)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_change_of_what_is_asked_for_gives_a_new_cache(root: Path, builds: list[str]) -> None:
-    def hours(zone: str) -> list[int]:
-        return open_day(root, DAY, TWO_STAGE, zone=zone).columns["request.hour"].tolist()
-
-    assert hours("Asia/Shanghai") != hours("UTC")
-    later = (*TWO_STAGE.groups[:3], Group("prerank_neg", position=26))
-    labels = open_day(root, DAY, dataclasses.replace(TWO_STAGE, groups=later)).columns["items.label"]
-    assert (labels[:, 30:] == 4).all()
-    small = dataclasses.replace(TWO_STAGE, group_size=4)
-    assert open_day(root, DAY, small).columns["items.label"].shape == (12, 16)
-    columnar.FORMAT_VERSION += 1
-    try:
-        open_day(root, DAY, small)
-    finally:
-        columnar.FORMAT_VERSION -= 1
-    assert len(builds) == 5
-    zones = list((root / "cache" / "two_stage").iterdir())
-    assert len(zones) == 2  # the last of each time zone: another zone is another reading of the log, not a stale one
+def test_other_columns_are_not_written(tmp_path: Path) -> None:
+    columns = values()
+    with pytest.raises(InputError, match=r"column item.colour: not in the schema"):
+        write(tmp_path / DAY, columns | {"item.colour": columns["item.hour"]})
+    del columns["history.video"]
+    with pytest.raises(InputError, match=r"column history.video: not written"):
+        write(tmp_path / DAY, columns)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / DAY)
+    with pytest.raises(InputError, match=rf"{DAY}: is there already"):
+        write(tmp_path / DAY)
+    with pytest.raises(InputError, match="holds no request"):
+        write(tmp_path / "empty", values(0))
+    huge = Schema((*SCHEMA.fields, Field("tag", "item", size=(1 << 32) + 1)))
+    with pytest.raises(InputError, match="field tag of side item: size 4294967297 is above"):
+        write(tmp_path / "huge", schema=huge)
 
 
-# ---------------------------------------------------------------------------------------------- damage
+# ---------------------------------------------------------------------------------------------- refused when read
 
 
-def flip(path: Path) -> None:
+def save(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[Path], None]:
+    """Change a column, and make meta.json fit."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / f"{name}.npy"
+        np.save(path, change(np.load(path)))
+        seal(folder)
+
+    return spoil
+
+
+def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        seal(folder)
+
+    return spoil
+
+
+def schema_with(**changes: Any) -> dict[str, Any]:
+    """The schema with the first field changed."""
+    content = SCHEMA.to_json()
+    content["fields"][0] |= changes
+    return content
+
+
+def flip(folder: Path) -> None:
+    path = folder / "item.video.npy"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[-2] ^= 1
     path.write_bytes(content)
 
 
-def without(folder: Path, entry: str) -> None:
-    path = folder / "meta.json"
-    meta = json.loads(path.read_text())
-    del meta[entry]
-    path.write_text(json.dumps(meta))
+POISONED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an index of its table's size": (save("item.video", lambda v: np.where(v == v[0, 0], 1001, v).astype(v.dtype)),
+                                     "item.video.npy: holds 1001, outside the 0 .. 1000"),
+    "the type's largest index": (save("request.user", lambda v: v * 0 + 65535), "outside the 0 .. 256"),
+    "a wider type": (save("item.video", lambda v: v.astype(np.uint32)), "type uint32, not uint16"),
+    "a signed type": (save("item.video", lambda v: v.astype(np.int16)), "type int16, not uint16"),
+    "another byte order": (save("item.video", lambda v: v.astype(">u2")), "type >u2, not uint16"),
+    "indices as floats": (save("item.video", lambda v: v.astype(np.float32)), "type float32, not uint16"),
+    "numbers as doubles": (save("item.price", lambda v: v.astype(float)), "type float64, not float32"),
+    "NaN": (save("item.price", lambda v: v * np.float32(np.nan)), "no finite number"),
+    "a mask of 255": (overwrite("item.mask.npy", lambda c: c[:-1] + b"\xff"), "holds 255, outside the 0 .. 1"),
+    "a group that the cascade lacks": (save("item.group", lambda v: v + 1), "holds 2, and the cascade custom has 2 gr"),
+    "fewer rows": (save("item.video", lambda v: v[:-1]), r"shape \(6, 5\), not \(7, 5\)"),
+    "fewer requests": (save("request_id", lambda v: v[:-1]), r"not \(6"),
+    "fewer items": (save("item.video", lambda v: v[:, :-1]), r"shape \(7, 4\), not \(7, 5\)"),
+    "another length": (save("history.mask", lambda v: v[:, :-1]), r"not \(7, 3\)"),
+    "a mask of one axis": (save("history.mask", lambda v: v[:, 0]), "history"),
+    "a number for a column": (save("request_id", lambda v: v[0]), "request_id"),
+    "Fortran's order": (save("item.video", np.asfortranarray), "item.video.npy: not a readable .npy file"),
+    "objects": (save("item.video", lambda v: v.astype(object)), "item.video.npy: not a readable .npy file"),
+    "bytes behind the array": (overwrite("item.video.npy", lambda c: c + b"1"), "not a readable .npy file"),
+    "a cut array": (overwrite("item.video.npy", lambda c: c[:-1]), "not a readable .npy file"),
+    "a cut header": (overwrite("item.video.npy", lambda c: c[:20]), "not a readable .npy file"),
+    "no .npy file": (overwrite("item.video.npy", lambda c: b"a,b\n1,2\n"), "not a readable .npy file"),
+    "a huge shape": (overwrite("item.video.npy", lambda c: c.replace(b"(7, 5), ", b"(1<<9,) ")), "not a readable"),
+    "a set of ids that is short": (save("ids.video", lambda v: v[:-1]), "ids.video.npy: not a set of ids below 1001"),
+    "ids beyond the table": (save("ids.video", lambda v: v | np.uint64(1 << 63)), "not a set of ids below 1001"),
+    "a set of ids of another type": (save("ids.video", lambda v: v.view(np.int64)), "not a set of ids below 1001"),
+    "a column too many": (lambda f: (np.save(f / "item.tag.npy", np.zeros(3)), seal(f)), "item.tag.npy: not a file"),
+    "a file that is not listed": (lambda f: (f / "notes").touch(), "notes: not a file that meta.json"),
+    "a column too few": (lambda f: ((f / "item.video.npy").unlink(), seal(f)), "item.video.npy: no such file"),
+    "a listed file too few": (lambda f: (f / "ids.video.npy").unlink(), "ids.video.npy: no such file"),
+    "a flipped bit": (flip, "item.video.npy: does not match its checksum"),
+    "another size in the schema": (lambda f: seal(f, schema=schema_with(size=99)), "type uint16, not uint8"),
+    "a smaller size in the schema": (lambda f: seal(f, schema=schema_with(size=257 - 40)), "not uint8"),
+    "a size beyond all": (lambda f: seal(f, schema=schema_with(size=1 << 70)), "is above"),
+    "a name with a slash": (lambda f: seal(f, schema=schema_with(name="../a")), "not a schema"),
+    "no fields": (lambda f: seal(f, schema=[]), "not a schema"),
+    "another format": (lambda f: seal(f, format=2), "format 2, not 3"),
+    "no repairs": (lambda f: seal(f, repairs=None), "meta.json: not readable"),
+    "sizes that are texts": (lambda f: seal(f, files={"a": {"size": "1", "sha256": "1"}}), "meta.json: not readable"),
+    "no checksum": (lambda f: (f / "meta.json").write_text("{}"), "meta.json: not readable"),
+    "a list": (lambda f: (f / "meta.json").write_text("[]"), "meta.json: not readable"),
+    "nesting without end": (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json: not readable"),
+    "no meta.json": (lambda f: (f / "meta.json").unlink(), "meta.json: not readable"),
+}  # fmt: skip
 
 
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "a flipped bit": lambda folder: flip(folder / "items.video.npy"),
-    "a flipped bit in a mask": lambda folder: flip(folder / "history.mask.npy"),
-    "a cut column": lambda folder: os.truncate(folder / "request.user.npy", 130),
-    "a longer column": lambda folder: (folder / "request.user.npy").write_bytes(bytes(1000)),
-    "a missing column": lambda folder: (folder / "items.label.npy").unlink(),
-    "no meta.json": lambda folder: (folder / "meta.json").unlink(),
-    "an empty meta.json": lambda folder: (folder / "meta.json").write_bytes(b""),
-    "meta.json that is a list": lambda folder: (folder / "meta.json").write_bytes(b"[]"),
-    "meta.json without the files": lambda folder: without(folder, "files"),
-    "meta.json without the repairs": lambda folder: without(folder, "repairs"),
-}
+@pytest.mark.parametrize("poison", POISONED)
+def test_a_poisoned_day_is_refused(tmp_path: Path, poison: str) -> None:
+    folder = write(tmp_path / DAY)
+    read(folder)
+    spoil, text = POISONED[poison]
+    spoil(folder)
+    with pytest.raises(InputError, match=text) as caught:
+        read(folder)
+    assert str(folder) in str(caught.value) or "field user" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_built_anew(root: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
-    sound = everything(open_day(root, DAY, TWO_STAGE))
-    folder = folder_of(root / "cache")
-    DAMAGE[damage](folder)
-    with caplog.at_level(logging.WARNING):
-        check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert str(folder) in caplog.text and "built anew" in caplog.text
-    assert folder_of(root / "cache") == folder
-    caplog.clear()
-    check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
-    assert not caplog.records
+def test_a_cascade_of_another_size_is_refused(tmp_path: Path) -> None:
+    other = Cascade(CASCADE.stages, (Group("good", 2), Group("bad", 4)), name="other")
+    with pytest.raises(InputError, match=r"have 5 items, the cascade other has 6"):
+        read(write(tmp_path / DAY), other)
 
 
-def test_what_was_left_out_is_counted_and_logged_each_time(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = recflow.history_path(root, DAY)
-    path.write_bytes(b"\x80\x02}.")  # an empty dict
-    for _ in range(2):
-        caplog.clear()
-        day = open_day(root, DAY, TWO_STAGE)
-        (message,) = caplog.messages
-        assert message.startswith(DAY) and "seq_effective_50_dict" in message and message.endswith(": 12")
-        assert sorted(day.repairs.values()) == [0, 0, 0, 0, 0, 12]
-    assert not day.columns["history.mask"].any()
+# ---------------------------------------------------------------------------------------------- verified once
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
-def test_an_interrupted_build_leaves_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    write = ColumnFiles.write
-
-    def interrupted(files: ColumnFiles, name: str, *rest: Any) -> None:
-        write(files, name, *rest)
-        if name == "items.author":
-            assert (files.folder / "items.video.npy").exists()
-            raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ColumnFiles, "write", interrupted)
-        with pytest.raises(error):
-            open_day(root, DAY, TWO_STAGE)
-    assert list((root / "cache" / "two_stage").iterdir()) == []
-    assert len(open_day(root, DAY, TWO_STAGE)) == 12
+def child(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that opens the day and prints the last video of the last request."""
+    script = "from tests.dataset.test_columnar import *;"
+    script += "print(read(Path(sys.argv[1])).columns['item.video'][-1, -1])"
+    variables = {key: value for key, value in os.environ.items() if key != VERIFIED} | environment
+    arguments = [sys.executable, "-c", script, str(folder)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(arguments, cwd=root, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_a_build_that_was_killed_is_not_opened(root: Path, builds: list[str]) -> None:
-    sound = everything(open_day(root, DAY, TWO_STAGE))
-    folder = folder_of(root / "cache")
-    killed = folder.with_name(f".{folder.name}.0123.tmp")
-    folder.rename(killed)
-    (killed / "meta.json").unlink()
-    check_same(sound, everything(open_day(root, DAY, TWO_STAGE)))
-    assert builds == [DAY, DAY]
+def test_a_child_does_not_read_what_its_parent_has_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VERIFIED, raising=False)
+    folder = write(tmp_path / DAY)
+    read(folder)
+    assert VERIFIED not in os.environ  # its files are so young that another change might not be seen
+    long_ago = time.time_ns() - 60 * 10**9
+    for path in folder.iterdir():
+        os.utime(path, ns=(long_ago, long_ago))
+    value = int(read(folder).columns["item.video"][-1, -1])
+    status = (folder / "item.video.npy").stat()
+    flip(folder)
+    os.utime(folder / "item.video.npy", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    trusting = child(folder, **{VERIFIED: os.environ[VERIFIED]})
+    assert (trusting.returncode, int(trusting.stdout)) == (0, value ^ 1), trusting.stderr
+    reading = child(folder)
+    assert reading.returncode and "does not match its checksum" in reading.stderr
+    os.utime(folder / "item.video.npy")
+    changed = child(folder, **{VERIFIED: os.environ[VERIFIED]})
+    assert changed.returncode and "does not match its checksum" in changed.stderr
 
 
-# ---------------------------------------------------------------------------------------------- where it lies
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "_JUST_WRITTEN", -(10**18))
+    monkeypatch.delenv(VERIFIED, raising=False)
+    hashed: list[str] = []
+    check_values = columnar._check_values
+
+    def counting(folder: Path, name: str, *rest: Any) -> str:
+        hashed.append(name)
+        return check_values(folder, name, *rest)
+
+    monkeypatch.setattr(columnar, "_check_values", counting)
+    folder = write(tmp_path / DAY)
+    for _ in range(3):
+        read(folder)
+    assert sorted(hashed) == sorted(values())
 
 
-def test_the_cache_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
-    assert default_cache_dir(root) == root / "cache"
-    open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "a" / "b")
-    folder_of(tmp_path / "a" / "b")
-    assert not (root / "cache").exists()
-
-    root.chmod(0o555)
-    try:
-        elsewhere = default_cache_dir(root)
-        assert elsewhere.is_relative_to(tmp_path / "user" / "lcron")
-        other = write_log(tmp_path / "other")
-        other.chmod(0o555)
-        assert default_cache_dir(other) != elsewhere
-        other.chmod(0o755)
-        monkeypatch.chdir(tmp_path)
-        assert default_cache_dir(Path("log")) == elsewhere
-        open_day(root, DAY, TWO_STAGE)
-        assert not (root / "cache").exists()
-        folder_of(elsewhere)
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", str(tmp_path / "home"))
-        assert default_cache_dir(root) == tmp_path / "home" / ".cache" / "lcron" / elsewhere.name
-    finally:
-        root.chmod(0o755)
+# ---------------------------------------------------------------------------------------------- logs and docs
 
 
-def test_a_cache_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/two_stage.*cannot be written.*--cache_dir"):
-        open_day(root, DAY, TWO_STAGE, cache_dir=tmp_path / "file")
+def examples(language: str) -> list[str]:
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_a_wrong_time_zone_or_day(root: Path) -> None:
-    with pytest.raises(InputError, match="--time_zone=Mars"):
-        open_day(root, DAY, TWO_STAGE, zone="Mars")
-    with pytest.raises(InputError, match=r"2024-01-17.feather: no such file"):
-        open_day(root, "2024-01-17", TWO_STAGE)
-    recflow.id_count_path(root).unlink()
-    with pytest.raises(InputError, match=r"id_cnt.pkl: no such file"):
-        open_day(root, DAY, TWO_STAGE)
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", examples("python")[number]],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    (tmp_path / "shop.toml").write_text(examples("toml")[0])
+    cascade = Cascade.from_toml(tmp_path / "shop.toml")
+    log = open_log(tmp_path / "my_log")
+    assert (log.origin, log.days(), log.history_length) == ("my shop", ["2024-01-13", "2024-01-14"], 3)
+    assert (training_days(log, None), default_test_day(log, None)) == (["2024-01-13"], "2024-01-14")
+    for day in log.days():
+        batch = log.open_day(day, cascade, history_length=2).batch(np.arange(100))
+        assert batch.features.history["video"].shape == (100, 2) and batch.features.item["price"].shape == (100, 4)
+        assert batch.targets.group[99].tolist() == [0, 0, 1, 1]
+    assert log.schema.tables["video"].size == 301
 
 
-# ---------------------------------------------------------------------------------------------- two processes
+def test_a_log_s_days_have_one_schema(tmp_path: Path) -> None:
+    write(tmp_path / DAY)
+    fields = [Field(f.name, f.side, f.kind, f.size, f.padding, f.unknown, f.table) for f in SCHEMA.fields]
+    fields[0] = Field("user", "request", size=258)
+    write(tmp_path / "2024-01-14", schema=Schema(tuple(fields)))
+    write_log_file(tmp_path, "test")
+    log = open_log(tmp_path)
+    assert len(log.open_day(DAY, CASCADE)) == R
+    with pytest.raises(InputError, match=r"2024-01-14/meta.json: another schema than the log's first day"):
+        log.open_day("2024-01-14", CASCADE)
 
 
-def build_slowly(root: Path, day: str) -> int:
-    """Open the day as another process does that has begun to encode it, until ``root/go`` is there."""
-    encode_day = columnar.encode_day
-
-    def encode_and_wait(*arguments: Any) -> dict[str, int]:
-        repairs = encode_day(*arguments)
-        (root / "encoding").touch()
-        limit = time.monotonic() + 60
-        while not (root / "go").exists():
-            assert time.monotonic() < limit, "nobody says go"
-            time.sleep(0.005)
-        return repairs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columnar, "encode_day", encode_and_wait)
-        return int(open_day(root, day, TWO_STAGE).columns["items.video"].sum())
+def test_a_folder_that_is_no_log(tmp_path: Path) -> None:
+    write_log_file(tmp_path, "test")
+    with pytest.raises(InputError, match=r"has log.json but no day in it"):
+        open_log(tmp_path)
+    write(tmp_path / "day 1")
+    with pytest.raises(InputError, match=r"day 1 is no date"):
+        open_log(tmp_path)
+    (tmp_path / "day 1").rename(tmp_path / DAY)
+    for content in ("", "[]", '{"origin": 5}', '{"origin": "a\\nb"}'):
+        (tmp_path / "log.json").write_text(content)
+        with pytest.raises(InputError, match=r"log.json: .*make the log again"):
+            open_log(tmp_path)
+    with pytest.raises(InputError, match=r"nowhere: no such folder"):
+        open_log(tmp_path / "nowhere")
 
 
-@contextmanager
-def another_process(root: Path, day: str = DAY) -> Iterator[subprocess.Popen[str]]:
-    """A process that is about to finish the cache of ``day``."""
-    script = "import sys, pathlib; from tests.dataset.test_columnar import build_slowly;"
-    script += "print(build_slowly(pathlib.Path(sys.argv[1]), sys.argv[2]))"
-    arguments = [sys.executable, "-c", script, str(root), day]
-    with subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            while not (root / "encoding").exists():
-                assert process.poll() is None
-                time.sleep(0.005)
-            yield process
-        finally:
-            process.kill()
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-
-def test_a_second_process_waits_for_the_cache(root: Path, builds: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    with another_process(root) as other, caplog.at_level(logging.INFO):
-        Timer(0.3, (root / "go").touch).start()
-        ours = open_day(root, DAY, TWO_STAGE)
-        theirs, _ = other.communicate(timeout=60)
-    assert other.returncode == 0 and builds == []
-    assert int(ours.columns["items.video"].sum()) == int(theirs)
-    assert "waiting for another process" in caplog.text
-    folder_of(root / "cache")
-
-
-def temporary_folders(root: Path) -> list[Path]:
-    return list((root / "cache" / "two_stage").glob(".*.tmp"))
-
-
-def test_what_a_killed_process_has_left_is_removed(root: Path, builds: list[str]) -> None:
-    with another_process(root) as other:
-        other.kill()
-        other.wait()
-    assert len(temporary_folders(root)) == 1
-    assert len(open_day(root, DAY, TWO_STAGE)) == 12
-    assert builds == [DAY] and not temporary_folders(root)
-
-
-def test_what_a_process_at_work_has_is_left_alone(root: Path) -> None:
-    write_log(root, random_log(5, seed=1), "2024-01-16")
-    with another_process(root) as other:
-        assert len(open_day(root, "2024-01-16", TWO_STAGE)) == 5
-        assert len(temporary_folders(root)) == 1
-        (root / "go").touch()
-        other.communicate(timeout=60)
-    assert other.returncode == 0
-    assert len(list((root / "cache" / "two_stage").iterdir())) == 2
-
-
-def test_a_prepared_cache_that_nobody_may_write_to(root: Path, builds: list[str]) -> None:
-    open_day(root, DAY, TWO_STAGE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
-        assert len(open_day(root, DAY, TWO_STAGE)) == 12
-        with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
-            open_day(root, DAY, THREE_STAGE)
-    assert builds == [DAY]
-
-
-def test_a_full_disk_is_a_sentence(root: Path) -> None:
-    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
-    with mock.patch("os.posix_fallocate", full), pytest.raises(InputError, match=r"No space left.*--cache_dir"):
-        open_day(root, DAY, TWO_STAGE)
-    assert list((root / "cache" / "two_stage").iterdir()) == []
-
-
-# ---------------------------------------------------------------------------------------------- memory
-
-
-def peak_of_preparing(root: Path) -> int:
-    """The most memory in bytes that a process takes while it prepares the day."""
-    script = "import resource, sys, pathlib, tempfile; from deep_components.cascade import TWO_STAGE;"
-    script += "from deep_components.dataset.columnar import open_day;"
-    script += "folder = tempfile.mkdtemp(dir=sys.argv[1]);"
-    script += f"open_day(pathlib.Path(sys.argv[1]), {DAY!r}, TWO_STAGE, cache_dir=pathlib.Path(folder));"
-    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    arguments = [sys.executable, "-c", script, str(root)]
-    return int(subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout)
-
-
-def test_four_times_the_requests_do_not_take_four_times_the_memory(tmp_path: Path) -> None:
-    small, large = (write_log(tmp_path / str(size), random_log(size)) for size in (1500, 6000))
-    files = [sum(path.stat().st_size for path in recflow.day_paths(root, DAY)) for root in (small, large)]
-    assert files[1] - files[0] > 4500 * 8_000
-    assert peak_of_preparing(large) - peak_of_preparing(small) < 4500 * 2_000
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / DAY)
+    assert list(tmp_path.iterdir()) == []

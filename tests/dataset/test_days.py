@@ -7,9 +7,16 @@ import pytest
 
 from deep_components.dataset import days
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.importers.recflow import RecFlowLog
 from deep_components.errors import InputError
+from deep_components.schema import Schema
 
 PERIOD_1 = [f"2024-01-{day}" for day in range(13, 32)] + [f"2024-02-0{day}" for day in range(1, 5)]
+
+
+def log_in(root: Path) -> RecFlowLog:
+    """The log in a folder that has days but no id counts."""
+    return RecFlowLog(root, "test", Schema(()))
 
 
 def make(root: Path, names: Sequence[str]) -> Path:
@@ -23,43 +30,43 @@ def make(root: Path, names: Sequence[str]) -> Path:
 def test_all_days_but_the_last_train_where_period_1_is_not_complete(tmp_path: Path) -> None:
     present = ["2024-01-13", "2024-02-04", "2023-12-31"]
     make(tmp_path, present)
-    assert days.training_days(tmp_path, None) == ["2023-12-31", "2024-01-13"]
-    assert days.test_day(tmp_path, None) == "2024-02-04"
+    assert days.training_days(log_in(tmp_path), None) == ["2023-12-31", "2024-01-13"]
+    assert days.test_day(log_in(tmp_path), None) == "2024-02-04"
 
 
 def test_period_1_is_taken_from_a_longer_log(tmp_path: Path) -> None:
     make(tmp_path, [*PERIOD_1, "2024-01-01", "2024-02-05", "2024-02-18"])
-    assert days.training_days(tmp_path, None) == PERIOD_1[:-1]
-    assert days.test_day(tmp_path, None) == "2024-02-04"
+    assert days.training_days(log_in(tmp_path), None) == PERIOD_1[:-1]
+    assert days.test_day(log_in(tmp_path), None) == "2024-02-04"
 
 
 def test_one_missing_day_of_period_1_ends_the_protocol(tmp_path: Path) -> None:
     make(tmp_path, [*PERIOD_1[:5], *PERIOD_1[6:], "2024-02-05"])
-    assert days.training_days(tmp_path, None) == [*PERIOD_1[:5], *PERIOD_1[6:]]
-    assert days.test_day(tmp_path, None) == "2024-02-05"
+    assert days.training_days(log_in(tmp_path), None) == [*PERIOD_1[:5], *PERIOD_1[6:]]
+    assert days.test_day(log_in(tmp_path), None) == "2024-02-05"
 
 
 def test_wanted_days_keep_their_order(tmp_path: Path) -> None:
     make(tmp_path, PERIOD_1)
-    assert days.training_days(tmp_path, ("2024-01-20", "2024-01-14")) == ["2024-01-20", "2024-01-14"]
-    assert days.test_day(tmp_path, "2024-01-13") == "2024-01-13"
+    assert days.training_days(log_in(tmp_path), ("2024-01-20", "2024-01-14")) == ["2024-01-20", "2024-01-14"]
+    assert days.test_day(log_in(tmp_path), "2024-01-13") == "2024-01-13"
 
 
 @pytest.mark.parametrize("wanted", [[], ["2024-01-13", "2024-01-15"], ["2024-1-13"]])
 def test_wanted_days_must_be_there(tmp_path: Path, wanted: list[str]) -> None:
     make(tmp_path, ["2024-01-13", "2024-01-14"])
     with pytest.raises(InputError, match=r"--train_days=.*2024-01-13, 2024-01-14"):
-        days.training_days(tmp_path, wanted)
+        days.training_days(log_in(tmp_path), wanted)
     with pytest.raises(InputError, match=r"--test_day=2024-01-15.*2024-01-13, 2024-01-14"):
-        days.test_day(tmp_path, "2024-01-15")
+        days.test_day(log_in(tmp_path), "2024-01-15")
 
 
 def test_one_day_cannot_train_and_test(tmp_path: Path) -> None:
     make(tmp_path, ["2024-01-13"])
     with pytest.raises(InputError, match=r"2024-01-13.*--train_days"):
-        days.training_days(tmp_path, None)
-    assert days.training_days(tmp_path, ["2024-01-13"]) == ["2024-01-13"]
-    assert days.test_day(tmp_path, None) == "2024-01-13"
+        days.training_days(log_in(tmp_path), None)
+    assert days.training_days(log_in(tmp_path), ["2024-01-13"]) == ["2024-01-13"]
+    assert days.test_day(log_in(tmp_path), None) == "2024-01-13"
 
 
 def test_a_day_needs_all_three_files(tmp_path: Path) -> None:
@@ -68,11 +75,11 @@ def test_a_day_needs_all_three_files(tmp_path: Path) -> None:
         recflow.day_paths(tmp_path, name)[place].unlink()
     make(tmp_path, ["notes", ".2024-01-17", "2024-01-18.feather.5"])
     assert recflow.available_days(tmp_path, named=True) == ["2024-01-16"]
-    assert days.training_days(tmp_path, ["2024-01-16"]) == ["2024-01-16"]
-    assert days.test_day(tmp_path, "2024-01-16") == "2024-01-16"
+    assert days.training_days(log_in(tmp_path), ["2024-01-16"]) == ["2024-01-16"]
+    assert days.test_day(log_in(tmp_path), "2024-01-16") == "2024-01-16"
     for function in (days.training_days, days.test_day):  # else the days would silently be others
         with pytest.raises(InputError, match=r"all_stage/2024-01-13.feather: no such file"):
-            function(tmp_path, None)
+            function(log_in(tmp_path), None)
 
 
 @pytest.mark.parametrize("present", [False, True])
@@ -80,6 +87,6 @@ def test_a_folder_without_days(tmp_path: Path, present: bool) -> None:
     root = tmp_path / "log"
     if present:
         make(root, ["readme"])
-    for function in (recflow.available_days, lambda data: days.training_days(data, None)):
+    for function in (recflow.available_days, lambda data: days.training_days(log_in(data), None)):
         with pytest.raises(InputError, match=rf"{root}.*all_stage, request_id_dict and seq_effective_50_dict"):
             function(root)

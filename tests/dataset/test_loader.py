@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from deep_components.batch import CascadeBatch
+from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatures
 from deep_components.cascade import TWO_STAGE
 from deep_components.dataset import loader
-from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
+from deep_components.schema import Schema
 from tests.dataset.synthetic import DAY, random_log, write_log
 
 CPU = torch.device("cpu")
@@ -23,25 +25,37 @@ REQUESTS = 23
 
 @pytest.fixture(scope="module")
 def day(tmp_path_factory: pytest.TempPathFactory) -> DayCache:
-    return open_day(write_log(tmp_path_factory.mktemp("log"), random_log(REQUESTS)), DAY, TWO_STAGE)
+    return open_log(write_log(tmp_path_factory.mktemp("log"), random_log(REQUESTS))).open_day(DAY, TWO_STAGE)
 
 
-def tensors(batch: CascadeBatch) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
+class Shift:
+    """A stand-in for the tables: rows are the log's indices and 1, slots are rows and 1."""
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
+    def __call__(self, batch: CascadeBatch[Features]) -> CascadeBatch[SlotFeatures]:
+        return self.slots(self.rows(batch))
 
-    batch.apply(keep)
-    return found
+    def rows(self, batch: CascadeBatch[Features]) -> CascadeBatch[RowFeatures]:
+        features = batch.features
+        item = {name: ids + 1 for name, ids in features.item.items()}
+        shifted = RowFeatures(features.request, features.history, item, features.history_mask)
+        return CascadeBatch(batch.request_id, shifted, batch.targets)
+
+    def slots(self, batch: CascadeBatch[RowFeatures]) -> CascadeBatch[SlotFeatures]:
+        features = batch.features
+        item = {name: ids + 1 for name, ids in features.item.items()}
+        rows = {"video": torch.arange(3)}
+        shifted = SlotFeatures(features.request, features.history, item, features.history_mask, rows)
+        return CascadeBatch(batch.request_id, shifted, batch.targets)
+
+
+PREPARE = Shift()
 
 
 # ---------------------------------------------------------------------------------------------- order
 
 
 def named(day: str, requests: int) -> DayCache:
-    return DayCache(day, {"request_id": np.arange(requests)}, np.zeros(0, np.int64), {}, "", {})
+    return DayCache(day, {"request_id": np.arange(requests)}, Schema(()), np.zeros(0, np.int64), 0)
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:
@@ -74,7 +88,7 @@ def test_whole_batches_are_counted() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, REQUESTS - 1, REQUESTS, REQUESTS + 1])
 def test_every_request_comes_once_and_the_last_batch_may_be_smaller(day: DayCache, batch_size: int) -> None:
     order = training_order(day, seed=1, epoch=0, shuffle=True)
-    found = list(batches(day, order, batch_size, CPU))
+    found = list(batches(day, order, batch_size, CPU, PREPARE))
     sizes = [len(batch.request_id) for batch in found]
     assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and 0 < sizes[-1] <= batch_size and sum(sizes) == REQUESTS
     ids = torch.cat([batch.request_id for batch in found])
@@ -84,28 +98,35 @@ def test_every_request_comes_once_and_the_last_batch_may_be_smaller(day: DayCach
 
 def test_batches_are_those_of_the_day(day: DayCache) -> None:
     order = training_order(day, seed=2, epoch=0, shuffle=True)
-    for place, batch in enumerate(batches(day, order, 5, CPU)):
-        expected = day.batch(order[5 * place : 5 * place + 5])
-        for ours, theirs in zip(tensors(batch), tensors(expected), strict=True):
+    for place, batch in enumerate(batches(day, order, 5, CPU, PREPARE)):
+        expected = PREPARE(day.batch(order[5 * place : 5 * place + 5]))
+        for ours, theirs in zip(batch.tensors(), expected.tensors(), strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     assert place == 4
 
 
 def test_batches_go_to_the_device_asked_for(day: DayCache) -> None:
-    batch = next(batches(day, np.arange(3), 2, torch.device("meta")))
-    assert {tensor.device.type for tensor in tensors(batch)} == {"meta"}
+    batch = next(batches(day, np.arange(3), 2, torch.device("meta"), PREPARE))
+    assert {tensor.device.type for tensor in batch.features.item.values()} == {"meta"}
 
 
 def test_no_requests_give_no_batches(day: DayCache) -> None:
-    assert list(batches(day, np.zeros(0, np.int64), 4, CPU)) == []
+    assert list(batches(day, np.zeros(0, np.int64), 4, CPU, PREPARE)) == []
 
 
-@pytest.mark.parametrize("value", [0, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, -(2**63)])
+def _smallest(value: int) -> np.dtype:
+    """The smallest signed type that holds the value, and 1."""
+    return np.result_type(np.int8, np.min_scalar_type(min(value, -value - 1)))
+
+
+@pytest.mark.parametrize(
+    "value", [0, 127, 128, -128, -129, 2**15 - 1, 2**15, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, -(2**63)]
+)
 def test_a_resident_day_loses_no_digit(value: int) -> None:
     """-2^63 is its own absolute value."""
     values = torch.tensor([1, value])
     assert torch.equal(loader._long(loader._short(values)), values)
-    assert (loader._short(values).dtype == torch.int32) == (-(2**31) <= value < 2**31)
+    assert loader._short(values).dtype == torch.from_numpy(np.array([np.int64(value)]).astype(_smallest(value))).dtype
 
 
 @pytest.mark.parametrize("rows_at_a_time", [4, 1 << 13])
@@ -114,9 +135,11 @@ def test_a_resident_day_gives_the_same_batches(
 ) -> None:
     monkeypatch.setattr(loader, "_REQUESTS_PER_COPY", rows_at_a_time)
     order = training_order(day, seed=2, epoch=0, shuffle=True)[:17]
-    pairs = zip(batches(day, order, 5, CPU), batches(day, order, 5, CPU, day_on_device=True), strict=True)
+    pairs = zip(
+        batches(day, order, 5, CPU, PREPARE), batches(day, order, 5, CPU, PREPARE, day_on_device=True), strict=True
+    )
     for one, other in pairs:
-        for ours, theirs in zip(tensors(one), tensors(other), strict=True):
+        for ours, theirs in zip(one.tensors(), other.tensors(), strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
@@ -163,7 +186,8 @@ class Assembled:
 def run(day: Watched, requests: int) -> Any:
     """The batches of one request each."""
     stand_in: Any = day
-    return batches(stand_in, np.arange(requests), 1, CPU)
+    unchanged: Any = lambda batch: batch  # noqa: E731
+    return batches(stand_in, np.arange(requests), 1, CPU, unchanged)
 
 
 def test_one_batch_is_assembled_ahead_of_its_use_by_another_thread() -> None:
@@ -212,8 +236,8 @@ def test_an_error_of_the_user_ends_the_thread() -> None:
 
 def test_a_real_day_can_be_removed_while_it_is_read(tmp_path: Path) -> None:
     """Memory maps stay readable: a second run with other settings may remove the cache under the first."""
-    opened = open_day(write_log(tmp_path, random_log(6)), DAY, TWO_STAGE)
-    found = batches(opened, np.arange(6), 2, CPU)
+    opened = open_log(write_log(tmp_path, random_log(6))).open_day(DAY, TWO_STAGE)
+    found = batches(opened, np.arange(6), 2, CPU, PREPARE)
     next(found)
     (folder,) = (tmp_path / "cache" / "two_stage").iterdir()
     for path in folder.iterdir():

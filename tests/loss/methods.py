@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from deep_components import run_train2, run_train3
 from deep_components.arguments import METHOD_OPTIONS
 from deep_components.batch import Targets
-from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade, Stage
+from deep_components.cascade import THREE_STAGE, TWO_STAGE
 from tests.loss import reference
 
 # A longer cascade, of the three-stage command: a loss takes any number of stages.
-FOUR_STAGE = Cascade(
-    stages=(*THREE_STAGE.stages[:2], Stage("rank", keep=20, exposed_groups=3), Stage("rerank", 15, exposed_groups=2)),
-    groups=THREE_STAGE.groups,
-    name="four_stage",
-)
+RANK = THREE_STAGE.stages[-1]
+LAST = (replace(RANK, exposed_groups=3), replace(RANK, name="rerank", keep=15))
+FOUR_STAGE = replace(THREE_STAGE, stages=(*THREE_STAGE.stages[:2], *LAST), name="four_stage")
 CASCADES = {cascade.name: cascade for cascade in (TWO_STAGE, THREE_STAGE, FOUR_STAGE)}
 COMMANDS = {"two_stage": run_train2, "three_stage": run_train3, "four_stage": run_train3}
 NUM_GROUPS = {name: len(cascade.groups) for name, cascade in CASCADES.items()}

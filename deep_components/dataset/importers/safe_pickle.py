@@ -1,10 +1,10 @@
 """Reading pickled data files without running anything they ask for.
 
 A pickle is a program for a small stack machine. This module is that machine, cut down to what RecFlow's files hold:
-dicts (defaultdict included), lists, tuples, integers, floats, strings, bytes, numpy arrays and numpy scalars. An opcode
-or a name outside that list is refused before anything is looked up. Arrays are not built by numpy: the pickle's array
-state becomes a :class:`PickledArray`, plain bytes with a checked shape and dtype, so that a forged state cannot reach
-numpy's C code.
+dicts (defaultdict included), lists, tuples, integers, floats, strings, bytes, numpy arrays and numpy scalars, as
+protocols 2 to 5 write them. An opcode or a name outside that list is refused before anything is looked up. Arrays are
+not built by numpy: the pickle's array state becomes a :class:`PickledArray`, plain bytes with a checked shape and
+dtype, so that a forged state cannot reach numpy's C code.
 
 A day's file is one dict of hundreds of thousands of requests, so its items are handed out as they are read, and what
 one piece of a file may take is limited: the memory needed does not grow with the file.
@@ -12,7 +12,6 @@ one piece of a file may take is limited: the memory needed does not grow with th
 
 import math
 import os
-import pickle
 import re
 import reprlib
 import stat
@@ -29,13 +28,13 @@ import numpy as np
 
 from deep_components.errors import InputError
 
-_SAFE_DTYPE_KINDS = "iufb"
 _TYPE_STRING = re.compile(r"[iufb]\d{1,2}")  # as numpy pickles them; np.dtype itself would parse far more
 _MAX_DIMENSIONS = 8
 _BLOCK = 1 << 20  # bytes read at a time
 _LONGEST_OPCODE = 16
-_MAX_LINE = 1 << 24  # protocol 0 writes strings, and so arrays, as lines
+_MAX_LINE = 1 << 10  # names are written as lines
 _MAX_INTEGER = 64  # bytes
+_INT64 = 1 << 63
 # Of one piece, which is what stands between two hand-outs of items: 1,000 requests, as Python writes them.
 _MAX_OPCODES = 1 << 20
 _MAX_BYTES = 1 << 29
@@ -44,18 +43,7 @@ _MAX_KEPT = 1 << 16  # objects that later pieces may refer to, arrays apart
 _MAX_SMALL = 256  # letters of a text that later pieces may refer to
 
 # What a damaged pickle can make the machine raise.
-_DAMAGED = (
-    pickle.UnpicklingError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_DAMAGED = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 class PickledArray:
@@ -64,32 +52,26 @@ class PickledArray:
 
     __slots__ = ("data", "dtype", "offset", "shape")
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    data: bytes
-    offset: int | None
-
     def __init__(self) -> None:
         """One zero of no dimension, until the state comes."""
-        self.shape, self.dtype, self.data, self.offset = (), np.dtype(np.int64), bytes(8), None
+        self.shape: tuple[int, ...] = ()
+        self.dtype = np.dtype(np.int64)
+        self.data = bytes(8)
+        self.offset: int | None = None
 
     def take_state(self, state: Any) -> None:
         """Take numpy's state (version, shape, dtype, is_fortran, bytes). Raises ValueError when it does not fit."""
         _, shape, dtype, fortran, data = state
-        self._fill(shape, dtype, data, fortran)
-
-    def _fill(self, shape: Any, dtype: Any, data: Any, fortran: bool) -> None:
-        described = dtype.dtype if isinstance(dtype, _PickledDtype) else None
-        if described is None or described.kind not in _SAFE_DTYPE_KINDS:
+        if not isinstance(dtype, _PickledDtype):
             raise ValueError("an array whose elements are not numbers")
         sizes = isinstance(shape, tuple) and len(shape) <= _MAX_DIMENSIONS
         if not sizes or not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"an array whose shape is not a tuple of at most {_MAX_DIMENSIONS} sizes")
-        if not isinstance(data, bytes) or len(data) != math.prod(shape) * described.itemsize:
+        if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.dtype.itemsize:
             raise ValueError(f"an array whose data do not fill its shape {reprlib.repr(shape)}")
         if fortran:
-            data = np.frombuffer(data, described).reshape(shape, order="F").tobytes()
-        self.shape, self.dtype, self.data = shape, described, data
+            data = np.frombuffer(data, dtype.dtype).reshape(shape, order="F").tobytes()
+        self.shape, self.dtype, self.data = shape, dtype.dtype, data
 
     def to_numpy(self) -> np.ndarray:
         """The array, read-only."""
@@ -101,50 +83,26 @@ class _PickledDtype:
 
     __slots__ = ("dtype",)
 
-    dtype: np.dtype
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not _TYPE_STRING.fullmatch(code):
+            raise ValueError("an array whose elements are not numbers")
+        self.dtype = np.dtype(code)
 
     def take_state(self, state: Any) -> None:
-        order = state[1]
-        if order not in ("<", ">", "|"):
+        """Take numpy's state, of which the byte order matters."""
+        if state[1] not in ("<", ">", "|"):
             raise ValueError("a dtype of unknown byte order")
-        self.dtype = self.dtype.newbyteorder(order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class _Name:
-    """What a permitted global name stands for."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
-
-
-def _dtype(code: Any, *_: Any) -> _PickledDtype:
-    if not isinstance(code, str) or not _TYPE_STRING.fullmatch(code):
-        raise ValueError("an array whose elements are not numbers")
-    described = _PickledDtype()
-    described.dtype = np.dtype(code)
-    return described
-
-
-def _empty_array(*_: Any) -> PickledArray:
-    return PickledArray()
-
-
-def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> PickledArray:
+def _array(shape: Any, dtype: Any, data: Any, fortran: bool) -> PickledArray:
     made = PickledArray()
-    made._fill(shape, dtype, data, order == "F")
+    made.take_state((1, shape, dtype, fortran, data))
     return made
 
 
-def _scalar(dtype: Any, data: Any) -> int | float | bool:
-    made = PickledArray()
-    made._fill((), dtype, data, fortran=False)
-    return made.to_numpy().item()
-
-
 def _latin1_bytes(text: Any, encoding: Any) -> bytes:
-    """Protocols 0 to 2 write bytes as _codecs.encode(text, "latin1")."""
+    """Protocol 2 writes bytes as _codecs.encode(text, "latin1")."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError("a byte string in an unknown encoding")
     return text.encode("latin1")
@@ -154,34 +112,31 @@ def _no_call(*_: Any) -> Any:
     raise ValueError("a type that is called")
 
 
-def _empty_bytes() -> bytes:
-    """Protocols 0 to 2 write b"" as a call of bytes."""
-    return b""
+def _empty_array(*_: Any) -> PickledArray:
+    return PickledArray()
 
 
-def _empty_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-_RECONSTRUCT, _NDARRAY = _Name(_empty_array), _Name(_no_call)
-_PERMITTED: dict[tuple[str, str], _Name] = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Name(_dtype),
-    ("collections", "defaultdict"): _Name(_empty_dict),
-    ("collections", "OrderedDict"): _Name(_empty_dict),
-    ("_codecs", "encode"): _Name(_latin1_bytes),
+# What permitted names stand for; a callable on the stack is one of these. Protocol 2 writes int as long, str as
+# unicode, and b"" as a call of bytes. The factories that a defaultdict may name are never called.
+_PERMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "ndarray"): _no_call,
+    ("numpy", "dtype"): _PickledDtype,
+    ("collections", "defaultdict"): lambda *_: {},
+    ("collections", "OrderedDict"): lambda *_: {},
+    ("_codecs", "encode"): _latin1_bytes,
 }
-# The factories a defaultdict may name; they are never called. Protocols 0 to 2 write int as long, str as unicode.
 for _module in ("builtins", "__builtin__"):
     for _factory in ("dict", "list", "int", "long", "float", "set", "str", "unicode"):
-        _PERMITTED[_module, _factory] = _Name(_no_call)
-    _PERMITTED[_module, "bytes"] = _Name(_empty_bytes)
+        _PERMITTED[_module, _factory] = _no_call
+    _PERMITTED[_module, "bytes"] = lambda: b""
 for _core in ("numpy.core", "numpy._core"):  # numpy 1 and numpy 2
-    _PERMITTED[f"{_core}.multiarray", "_reconstruct"] = _RECONSTRUCT
-    _PERMITTED[f"{_core}.multiarray", "scalar"] = _Name(_scalar)
-    _PERMITTED[f"{_core}.numeric", "_frombuffer"] = _Name(_array_from_buffer)
+    _PERMITTED[f"{_core}.multiarray", "_reconstruct"] = _empty_array
+    _PERMITTED[f"{_core}.multiarray", "scalar"] = lambda kind, data: _array((), kind, data, False).to_numpy().item()
+    _PERMITTED[f"{_core}.numeric", "_frombuffer"] = lambda data, kind, shape, order: _array(
+        shape, kind, data, order == "F"
+    )
 
-# Nearly all of a day's file are arrays of two dimensions, written alike by protocols 3 and 4. Read at one stroke, they
+# Nearly all of a day's file are arrays of two dimensions, written alike by protocols 3 and 4. Read as a whole, they
 # take a third of the time.
 _PUT_ITSELF = rb"\x94|q.|r.{4}"
 _PUT = rb"(?:" + _PUT_ITSELF + rb")"
@@ -217,13 +172,13 @@ class _Arrays:
         self._kind.append(number)
 
     def find(self, index: int) -> PickledArray:
-        """The array once more, read from the file. KeyError when none of that index was noted."""
-        place = bisect_left(self._index, index)
-        if place == len(self._index) or self._index[place] != index:
-            raise KeyError(index)
+        """The array once more, read from the file. ValueError when none of that index was noted."""
+        entry = bisect_left(self._index, index)
+        if entry == len(self._index) or self._index[entry] != index:
+            raise ValueError("an object of one request named in another, which only arrays may be")
         made = PickledArray()
-        made.shape, made.dtype = self._kinds[self._kind[place]]
-        made.offset = self._offset[place]
+        made.shape, made.dtype = self._kinds[self._kind[entry]]
+        made.offset = self._offset[entry]
         size = math.prod(made.shape) * made.dtype.itemsize
         made.data = os.pread(self._file.fileno(), size, made.offset)
         if len(made.data) != size:
@@ -238,7 +193,7 @@ class _Machine:
     def __init__(self, file: FileIO, hand_out: bool) -> None:
         self._file, self._hand_out = file, hand_out
         self._left = os.fstat(file.fileno()).st_size  # bytes of the file that are not in the buffer yet
-        self._buffer, self._place, self._before = b"", 0, 0  # the next byte, and how many bytes precede the buffer
+        self._buffer, self._next, self._before = b"", 0, 0  # the next byte, and how many bytes precede the buffer
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}  # what later pieces may refer to
@@ -254,13 +209,13 @@ class _Machine:
     def items(self) -> Iterator[list[tuple[Any, Any]]]:
         """The items of the outermost dict, which are no longer in it, as lists of a piece each."""
         while True:
-            self._piece_began, self._made = self._before + self._place, 0
+            self._piece_began, self._made = self._before + self._next, 0
             self._run_piece()
             handed_out, self._handed_out = self._handed_out, []
             if not handed_out:
                 break
             yield handed_out
-            if self._before + self._place - self._remembered > _MAX_MEMORY:
+            if self._before + self._next - self._remembered > _MAX_MEMORY:
                 self._forget()
         if self._outermost is not None and self.result is not self._outermost:
             raise ValueError("its outermost dict is not what it gives")
@@ -268,12 +223,12 @@ class _Machine:
     def _run_piece(self) -> None:
         """Run until items of the outermost dict are there, or to the end."""
         for _ in range(_MAX_OPCODES):
-            if len(self._buffer) - self._place < _LONGEST_OPCODE:
+            if len(self._buffer) - self._next < _LONGEST_OPCODE:
                 self._fill(_LONGEST_OPCODE)
-                if self._place >= len(self._buffer):
+                if self._next >= len(self._buffer):
                     raise ValueError("it ends too early")
-            opcode = self._buffer[self._place]
-            self._place += 1
+            opcode = self._buffer[self._next]
+            self._next += 1
             if _HANDLERS[opcode](self):
                 return
         raise ValueError("more objects in one piece than a data file has")
@@ -283,21 +238,22 @@ class _Machine:
         for index, value in self._recent.items():
             if isinstance(value, PickledArray):
                 self._arrays.add(index, value)
-            elif isinstance(value, _Name | _PickledDtype) or (
-                isinstance(value, str | bytes) and len(value) <= (_MAX_SMALL if isinstance(value, str) else 1)
-            ):  # of bytes, Python shares those of no and of one letter
+            elif isinstance(value, str | bytes):  # of bytes, Python shares those of no and of one letter
+                if len(value) <= (_MAX_SMALL if isinstance(value, str) else 1):
+                    self._memo[index] = value
+            elif callable(value) or isinstance(value, _PickledDtype):
                 self._memo[index] = value
         if len(self._memo) > _MAX_KEPT:
             raise ValueError("more names than a data file has")
-        self._recent, self._remembered = {}, self._before + self._place
+        self._recent, self._remembered = {}, self._before + self._next
 
     # ---- bytes
 
     def _fill(self, count: int) -> None:
         """Read on until ``count`` bytes follow, or to the end of the file."""
-        parts, have = [self._buffer[self._place :]], len(self._buffer) - self._place
-        self._before += self._place
-        self._place = 0
+        parts, have = [self._buffer[self._next :]], len(self._buffer) - self._next
+        self._before += self._next
+        self._next = 0
         if self._before - self._piece_began > _MAX_BYTES:
             raise ValueError("more bytes in one piece than a data file has")
         while have < count and self._left:
@@ -311,60 +267,48 @@ class _Machine:
 
     def _take(self, count: int) -> bytes:
         """The next ``count`` bytes."""
-        missing = count - (len(self._buffer) - self._place)
+        missing = count - (len(self._buffer) - self._next)
         if missing > 0:
             if missing > self._left or count > _MAX_BYTES:
                 raise ValueError("it ends too early, or declares a size that no data file has")
             self._fill(count)
-        first = self._place
-        self._place = first + count
-        if self._place > len(self._buffer):
+        first = self._next
+        self._next = first + count
+        if self._next > len(self._buffer):
             raise ValueError("it ends too early")
-        return self._buffer[first : self._place]
+        return self._buffer[first : self._next]
 
     def _number(self, size: int) -> int:
         return int.from_bytes(self._take(size), "little")
 
-    def _line(self) -> bytes:
-        while (end := self._buffer.find(b"\n", self._place)) < 0:
-            have = len(self._buffer) - self._place
-            if not self._left or have > _MAX_LINE:
-                raise ValueError("it ends too early, or has a line that is too long")
-            self._fill(have + 1)
-        line = self._buffer[self._place : end]
-        self._place = end + 1
-        return line
-
-    def _text(self) -> str:
-        return self._line().decode()
+    def _line(self) -> str:
+        if len(self._buffer) - self._next < _MAX_LINE:
+            self._fill(_MAX_LINE)
+        end = self._buffer.find(b"\n", self._next, self._next + _MAX_LINE)
+        if end < 0:
+            raise ValueError("it ends too early, or has a line that is too long")
+        return self._take(end + 1 - self._next)[:-1].decode()
 
     # ---- opcodes; what they do is Python's own (pickletools). One returns True when items are there or at the end.
 
     def _unknown(self) -> None:
-        code = self._buffer[self._place - 1]
-        raise pickle.UnpicklingError(f"opcode 0x{code:02x} at byte {self._before + self._place - 1}, "
-                                     "which a data file has no use for")  # fmt: skip
-
-    def _instance(self) -> None:
-        self._permitted(self._text(), self._text())
-        raise pickle.UnpicklingError("it makes an instance, which a data file has no use for")
+        offset = self._before + self._next - 1
+        raise ValueError(
+            f"opcode 0x{self._buffer[self._next - 1]:02x} at byte {offset}, which a data file has no use for"
+        )
 
     def _protocol(self) -> None:
-        if self._number(1) > pickle.HIGHEST_PROTOCOL:
-            raise ValueError("an unknown protocol")
+        if not 2 <= self._number(1) <= 5:
+            raise ValueError("a protocol other than 2 to 5")
 
     def _frame(self) -> None:
-        if self._number(8) > _MAX_BYTES:
-            raise ValueError("a frame of a size that no data file has")
+        self._take(8)
 
     def _stop(self) -> bool:
         if len(self._stack) != 1 or self._marks:
             raise ValueError("it ends amid an object")
         self.result = self._stack.pop()
         return True
-
-    def _mark(self) -> None:
-        self._marks.append(len(self._stack))
 
     def _pop_mark(self) -> list[Any]:
         start = self._marks.pop()
@@ -373,84 +317,37 @@ class _Machine:
         return values
 
     def _pop(self) -> Any:
-        """The topmost value, which no open mark may have below it."""
-        if self._marks and len(self._stack) <= self._marks[-1]:
-            raise ValueError("a mark where a value is wanted")
+        self._top()
         return self._stack.pop()
 
     def _top(self) -> Any:
+        """The topmost value, which no open mark may have below it."""
         if self._marks and len(self._stack) <= self._marks[-1]:
             raise ValueError("a mark where a value is wanted")
         return self._stack[-1]
 
-    def _push_int_line(self) -> None:
-        text = self._text()
-        self._stack.append({"00": False, "01": True}.get(text) if text in ("00", "01") else _short_int(text))
-
-    def _push_long_line(self) -> None:
-        self._stack.append(_short_int(self._text().removesuffix("L")))
-
-    def _push_long(self, width: int) -> None:
-        size = self._number(width)
+    def _push_integer(self, size: int) -> None:
         if size > _MAX_INTEGER:
             raise ValueError(f"an integer of {size} bytes")
         self._stack.append(int.from_bytes(self._take(size), "little", signed=True))
 
-    def _push_int4(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _push_float(self) -> None:
-        self._stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def _push_quoted(self) -> None:
-        text = self._text().strip()
-        if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"":
-            raise ValueError("a string without quotes")
-        self._stack.append(text[1:-1].encode("ascii").decode("unicode_escape"))
-
-    def _push_escaped(self) -> None:
-        self._stack.append(self._line().decode("raw-unicode-escape"))
-
-    def _push_text(self, width: int, encoding: str = "utf-8") -> None:
-        self._stack.append(self._take(self._number(width)).decode(encoding, "surrogatepass"))
+    def _push_text(self, width: int) -> None:
+        self._stack.append(self._take(self._number(width)).decode("utf-8", "surrogatepass"))
 
     def _push_bytes(self, width: int) -> None:
         size = self._number(width)
         self._data = self._take(size)
-        self._data_offset = self._before + self._place - size
+        self._data_offset = self._before + self._next - size
         self._stack.append(self._data)
 
-    def _tuple(self, size: int) -> None:
-        values = [self._pop() for _ in range(size)]
-        self._stack.append(tuple(reversed(values)))
+    def _pop_values(self, count: int) -> list[Any]:
+        return [self._pop() for _ in range(count)][::-1]
 
-    def _append(self) -> None:
-        value = self._pop()
-        self._list().append(value)
-
-    def _appends(self) -> None:
-        values = self._pop_mark()
-        self._list().extend(values)
-
-    def _list(self) -> list[Any]:
+    def _extend(self, values: list[Any]) -> None:
         target = self._top()
         if not isinstance(target, list):
             raise ValueError("a list's items without a list")
-        return target
-
-    def _empty_dict(self) -> None:
-        self._stack.append({})
-
-    def _dict(self) -> None:
-        values = self._pop_mark()
-        self._stack.append(dict(_pairs(values)))
-
-    def _set_item(self) -> bool:
-        value = self._pop()
-        return self._set([self._pop(), value])
-
-    def _set_items(self) -> bool:
-        return self._set(self._pop_mark())
+        target.extend(values)
 
     def _set(self, values: list[Any]) -> bool:
         target = self._top()
@@ -471,17 +368,13 @@ class _Machine:
         self._memo_size = max(self._memo_size, index + 1)
 
     def _get(self, index: int) -> None:
-        if index in self._recent:
-            self._stack.append(self._recent[index])
-        elif index in self._memo:
-            self._stack.append(self._memo[index])
-        elif index < self._memo_size:
-            try:
-                self._stack.append(self._arrays.find(index))
-            except KeyError:
-                raise ValueError("an object of one request named in another, which only arrays may be") from None
-        else:
+        for memo in (self._recent, self._memo):
+            if index in memo:
+                self._stack.append(memo[index])
+                return
+        if index >= self._memo_size:
             raise ValueError("a reference to nothing")
+        self._stack.append(self._arrays.find(index))
 
     def _get_short(self) -> None:
         """BINGET; where it begins an array of two dimensions, the whole array."""
@@ -490,13 +383,13 @@ class _Machine:
 
     def _whole_array(self) -> bool:
         """Read an array written as _ARRAY_HEAD says; False, and nothing read, where none stands."""
-        head = _ARRAY_HEAD.match(self._buffer, self._place - 1)
+        head = _ARRAY_HEAD.match(self._buffer, self._next - 1)
         if head is None:
             return False
         reconstruct, kind, put, rows, columns, described, width = head.groups()
         dtype = self._recent.get(described[0]) or self._memo.get(described[0])
         names = (self._recent.get(index[0]) or self._memo.get(index[0]) for index in (reconstruct, kind))
-        if tuple(names) != (_RECONSTRUCT, _NDARRAY) or not isinstance(dtype, _PickledDtype):
+        if tuple(names) != (_empty_array, _no_call) or not isinstance(dtype, _PickledDtype):
             return False
         first = head.end() + (1 if width == b"C" else 4)
         size = int.from_bytes(self._buffer[head.end() : first], "little")
@@ -506,26 +399,26 @@ class _Machine:
         made = PickledArray()
         made.shape = int.from_bytes(rows[1:], "little"), int.from_bytes(columns[1:], "little")
         made.dtype, made.offset = dtype.dtype, self._before + first
-        if size != made.shape[0] * made.shape[1] * made.dtype.itemsize or made.dtype.kind not in _SAFE_DTYPE_KINDS:
+        if size != made.shape[0] * made.shape[1] * made.dtype.itemsize:
             return False
         made.data = self._buffer[first : first + size]
         index = self._memo_size + 2 if put == b"\x94" else int.from_bytes(put[1:], "little")
         self._recent[index] = made
         self._memo_size = max(self._memo_size, index + 4)  # of the six entries that an array makes, it is the third
         self._stack.append(made)
-        self._place = tail.end()
+        self._next = tail.end()
         return True
 
-    def _permitted(self, module: str, name: str) -> _Name:
+    def _permitted(self, module: str, name: str) -> Callable[..., Any]:
         permitted = _PERMITTED.get((module, name))
         if permitted is None:
             asked = f"{module}.{name}"
             asked = asked if asked.isprintable() and len(asked) <= 100 else reprlib.repr(asked)
-            raise pickle.UnpicklingError(f"it asks for {asked}, which a data file has no use for")
+            raise ValueError(f"it asks for {asked}, which a data file has no use for")
         return permitted
 
     def _global(self) -> None:
-        self._stack.append(self._permitted(self._text(), self._text()))
+        self._stack.append(self._permitted(self._line(), self._line()))
 
     def _stack_global(self) -> None:
         name, module = self._pop(), self._pop()
@@ -535,13 +428,10 @@ class _Machine:
 
     def _reduce(self) -> None:
         arguments, called = self._pop(), self._pop()
-        if not isinstance(called, _Name) or not isinstance(arguments, tuple):
+        if not callable(called) or not isinstance(arguments, tuple):
             raise ValueError("a call of what is no name")
-        value = called.call(*arguments)
-        if isinstance(value, bytes):
-            self._charge(len(value))
-        elif isinstance(value, PickledArray):
-            self._made_array(value)
+        value = called(*arguments)
+        self._charge(value)
         self._stack.append(value)
 
     def _build(self) -> None:
@@ -549,55 +439,45 @@ class _Machine:
         if not isinstance(target, PickledArray | _PickledDtype):
             raise ValueError("a state for what has none")
         target.take_state(state)
-        if isinstance(target, PickledArray):
-            self._made_array(target)
+        self._charge(target)
 
-    def _made_array(self, made: PickledArray) -> None:
-        self._charge(len(made.data))
-        made.offset = self._data_offset if made.data is self._data else None
-
-    def _charge(self, size: int) -> None:
-        """Count bytes that need not stand in the file: one text can be encoded many times."""
-        self._made += size
+    def _charge(self, made: Any) -> None:
+        """Count bytes that need not stand in the file: one text can be encoded many times. Of an array, note where in
+        the file its bytes stand."""
+        if isinstance(made, PickledArray):
+            self._made += len(made.data)
+            made.offset = self._data_offset if made.data is self._data else None
+        elif isinstance(made, bytes):
+            self._made += len(made)
         if self._made > _MAX_BYTES:
             raise ValueError("more bytes in one piece than a data file has")
 
 
-def _short_int(text: str) -> int:
-    if len(text) > 2 * _MAX_INTEGER:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
-
-
 def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
-    """Keys and values by turns. A key is a plain value: hashing tuples of tuples of ... would overflow C's stack."""
+    """Keys and values by turns. A key is a plain value: hashing tuples of tuples of ... would overflow C's stack, and
+    of longer integers any number can have one hash."""
     keys = values[::2]
     if len(values) % 2 or not all(isinstance(key, int | str | float | bytes | None) for key in keys):
         raise ValueError("a dict's key that is no number and no text")
+    if not all(-_INT64 <= key < _INT64 for key in keys if isinstance(key, int)):
+        raise ValueError("a dict's key that is no integer of 64 bits")
     return list(zip(keys, values[1::2], strict=True))
 
 
 _OPCODES: dict[bytes, Callable[[_Machine], bool | None]] = {
     b"\x80": _Machine._protocol,
-    b"\x95": _Machine._frame,
+    b"\x95": _Machine._frame,  # frames say nothing of objects
     b".": _Machine._stop,
-    b"(": _Machine._mark,
+    b"(": lambda machine: machine._marks.append(len(machine._stack)),
     b"N": lambda machine: machine._stack.append(None),
     b"\x88": lambda machine: machine._stack.append(True),
     b"\x89": lambda machine: machine._stack.append(False),
     b"K": lambda machine: machine._stack.append(machine._number(1)),
     b"M": lambda machine: machine._stack.append(machine._number(2)),
-    b"J": _Machine._push_int4,
-    b"I": _Machine._push_int_line,
-    b"L": _Machine._push_long_line,
-    b"\x8a": lambda machine: machine._push_long(1),
-    b"\x8b": lambda machine: machine._push_long(4),
-    b"F": lambda machine: machine._stack.append(float(machine._text())),
-    b"G": _Machine._push_float,
-    b"S": _Machine._push_quoted,
-    b"T": lambda machine: machine._push_text(4, "ascii"),
-    b"U": lambda machine: machine._push_text(1, "ascii"),
-    b"V": _Machine._push_escaped,
+    b"J": lambda machine: machine._push_integer(4),
+    b"\x8a": lambda machine: machine._push_integer(machine._number(1)),
+    b"\x8b": lambda machine: machine._push_integer(machine._number(4)),
+    b"G": lambda machine: machine._stack.append(struct.unpack(">d", machine._take(8))[0]),
     b"X": lambda machine: machine._push_text(4),
     b"\x8c": lambda machine: machine._push_text(1),
     b"\x8d": lambda machine: machine._push_text(8),
@@ -605,31 +485,26 @@ _OPCODES: dict[bytes, Callable[[_Machine], bool | None]] = {
     b"C": lambda machine: machine._push_bytes(1),
     b"\x8e": lambda machine: machine._push_bytes(8),
     b"\x96": lambda machine: machine._push_bytes(8),
-    b")": lambda machine: machine._tuple(0),
-    b"\x85": lambda machine: machine._tuple(1),
-    b"\x86": lambda machine: machine._tuple(2),
-    b"\x87": lambda machine: machine._tuple(3),
+    b")": lambda machine: machine._stack.append(tuple(machine._pop_values(0))),
+    b"\x85": lambda machine: machine._stack.append(tuple(machine._pop_values(1))),
+    b"\x86": lambda machine: machine._stack.append(tuple(machine._pop_values(2))),
+    b"\x87": lambda machine: machine._stack.append(tuple(machine._pop_values(3))),
     b"t": lambda machine: machine._stack.append(tuple(machine._pop_mark())),
     b"]": lambda machine: machine._stack.append([]),
-    b"l": lambda machine: machine._stack.append(machine._pop_mark()),
-    b"a": _Machine._append,
-    b"e": _Machine._appends,
-    b"}": _Machine._empty_dict,
-    b"d": _Machine._dict,
-    b"s": _Machine._set_item,
-    b"u": _Machine._set_items,
-    b"p": lambda machine: machine._put(_short_int(machine._text())),
+    b"a": lambda machine: machine._extend(machine._pop_values(1)),
+    b"e": lambda machine: machine._extend(machine._pop_mark()),
+    b"}": lambda machine: machine._stack.append({}),
+    b"s": lambda machine: machine._set(machine._pop_values(2)),
+    b"u": lambda machine: machine._set(machine._pop_mark()),
     b"q": lambda machine: machine._put(machine._number(1)),
     b"r": lambda machine: machine._put(machine._number(4)),
     b"\x94": lambda machine: machine._put(machine._memo_size),
-    b"g": lambda machine: machine._get(_short_int(machine._text())),
     b"h": _Machine._get_short,
     b"j": lambda machine: machine._get(machine._number(4)),
     b"c": _Machine._global,
     b"\x93": _Machine._stack_global,
     b"R": _Machine._reduce,
     b"b": _Machine._build,
-    b"i": _Machine._instance,
 }
 
 

@@ -21,7 +21,7 @@ from deep_components.dataset.importers import safe_pickle
 from deep_components.dataset.importers.safe_pickle import PickledArray, iterate_pickle, load_pickle
 from deep_components.errors import InputError
 
-PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 
 # A damaged string may draw a DeprecationWarning from Python's own unpickler; to users that is not an error.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -170,8 +170,9 @@ def test_files_of_numpy_1_and_numpy_2(tmp_path: Path, protocol: int) -> None:
 
 
 def text(value: str) -> bytes:
-    """Push a string (any protocol)."""
-    return b"V" + value.encode("raw-unicode-escape") + b"\n"
+    """Push a string."""
+    encoded = value.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
 
 
 def name(module: str, attribute: str) -> bytes:
@@ -347,7 +348,16 @@ RECONSTRUCT = name("numpy.core.multiarray", "_reconstruct")
 
 
 def integer(value: int) -> bytes:
-    return f"I{value}\n".encode()
+    encoded = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(encoded)]) + encoded
+
+
+def listed(*items: bytes) -> bytes:
+    """Push a list."""
+    return b"](" + b"".join(items) + b"e"
+
+
+TRUE, FALSE = b"\x88", b"\x89"
 
 
 def pack(*items: bytes) -> bytes:
@@ -357,7 +367,7 @@ def pack(*items: bytes) -> bytes:
 
 def dtype(type_string: bytes, order: bytes = text("<"), *more: bytes) -> bytes:
     state = pack(integer(3), order, *(more or (b"N", b"N", b"N", integer(-1), integer(-1), integer(0))))
-    return call(DTYPE, type_string, b"I00\n", b"I01\n") + state + b"b"
+    return call(DTYPE, type_string, FALSE, TRUE) + state + b"b"
 
 
 INT64 = dtype(text("i8"))
@@ -367,7 +377,7 @@ def raw(data: bytes) -> bytes:
     return b"B" + struct.pack("<I", len(data)) + data
 
 
-def array(shape: bytes, described: bytes, data: bytes, fortran: bytes = b"I00\n") -> bytes:
+def array(shape: bytes, described: bytes, data: bytes, fortran: bytes = FALSE) -> bytes:
     empty = call(RECONSTRUCT, NDARRAY, pack(integer(0)), raw(b"b"))
     return b"\x80\x03" + empty + pack(integer(1), shape, described, fortran, data) + b"b"
 
@@ -382,7 +392,7 @@ EIGHT = raw(bytes(8))
 ONE = pack(integer(1))
 FORGED = {
     "objects": array(ONE, dtype(text("O8"), text("|")), EIGHT),
-    "objects, by a list": array(ONE, dtype(text("O8"), text("|")), b"(Nl"),
+    "objects, by a list": array(ONE, dtype(text("O8"), text("|")), listed(b"N")),
     "text": array(ONE, dtype(text("U2")), EIGHT),
     "bytes": array(ONE, dtype(text("S8"), text("|")), EIGHT),
     "dates": array(ONE, dtype(text("M8[ns]")), EIGHT),
@@ -394,7 +404,7 @@ FORGED = {
     "a type string that is no Python": array(ONE, dtype(text("(1,,)i8")), EIGHT),
     "an unknown type": array(ONE, dtype(text("i7")), EIGHT),
     "a numbered type": array(ONE, dtype(integer(7)), EIGHT),
-    "a type that is a list of fields": array(ONE, dtype(b"(" + pack(text("a"), text("O8")) + b"l"), EIGHT),
+    "a type that is a list of fields": array(ONE, dtype(listed(pack(text("a"), text("O8")))), EIGHT),
     "an unknown byte order": array(ONE, dtype(text("i8"), text("=")), EIGHT),
     "a byte order that is a number": array(ONE, dtype(text("i8"), integer(1)), EIGHT),
     "an element type that is no dtype": array(ONE, text("i8"), EIGHT),
@@ -405,14 +415,14 @@ FORGED = {
     "a size beyond 64 bits": array(pack(integer(1 << 70)), INT64, EIGHT),
     "sizes whose product is 1 in 64 bits": array(pack(integer(3), integer(0xAAAAAAAAAAAAAAAB)), INT64, EIGHT),
     "a negative size": array(pack(integer(-1), integer(-1)), INT64, EIGHT),
-    "a size that is a truth value": array(pack(b"I01\n"), INT64, EIGHT),
-    "a size that is no integer": array(pack(b"F1.0\n"), INT64, EIGHT),
+    "a size that is a truth value": array(pack(TRUE), INT64, EIGHT),
+    "a size that is no integer": array(pack(b"G" + struct.pack(">d", 1.0)), INT64, EIGHT),
     "a shape that is a number": array(integer(1), INT64, EIGHT),
-    "a shape that is a list": array(b"(" + integer(1) + b"l", INT64, EIGHT),
+    "a shape that is a list": array(listed(integer(1)), INT64, EIGHT),
     "data that are text": array(ONE, INT64, text("12345678")),
-    "data that are a list": array(ONE, INT64, b"(" + integer(1) * 8 + b"l"),
+    "data that are a list": array(ONE, INT64, listed(integer(1) * 8)),
     "data that are an array": array(ONE, INT64, array(pack(integer(8)), dtype(text("i1"), text("|")), EIGHT)[2:]),
-    "too many dimensions, in Fortran order": array(pack(*[integer(1)] * 100), INT64, EIGHT, b"I01\n"),
+    "too many dimensions, in Fortran order": array(pack(*[integer(1)] * 100), INT64, EIGHT, TRUE),
     "a short state": call(RECONSTRUCT, NDARRAY, pack(integer(0)), raw(b"b")) + pack(integer(1)) + b"b",
     "a state that is a dict": call(RECONSTRUCT) + b"}" + text("data") + EIGHT + b"sb",
     "attributes by a state of slots": call(RECONSTRUCT) + pack(b"N", b"}" + text("data") + EIGHT + b"s") + b"b",
@@ -428,7 +438,7 @@ FORGED = {
     "a name that is a list": name("_codecs", "encode") + b"(" + integer(1) + integer(2) + b"e",
     "a name that is a dict": name("_codecs", "encode") + integer(1) + integer(2) + b"s",
     "an unknown encoding": call(name("_codecs", "encode"), text("a"), text("rot13")),
-    "text beyond the encoding": call(name("_codecs", "encode"), text("\\u4e2d"), text("latin1")),
+    "text beyond the encoding": call(name("_codecs", "encode"), text("\u4e2d"), text("latin1")),
     "bytes that are encoded": call(name("_codecs", "encode"), EIGHT, text("latin1")),
     "a state for a dict": b"}}" + text("a") + integer(1) + b"sb",
     "a key that cannot be one": b"}]" + integer(1) + b"s",
@@ -471,8 +481,7 @@ HUGE = {
     "FRAME": b"\x80\x04\x95" + struct.pack("<Q", 1 << 40),
     "FRAME beyond 63 bits": b"\x80\x04\x95" + struct.pack("<Q", (1 << 64) - 1),
     "LONG_BINPUT": b"\x80\x02Nr" + struct.pack("<I", 0xFFFFFFFF),
-    "PUT": b"Np123456789012\n",
-    "INT": b"I" + b"9" * 10_000 + b"\n",
+    "a protocol's number": b"\x80\xff",
 }
 
 
@@ -504,7 +513,7 @@ def loads_or_refuses(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 def test_a_flipped_bit_gives_a_value_or_is_refused(tmp_path: Path, protocol: int) -> None:
     content = bytearray(pickle.dumps(SMALL, protocol))
     for place in range(len(content)):
@@ -546,6 +555,12 @@ def test_any_opcodes_give_a_value_or_are_refused(tmp_path: Path, content: bytes)
     loads_or_refuses(tmp_path, content)
 
 
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_older_protocols_are_refused(tmp_path: Path, protocol: int) -> None:
+    """Python 3 has never written them unasked."""
+    refused(tmp_path, pickle.dumps(SMALL, protocol))
+
+
 @pytest.mark.parametrize("content", [b"", b".", b"not a pickle", b"\x80\x63N.", bytes(100)])
 def test_what_is_no_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
     refused(tmp_path, content)
@@ -568,20 +583,20 @@ BOMBS: dict[str, Callable[[], bytes]] = {  # made when needed: most are of some 
     "nested tuples without end": lambda: b")" + b"\x85" * DEEP,
     "marks without end": lambda: b"(" * DEEP,
     "lists without end": lambda: b"]" * DEEP,
-    "numbers without end": lambda: b"(" + b"K\x01" * DEEP + b"l",
+    "numbers without end": lambda: b"](" + b"K\x01" * DEEP + b"e",
     "a memo without end": lambda: b"N" + b"\x94" * DEEP,
     "a text encoded many times": lambda: (
         text("x" * (1 << 20)) + b"q\x00" + name("_codecs", "encode") + b"q\x01" + text("latin1") + b"q\x02]"
         + b"h\x01h\x00h\x02\x86Ra" * 2000
     ),
     "an array turned many times": lambda: (
-        array(pack(integer(1 << 10), integer(1 << 10)), dtype(text("i1"), text("|")), raw(bytes(1 << 20)), b"I01\n")
+        array(pack(integer(1 << 10), integer(1 << 10)), dtype(text("i1"), text("|")), raw(bytes(1 << 20)), TRUE)
         [:-1] + b"q\x000]" + (call(RECONSTRUCT) + b"h\x00ba") * 2000
     ),
     "an integer of 200 bytes": lambda: b"\x80\x02\x8a\xc8" + bytes(200),
-    "an integer of 4,000 digits": lambda: b"I" + b"9" * 4000 + b"\n",
+    "keys of one hash": lambda: b"}(" + b"".join(integer(n * ((1 << 61) - 1)) + b"N" for n in range(1 << 12)) + b"u",
     "a shape of 5,000 sizes": lambda: array(pack(*[integer(1)] * 5000), INT64, EIGHT),
-    "a line without end": lambda: b"V" + b"x" * (1 << 25),
+    "a line without end": lambda: b"c" + b"x" * (1 << 25),
 }  # fmt: skip
 
 
@@ -611,7 +626,7 @@ def test_what_nests_deeply_is_freed(tmp_path: Path) -> None:
     "asked", ["os\nsystem", "o" * 5000, "\x1b[31mred", "os\u2028system"], ids=["line", "long", "escape", "separator"]
 )
 def test_a_forged_name_is_quoted_and_cut(tmp_path: Path, asked: str) -> None:
-    message = refused(tmp_path, b"\x80\x04" + stack_global(asked.replace("\n", "\\u000a"), "x") + b".")
+    message = refused(tmp_path, b"\x80\x04" + stack_global(asked, "x") + b".")
     assert message.isprintable() and len(message) < 400
 
 
@@ -684,7 +699,7 @@ def test_random_values_against_python_s_unpickler(tmp_path: Path, protocol: int)
     plain = st.recursive(
         st.none() | st.booleans() | st.integers(-(1 << 100), 1 << 100) | st.floats(allow_nan=False) | st.text()
         | st.binary(),
-        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.integers() | st.text(), inner),
+        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.integers(-1000, 1 << 62) | st.text(), inner),
         max_leaves=20,
     )  # fmt: skip
 
