@@ -8,7 +8,9 @@ from deep_components.evaluation.day import evaluate_cascade
 
 
 def main(argv: list[str]) -> None:
-    evaluate_cascade(evaluation_parser("Evaluate a run on a test day; the run says which cascade it is.").parse_args(argv))
+    evaluate_cascade(
+        evaluation_parser("Evaluate a run on a test day; the run says which cascade it is.").parse_args(argv)
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def test_the_page_s_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(blocks) >= 6
     names: dict[str, object] = {"__name__": "library"}
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{PAGE}, block {number}", "exec"), names)  # noqa: S102
+        exec(compile(block, f"{PAGE}, block {number}", "exec"), names)
     _, recall, shares = capsys.readouterr().out.splitlines()
     assert float(recall) > 0.7  # 8 of some 29 items survive: chance is about 0.34
     assert shares == "tensor([[1., 0., 0., 0.]])"

@@ -1,4 +1,4 @@
-"""What ``pip install .`` gives: the command, the package with all its files, and the pinned packages as dependencies."""
+"""What ``pip install .`` gives: the command, the whole package, and the pinned packages as dependencies."""
 
 import importlib.util
 import os

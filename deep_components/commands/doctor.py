@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
             raise InputError("--write_manifest: name the log with --data_dir")
         count = write_manifest(args.data_dir, open_log(args.data_dir).files())
         sys.stdout.write(f"{args.data_dir / MANIFEST_FILE}: written, {count} files\n\n")
-    levels = [*_report("environment", environment()), *_report(f"data in {args.data_dir or PROJECT / 'data'}", data(args))]
+    levels = [*_report("environment", environment()), *_report("log", log_and_room(args))]
     failed, odd = levels.count(FAIL), levels.count(WARN)
     counts = " and ".join(f"{count} {level}" for count, level in ((failed, FAIL), (odd, WARN)) if count)
     advice = "each line says what to do" if failed else "a training is possible"
@@ -114,13 +115,15 @@ def environment() -> Iterator[Finding]:
 
 
 def packages(requirements: Path) -> Iterator[Finding]:
-    """The pinned packages beside those installed; the pins are the file's or, where there is none, the installed
-    project's own."""
+    """The pinned packages beside those installed; the pins are the file's or, where there is none, those that the
+    project was installed with."""
     try:
-        lines = requirements.read_text().splitlines()
-    except OSError:
-        lines = [line for line in importlib.metadata.requires("lcron") or [] if ";" not in line]
-    for name, pin in (line.split("==") for line in lines if "==" in line and not line.startswith("#")):
+        there = requirements.exists()
+        lines = requirements.read_text().splitlines() if there else importlib.metadata.requires("lcron") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARN, "packages", f"{requirements}: no such file, so the versions to compare with are unknown")
+        return
+    for name, pin in (line.split("==") for line in lines if "==" in line and not re.search("[#;]", line)):
         install = f"run: {sys.executable} -m pip install {name}=={pin}"
         try:
             installed = importlib.metadata.version(name)
@@ -143,23 +146,28 @@ def _device() -> Finding:
     return Finding(WARN if built else OK, "device", f"{built or 'CPU'}; {os.cpu_count()} processors")
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- log -------------------------------------------------------------------------------------------------------------
 
 
-def data(args: argparse.Namespace) -> Iterator[Finding]:
+def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
     """The log as a whole, each of its days, and the room that preparing it and a run take."""
     root = args.data_dir or PROJECT / "data"
+    if args.data_dir is None and not (root / "all_stage").exists():
+        yield Finding(WARN, "log", "none named by --data_dir; a script without it simulates one in data/simulated")
+        return
     if not root.is_dir():
         yield Finding(FAIL, "log", f"{root}: no such folder; --data_dir names the folder of a log")
         return
-    cascades = [SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))] if args.cascade else list(SETTINGS.values())
+    cascades = (
+        [SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))]
+        if args.cascade
+        else list(SETTINGS.values())
+    )
     try:
         log = open_log(root)
         days = log.days(named=True)
     except InputError as error:
-        nothing = args.data_dir is None and not (root / "all_stage").exists()
-        text = f"{root} holds no log; a script without --data_dir simulates one in data/simulated"
-        yield Finding(WARN, "log", text) if nothing else Finding(FAIL, "log", str(error))
+        yield Finding(FAIL, "log", str(error))
         return
     yield Finding(OK, "origin", log.origin)
     yield from _days(log, days)

@@ -56,7 +56,7 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
     arrays = {stage: {name: as_array(value) for name, value in state.items()} for stage, state in states.items()}
     save_models(output_dir, arrays, {"data": "unknown", "loss_type": "imported"})
     others = {"loss_type": "imported", "seed": None, "epochs": None, "seq_len": HISTORY_LENGTH}
-    config = {
+    config: dict[str, Any] = {
         "setting": cascade.name,
         "cascade": cascade.to_json(),
         "data": "unknown",
@@ -106,7 +106,9 @@ def _sizes(stage: Stage, path: Path, state: Mapping[str, Tensor]) -> tuple[Schem
     found = {name: tuple(value.shape) for name, value in state.items()}
     wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
-        raise InputError(f"{path}: parameter {min(wrong)} is missing or has another shape than the {stage.name} model's")
+        raise InputError(
+            f"{path}: parameter {min(wrong)} is missing, or of another shape than the {stage.name} model's"
+        )
     dtype = "float64" if first_layer.dtype == torch.float64 else "float32"
     return schema, {"emb_dim": emb_dim, "nn_units": nn_units, "dtype": dtype}
 
