@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+import tokenize
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,11 @@ _OPTIONAL = "item.group"
 _MAX_SIZE = 1 << 32  # rows of a table
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
+# What NumPy raises for a header that is none; its parser is Python's own.
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError),
+    *(SyntaxError, tokenize.TokenError),
+)
 _JUST_WRITTEN = 100_000_000  # nanoseconds: a file system's clock may not tell apart what is written within them
 
 logger = logging.getLogger(__name__)
@@ -372,7 +378,7 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
             raise ValueError(f"not one array in C order, and its {size} bytes")
         whole = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
         column = whole[header.offset :].view(header.dtype).reshape(header.shape)
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError) as error:
+    except _UNREADABLE as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(f"{path}: not a readable .npy file ({reason}); make the day again") from error
     column.flags.writeable = False

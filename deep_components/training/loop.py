@@ -94,7 +94,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
             f"--init_from={args.init_from} is --output_dir, where the training would remove the models that it starts "
             "from; name another --output_dir"
         )
-    run = _prepare(cascade, args, loss)
+    run = prepare(cascade, args, loss)
     with only_user(run.folder, LOCK_FILE, "training in this folder"), _generators(args.seed, run.device):
         position = _start(run)
         if run.config["data"] == "simulated":
@@ -114,7 +114,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     )  # fmt: skip
 
 
-def _prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
+def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None

@@ -195,8 +195,7 @@ def optimizers(dtype: torch.dtype, dim: int, rows: int = 12) -> list[DeferredAda
     """Without and with compiled loops, on equal tables."""
     start = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     return [
-        DeferredAdam(torch.nn.Parameter(start.clone()), LR, BETAS, EPS, kernels)
-        for kernels in (None, compiled(dtype))
+        DeferredAdam(torch.nn.Parameter(start.clone()), LR, BETAS, EPS, kernels) for kernels in (None, compiled(dtype))
     ]
 
 
