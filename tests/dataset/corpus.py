@@ -22,8 +22,8 @@ Spoil = Callable[[Path], Any]
 
 GROUPS = tuple(group.name for group in TWO_STAGE.groups)
 COLUMNS = (*recflow.REQUEST_COLUMNS, "video_id", "rank_pos", "rank_index")
-ITEM_PLACES = {"video_id": 0, "author_id": 1, "category_level_two": 3, "upload_type": 4, "category_level_one": 6}
-HISTORY_PLACES = {"video_id": 0, "author_id": 1, "category_level_two": 2, "category_level_one": 3, "upload_type": 4}
+ITEM_INDEX = {"video_id": 0, "author_id": 1, "category_level_two": 3, "upload_type": 4, "category_level_one": 6}
+HISTORY_INDEX = {"video_id": 0, "author_id": 1, "category_level_two": 2, "category_level_one": 3, "upload_type": 4}
 REQUEST_FIELDS = ("user_id", "device_id", "age", "gender", "province")
 FEATHER, REQUESTS, HISTORIES = (str(path) for path in recflow.day_paths(Path(), DAY))
 COUNTS_FILE = str(recflow.id_count_path(Path()))
@@ -202,6 +202,14 @@ def make_folder(file: str) -> Spoil:
     return change
 
 
+def make_fifo(file: str) -> Spoil:
+    def change(root: Path) -> None:
+        (root / file).unlink()
+        os.mkfifo(root / file)
+
+    return change
+
+
 # ---- damaged ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +235,7 @@ def _files() -> Iterator[Damaged]:
         texts = ("no such file",) if file == COUNTS_FILE else ("no day has its files", file.split("/")[0])
         yield Damaged(f"{file} missing", remove(file), texts)
         yield Damaged(f"{file} is a folder", make_folder(file), (file,))
+        yield Damaged(f"{file} is a FIFO", make_fifo(file), (file, "not a regular file"))
 
 
 def _columns() -> Iterator[Damaged]:
@@ -298,12 +307,12 @@ def _items() -> Iterator[Damaged]:
     for group in GROUPS:
         what = (REQUESTS, "request ", group)
         texts: tuple[str, ...]
-        for field, place in ITEM_PLACES.items():
+        for field, number in ITEM_INDEX.items():
             for value in (-1, COUNTS[field] + 1):
                 texts = (*what, f"{field} is {value}", "id_cnt.pkl")
                 if group == "rank_pos" and field == "video_id":
                     continue  # no true position is known of such a video: it is left out, and counted
-                yield Damaged(f"{group} {field} {value}", edit_group(group, put(3, place, value)), texts)
+                yield Damaged(f"{group} {field} {value}", edit_group(group, put(3, number, value)), texts)
         for unit, factor in (("milliseconds", 1000), ("microseconds", 1_000_000)):
             edit = put(3, 5, 1_700_000_000 * factor)
             texts = (REQUESTS, "request ", "upload_timestamp", "unit")
@@ -320,10 +329,10 @@ def _items() -> Iterator[Damaged]:
 
 
 def _histories() -> Iterator[Damaged]:
-    for field, place in HISTORY_PLACES.items():
+    for field, number in HISTORY_INDEX.items():
         for value in (-1, COUNTS[field] + 1):
             texts = (HISTORIES, "request ", "history", f"{field} is {value}")
-            yield Damaged(f"history {field} {value}", edit_first(HISTORIES, event(place, value)), texts)
+            yield Damaged(f"history {field} {value}", edit_first(HISTORIES, event(number, value)), texts)
     shapes = SHAPES | {
         "of no rows": lambda rows: rows[:0],
         "of 49 rows": lambda rows: rows[1:],
@@ -350,7 +359,7 @@ def _pickles_of_another_form() -> Iterator[Damaged]:
         for content in contents:
             yield Damaged(f"{file} is {content!r}", replace_content(file, content), (file, "fetch the file again"))
     yield Damaged("no items", replace_content(REQUESTS, {}), (REQUESTS, FEATHER))
-    yield Damaged("a stranger's items", replace_content(REQUESTS, {5: {}}), (REQUESTS, FEATHER))
+    yield Damaged("an unknown request's items", replace_content(REQUESTS, {5: {}}), (REQUESTS, FEATHER))
     values: tuple[Any, ...] = ([], 5, "x", np.arange(3))
     for value in values:
         texts = (REQUESTS, "request ", "dict of arrays by group")
@@ -454,10 +463,10 @@ def repaired() -> Iterator[Repaired]:
     yield Repaired("history of padding", edit_first(HISTORIES, lambda rows: rows * 0), {})
     yield Repaired("no history of one request", _without_first(HISTORIES), {NO_HISTORY: 1})
     yield Repaired("no history", replace_content(HISTORIES, {}), {NO_HISTORY: 4})
-    yield Repaired("a stranger's history", replace_content(HISTORIES, {5: np.zeros((50, 10), int)}), {NO_HISTORY: 4})
+    yield Repaired("an unknown history", replace_content(HISTORIES, {5: np.zeros((50, 10), int)}), {NO_HISTORY: 4})
     yield Repaired("no items of one request", _without_first(REQUESTS), {NOT_IN_REQUESTS: 1})
     yield Repaired(
-        "a stranger", lambda root: edit_pickle(root / REQUESTS, lambda old: old | {5: {}}), {NOT_IN_FEATHER: 1}
+        "an unknown request", lambda root: edit_pickle(root / REQUESTS, lambda old: old | {5: {}}), {NOT_IN_FEATHER: 1}
     )
     for index in (-1, -(1 << 40)):
         yield Repaired(f"rank_index {index}", at_truth("rank_index", index), {NO_INDEX: 1})

@@ -37,39 +37,17 @@ from deep_components.files import write_atomically
 HISTORY_LENGTH = 50
 GROUP_NAMES = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg", "rerank_pos", "rerank_neg")
 ITEM_COLUMNS = (
-    "video_id",
-    "author_id",
-    "duration",
-    "category_level_two",
-    "upload_type",
-    "upload_timestamp",
-    "category_level_one",
+    "video_id", "author_id", "duration", "category_level_two", "upload_type", "upload_timestamp", "category_level_one",
     "effective_view",
-)
+)  # fmt: skip
 HISTORY_COLUMNS = (
-    "video_id",
-    "author_id",
-    "category_level_two",
-    "category_level_one",
-    "upload_type",
-    "upload_timestamp",
-    "duration",
-    "request_timestamp",
-    "playing_time",
-    "request_id",
-)
+    "video_id", "author_id", "category_level_two", "category_level_one", "upload_type", "upload_timestamp", "duration",
+    "request_timestamp", "playing_time", "request_id",
+)  # fmt: skip
 ID_COUNT_FIELDS = (
-    "user_id",
-    "device_id",
-    "age",
-    "gender",
-    "province",
-    "video_id",
-    "author_id",
-    "category_level_one",
-    "category_level_two",
-    "upload_type",
-)
+    "user_id", "device_id", "age", "gender", "province", "video_id", "author_id", "category_level_one",
+    "category_level_two", "upload_type",
+)  # fmt: skip
 REQUEST_COLUMNS = ("request_id", "request_timestamp", "user_id", "device_id", "age", "gender", "province")
 _INDICES = ("rank_index", "rerank_index")
 ORIGIN_FILE = "others/origin.json"
@@ -295,6 +273,8 @@ def _columns_read(truth_flag: str, truth_index: str | None) -> tuple[str, ...]:
 
 def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
     """For each record batch a function that reads one of its columns as int64."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; fetch the file again")
     with _readable(path), pa.OSFile(str(path)) as source:  # read, not mapped: mapped pages would count as memory too
         schema = pa.ipc.open_file(source).schema
         readers = {}
