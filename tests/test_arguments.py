@@ -111,9 +111,10 @@ def test_unknown_devices(name: str) -> None:
         choose_device(device_arguments(device=name))
 
 
-def test_two_devices_contradict() -> None:
-    with pytest.raises(InputError, match="--cuda=0 and --device=cpu"):
-        choose_device(device_arguments(device="cpu", cuda=0))
+def test_two_devices_contradict(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_train2.parse_args([*REQUIRED, "--cuda=0", "--device=cpu"])
+    assert "--device: not allowed with argument --cuda" in capsys.readouterr().err
 
 
 def test_no_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
