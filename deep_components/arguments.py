@@ -115,8 +115,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
     parser.add_argument("--output_dir", type=folder, required=True, help="the run's folder")
     parser.add_argument("--cache_dir", type=folder, help="where the columnar cache lies (default: DATA_DIR/cache)")
-    parser.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
-    parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
+    device.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="use kernels compiled by the C compiler, on a CPU (default)")  # fmt: skip
 
@@ -201,10 +202,8 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
 def choose_device(args: argparse.Namespace) -> torch.device:
     """The device the arguments ask for; CUDA when they ask for none and there is one.
 
-    Raises InputError when the device is unknown or not there, or --cuda contradicts --device.
+    Raises InputError when the device is unknown or not there.
     """
-    if args.cuda is not None and args.device is not None:
-        raise InputError(f"--cuda={args.cuda} and --device={args.device} both name a device; give one of them")
     name = args.device or (f"cuda:{args.cuda}" if args.cuda is not None else None)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

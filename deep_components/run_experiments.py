@@ -4,7 +4,8 @@
         --evaluate=deep_components.run_test2 --method=lcron --loss_type=lcron --tau=50 -- --data_dir=D --output_dir=O
 
 The bash scripts of two_stage/, three_stage/ and paper/ call it. What stands after ``--`` are the user's arguments;
-those that are not listed here go to the training, after the method's own, so that they win.
+those that are not listed here go to the training, after the method's own, so that they win; --cache_dir, --time_zone,
+--cuda, --device and --no-compile to the evaluation too.
 """
 
 import argparse
@@ -70,19 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
     user.add_argument("--seeds", "--seed", type=_seeds, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
     user.add_argument("--methods", type=_names, help="only these of a table's rows, as lcron,bce")
-    user.add_argument("--train_days", type=_names, help="day,day,... (default: all but the test day)")
     user.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     user.add_argument("--validation", action="store_true", help="for tuning: the last training day is the test day")
     user.add_argument("--streaming", action="store_true", help="each day tests what was trained on all days before it")
     user.add_argument("--batch_divisor", type=_at_least_one, default=1, help="of the scripts' batch sizes (default 1)")
     user.add_argument("--save_scores", action="store_true", help="also write scores.npz")
-    user.add_argument("--cache_dir", help="where the columnar cache lies (default: DATA_DIR/cache)")
-    user.add_argument("--time_zone", help="of the log")
-    user.add_argument("--cuda", help="use this CUDA device")
-    user.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one, all of them with --jobs)")
-    user.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="use compiled kernels on a CPU (default)"
-    )
     user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
     user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
     user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
@@ -102,8 +95,6 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[
     unknown = [name for name in args.methods or [] if name not in names]
     if unknown or not methods:
         raise InputError(f"--methods={','.join(unknown)}: choose from {', '.join(names) or 'the --method= given'}")
-    if args.cuda is not None and args.device is not None:
-        raise InputError(f"--cuda={args.cuda} and --device={args.device} both name a device; give one of them")
     args.several = len(methods) > 1
     return args, [method for method in methods if method.name in (args.methods or names)], training
 
@@ -111,12 +102,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[
 def _engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
     options = Options(args.force, args.resume, args.discard_state)
     cores = len(os.sched_getaffinity(0))
-    named = args.device is not None or args.cuda is not None
+    named = any(word.startswith(("--device=", "--cuda=")) for word in runs[0].evaluation)
     environment = os.environ.get("OMP_NUM_THREADS", "")
     threads = args.threads or (int(environment) if environment.isdecimal() else None)
     if args.engine == "ray":
         (slot, *_) = slots(args.jobs, 0, cores, named, threads or max(1, cores // args.jobs))
-        return run_on_ray(runs, slot, not named or args.device != "cpu", options)
+        return run_on_ray(runs, slot, "--device=cpu" not in runs[0].evaluation, options)
     made = slots(args.jobs, torch.cuda.device_count(), cores, named, threads)
     if args.jobs > 1:
         where = sorted({slot.device for slot in made if slot.device})

@@ -130,7 +130,6 @@ def test_a_plan_knows_what_the_training_will_write(log: Path, tmp_path: Path) ->
     ("words", "sentence"),
     [
         (["--methods=lcron,mine"], "--methods=mine: choose from lcron"),
-        (["--cuda=0", "--device=cpu"], "both name a device"),
         (["--test_day=2020-01-01"], "--test_day=2020-01-01: .* has only"),
         (["--terms=single", "--end_to_end_quotas=30,20"], "--end_to_end_quotas belongs to the end-to-end term"),
     ],

@@ -74,16 +74,12 @@ class Outcome:
         return self.status in ("finished", "kept")
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """The user stops all runs."""
+class Ended(Exception):  # noqa: N818 - also when the user stops all runs
+    """A command ended otherwise than well: :class:`Outcome` says what the arguments mean."""
 
-
-class CommandFailed(Exception):  # noqa: N818 - carries the command's error
-    """A command of a run ended with an error."""
-
-    def __init__(self, error: str, code: int, log: Path) -> None:
+    def __init__(self, status: str, error: str = "", code: int = 0, log: Path | None = None) -> None:
         super().__init__(error)
-        self.error, self.code, self.log = error, code, log
+        self.status, self.error, self.code, self.log = status, error, code, log
 
 
 class Commands:
@@ -98,14 +94,14 @@ class Commands:
     def run(self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], log: Path, lock: int) -> None:
         """Run ``python -m command`` with its output appended to ``log``; it holds the lock too.
 
-        Raises CommandFailed with the sentence the command ended with; Interrupted after :meth:`stop`.
+        Raises Ended: failed, with the sentence the command ended with, or after :meth:`stop` interrupted.
         """
         attached = [sys.executable, "-m", "deep_components.experiments.attached", str(os.getpid()), *command]
         with log.open("ab") as output:
             start = output.tell()
             with self._guard:
                 if self._stopping:
-                    raise Interrupted
+                    raise Ended("interrupted")
                 process = subprocess.Popen(
                     attached,
                     cwd=cwd,
@@ -121,10 +117,10 @@ class Commands:
         with self._guard:
             self._running.discard(process)
             if self._stopping and code:
-                raise Interrupted
+                raise Ended("interrupted")
         text = log.read_bytes()[start:].decode(errors="replace")
         if code:
-            raise CommandFailed(error_sentence(text, code), code, log)
+            raise Ended("failed", error_sentence(text, code), code, log)
         for line in text.splitlines():
             if line not in self._said:  # runs repeat the warnings about their data
                 self._said.add(line)
@@ -153,19 +149,16 @@ def error_sentence(log: str, code: int) -> str:
 def execute(run: Run, slot: Slot, options: Options, commands: Commands) -> Outcome:
     """Make the run, or what is left of it. Errors end in the outcome, so that other runs go on."""
     started = time.monotonic()
-    status, error, code, log = "failed", "", 0, None
     try:
-        status = _make(run, slot, options, commands)
-    except Interrupted:
-        status = "interrupted"
-    except CommandFailed as failure:
-        error, code, log = failure.error, failure.code, failure.log
+        ended = Ended(_make(run, slot, options, commands))
+    except Ended as otherwise:
+        ended = otherwise
     except InputError as refusal:
-        error, code = str(refusal), REFUSED
+        ended = Ended("failed", str(refusal), REFUSED)
     except Exception as defect:  # of ours, in one run: it is logged whole, and the others go on
         logger.exception("%s", run.title)
-        error, code = f"{type(defect).__name__}: {defect}", 1
-    return Outcome(run, status, time.monotonic() - started, error, code, log)
+        ended = Ended("failed", f"{type(defect).__name__}: {defect}", 1)
+    return Outcome(run, ended.status, time.monotonic() - started, ended.error, ended.code, ended.log)
 
 
 def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
@@ -177,22 +170,21 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         left = [part for part in run.parts if not _done(held, run, part)]
         if not left and held.record.get("status") == "finished":
             return "kept"
-        about = _about(run)
         attempt = {"started": _now(), "host": socket.gethostname(), "device": slot.device, "threads": slot.threads}
-        record = start_record(held, about, attempt)
-        status, error = "interrupted", {}
+        record = start_record(held, _about(run), attempt)
+        ended = Ended("finished")
         try:
             for part in left:
                 _make_part(run, part, slot, commands, lock, record)
-            status = "finished"
-        except (CommandFailed, InputError) as failure:
-            status, error = "failed", {"error": str(failure)}
+        except BaseException as error:
+            ended = error if isinstance(error, Ended) else Ended("failed", str(error))
             raise
         finally:
-            end_record(run.folder, record, {**error, "ended": _now()}, status)
+            said = {"error": ended.error} if ended.error else {}
+            end_record(run.folder, record, {**said, "ended": _now()}, ended.status)
         if options.discard_state:
             (run.folder / STATE_FILE).unlink(missing_ok=True)
-        return status
+        return "finished"
 
 
 def _done(held: FolderContents, run: Run, part: Part) -> bool:

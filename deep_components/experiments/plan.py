@@ -11,9 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from deep_components.arguments import training_parser
 from deep_components.cascade import SETTINGS
-from deep_components.dataset.clock import DEFAULT_TIME_ZONE
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day, training_days
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
@@ -55,7 +57,7 @@ class Run:
         parts: one, or for a streaming run one a test day.
         checksums: of each day's content.
         steps: of the whole training.
-        days_named: the training is told its days, else it takes the log's usual ones.
+        days_named: the training is told each part's days, else it takes the user's or the log's usual ones.
         cwd: where relative paths in the arguments start.
     """
 
@@ -142,57 +144,42 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
     """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
     of a seed, is among them once.
 
+    Args:
+        args: the runner's (run_experiments).
+        methods: the table's rows.
+        training: the user's arguments of the training.
+
     Raises InputError when the data or an argument cannot be used, or two runs would share a folder. Caches are built
     here, before several processes want them.
     """
-    mode = "_".join(mode for mode in ("validation", "streaming") if getattr(args, mode))
-    variant = "_".join(word for word in (args.variant, mode) if word)
-    shared = _shared_arguments(args)
+    words = [[*_divided(args, method), *training] for method in methods]
+    commands = [_parsed(args, given) for given in words]
     log = open_log(args.data_dir)
-    rows = []
-    first_untrained = None
-    template, opened = _template(args, log, shared)
-    for method in methods:
-        words = [*_divided(args, method), *training, *shared]
-        parsed, loss = _parsed(args, words)
-        trained = [opened[day] for day in template.parts[-1].train_days]
-        config = run_config(SETTINGS[args.setting], parsed, loss, log, template.parts[-1].train_days, trained)
-        steps = parsed.epochs * sum(len(day) // parsed.batch_size for day in trained)
-        untrained = _untrained_name(parsed)
-        first_untrained = first_untrained or untrained
-        # In an --output_dir of the user's, the cascade of the first method's sizes is simply "untrained".
-        folder = UNTRAINED if args.output_dir and untrained == first_untrained else untrained
+    template, opened = _template(args, commands[0][0], log)
+    rows: list[Run] = []
+    for method, given, (parsed, loss) in zip(methods, words, commands, strict=True):
+        days = [opened[day] for day in template.parts[-1].train_days]
+        config = run_config(SETTINGS[args.setting], parsed, loss, log, template.parts[-1].train_days, days)
+        steps = parsed.epochs * sum(len(day) // parsed.batch_size for day in days)
+        run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:
-            before = config | {"arguments": config["arguments"] | {"epochs": 0}}
-            rows.append((UNTRAINED, folder, mode, before, [*words, "--epochs=0"], 0))
-        rows.append((method.name, method.name, variant, config, words, steps))
+            rows.append(_untrained(args, run, parsed, commands[0][0]))
+        variant = "_".join(word for word in (args.variant, template.variant) if word)
+        rows.append(replace(run, variant=variant, folder=_folder(args, method.name, variant)))
     runs: dict[Path, Run] = {}
     for seed in args.seeds:
-        for name, row, run_variant, config, words, steps in rows:
-            run = replace(
-                template,
-                name=name,
-                variant=run_variant,
-                folder=_folder(args, row, run_variant) / f"seed{seed}",
-                training=tuple(words),
-                config=config | {"arguments": config["arguments"] | {"seed": seed}},
-                steps=steps,
-            )
+        for row in rows:
+            run = replace(row, folder=row.folder / f"seed{seed}", config=_with(row.config, seed=seed))
             if first_difference(runs.setdefault(run.folder, run).config, run.config) is not None:
                 raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
     return list(runs.values())
 
 
-def _shared_arguments(args: argparse.Namespace) -> list[str]:
-    """Those that go to both the training and the evaluation."""
-    given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
-    shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    if args.compile is not None:
-        shared.append("--compile" if args.compile else "--no-compile")
-    return shared
+def _with(config: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+    return {**config, "arguments": config["arguments"] | arguments}
 
 
-def _parsed(args: argparse.Namespace, words: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+def _parsed(args: argparse.Namespace, words: Sequence[str]) -> tuple[argparse.Namespace, nn.Module]:
     """The arguments as the training command will parse them, and its loss. A mistake ends the program as it would end
     the command, but before anything is trained."""
     command = importlib.import_module(args.train)
@@ -209,35 +196,40 @@ def _divided(args: argparse.Namespace, method: Method) -> list[str]:
     return [*method.arguments, f"--batch_size={max(1, batch_size // args.batch_divisor)}"]
 
 
-def _untrained_name(parsed: argparse.Namespace) -> str:
-    """The folder of an untrained cascade: the same for all methods, another one for other sizes."""
-    usual = training_parser("")
-    given = {name: getattr(parsed, name) for name in UNTRAINED_ARGUMENTS}
-    differing = [name for name, value in given.items() if value != usual.get_default(name)]
-    return "_".join([UNTRAINED, *(f"{name}{str(given[name]).replace('/', '-')}" for name in differing)])
+def _untrained(args: argparse.Namespace, run: Run, parsed: argparse.Namespace, first: argparse.Namespace) -> Run:
+    """The untrained cascade beside a run. Its folder is the same for all methods, another one for other sizes; in an
+    --output_dir of the user's, that of the ``first`` method's sizes is simply "untrained"."""
+    usual = vars(first) if args.output_dir else {n: training_parser("").get_default(n) for n in UNTRAINED_ARGUMENTS}
+    differing = [name for name in UNTRAINED_ARGUMENTS if getattr(parsed, name) != usual[name]]
+    values = [f"{name}{str(getattr(parsed, name)).replace('/', '-')}" for name in differing]
+    folder = _folder(args, "_".join([UNTRAINED, *values]), run.variant)
+    words, config = (*run.training, "--epochs=0"), _with(run.config, epochs=0)
+    return replace(run, name=UNTRAINED, folder=folder, training=words, config=config, steps=0)
 
 
-def _template(args: argparse.Namespace, log: Log, shared: Sequence[str]) -> tuple[Run, dict[str, Any]]:
+def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) -> tuple[Run, dict[str, DayCache]]:
     """What all runs of a plan have in common, and its opened days."""
-    parts = schedule(log, args.train_days, args.test_day, args.validation, args.streaming)
-    zone = args.time_zone or DEFAULT_TIME_ZONE
-    cache = Path(args.cache_dir) if args.cache_dir else None
+    parts = schedule(log, parsed.train_days, args.test_day, args.validation, args.streaming)
     days = sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
-    opened = {day: log.open_day(day, SETTINGS[args.setting], cache, zone) for day in days}
+    opened = {day: log.open_day(day, SETTINGS[args.setting], parsed.cache_dir, parsed.time_zone) for day in days}
+    both = {name: getattr(parsed, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
+    evaluation = [f"--{name}={value}" for name, value in both.items() if value is not None]
+    evaluation += [] if parsed.compile else ["--no-compile"]
+    evaluation += ["--save_scores"] if args.save_scores else []
     template = Run(
         name="",
-        variant="",
+        variant="_".join(mode for mode in ("validation", "streaming") if getattr(args, mode)),
         folder=Path(),
         data_dir=args.data_dir.absolute(),
         commands=(args.train, args.evaluate),
         training=(),
-        evaluation=(*shared, *(["--save_scores"] if args.save_scores else [])),
+        evaluation=tuple(evaluation),
         config={},
         parts=parts,
         checksums={day: cached.checksum for day, cached in opened.items()},
         steps=0,
         streaming=args.streaming,
-        days_named=args.train_days is not None or args.validation or args.streaming,
+        days_named=args.validation or args.streaming,
         cwd=Path.cwd(),
     )
     return template, opened

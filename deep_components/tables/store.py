@@ -231,6 +231,4 @@ class _CompiledLookup(torch.autograd.Function):
 
 def _table_use(use: _Use, table: Tensor, side: Tensor) -> TableUse:
     ids, values = use.ids.reshape(-1), side.view(-1, side.shape[-1])[:, use.columns]
-    if len(ids) != len(values):  # compiled loops would go beyond the shorter one
-        raise ValueError(f"table {use.table}: {len(ids)} ids where its side has {len(values)}")
     return TableUse(table, ids, values, use.padding)

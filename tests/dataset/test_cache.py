@@ -23,8 +23,9 @@ from deep_components.dataset.columnar import ColumnFiles, DayCache
 from deep_components.dataset.importers import recflow as importer
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.log import open_log
+from deep_components.dataset.manifest import write_manifest
 from deep_components.errors import InputError
-from tests.dataset.synthetic import COUNTS, DAY, random_log, write_log
+from tests.dataset.synthetic import COUNTS, DAY, edit_pickle, random_log, write_log
 
 
 @pytest.fixture
@@ -177,6 +178,27 @@ def test_a_changed_source_gives_a_new_cache_and_removes_the_old(
     if change is more_users:
         assert new["request.user"].dtype == np.uint16
     check_same(old_columns, everything(old_day))  # who has it open goes on reading the old one
+
+
+def test_a_source_of_equal_size_and_time_is_another_by_its_manifest(root: Path, builds: list[str]) -> None:
+    def turn(requests: dict[int, dict[str, np.ndarray]]) -> None:
+        for groups in requests.values():
+            groups["rank_neg"][:, 1] = groups["rank_neg"][::-1, 1].copy()
+
+    path = recflow.request_path(root, DAY)
+    edit_pickle(path, lambda requests: requests)
+    write_manifest(root, open_log(root).files())
+    old = everything(open_day(root, DAY, TWO_STAGE))
+    before = path.stat()
+    edit_pickle(path, turn)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(InputError, match=r"2024-01-15.pkl: .*damaged or was replaced"):
+        open_day(root, DAY, THREE_STAGE)
+    write_manifest(root, open_log(root).files())
+    new = everything(open_day(root, DAY, TWO_STAGE))
+    assert not np.array_equal(new["item.author"], old["item.author"])
+    assert builds == [DAY, DAY]
 
 
 def test_a_change_of_what_is_asked_for_gives_a_new_cache(root: Path, builds: list[str]) -> None:

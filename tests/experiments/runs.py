@@ -17,7 +17,13 @@ def fake_run(folder: Path, seed: int = 30, streaming: bool = False, **arguments:
     from deep_components.experiments.plan import Part, Run
 
     parts = tuple(Part(DAYS[:count], DAYS[count]) for count in range(1 if streaming else len(DAYS) - 1, len(DAYS)))
-    known = {"seed": seed, "epochs": 1, "lr": 0.01, "loss_type": "lcron", "batch_size": 1024} | arguments
+    known: dict[str, Any] = {
+        "seed": seed,
+        "epochs": 1,
+        "lr": 0.01,
+        "loss_type": "lcron",
+        "batch_size": 1024,
+    } | arguments
     return Run(
         name="mine",
         variant="streaming" if streaming else "",

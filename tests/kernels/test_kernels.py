@@ -195,8 +195,7 @@ def optimizers(dtype: torch.dtype, dim: int, rows: int = 12) -> list[DeferredAda
     """Without and with compiled loops, on equal tables."""
     start = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     return [
-        DeferredAdam(torch.nn.Parameter(start.clone()), LR, BETAS, EPS, kernels)
-        for kernels in (None, compiled(dtype))
+        DeferredAdam(torch.nn.Parameter(start.clone()), LR, BETAS, EPS, kernels) for kernels in (None, compiled(dtype))
     ]
 
 
@@ -250,6 +249,33 @@ def test_deferred_adam_hides_no_nan(dtype: torch.dtype) -> None:
     table = optimizer.table
     assert table[3].isnan().tolist() == [True, False] and not table[4].isnan().any()
     assert table.isnan().sum() == 1
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    """The loops would read and write beyond the shorter one."""
+    kernels, history, items = compiled(torch.float32), torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    good: dict[str, Any] = {"weight": torch.zeros(4), "bias": torch.zeros(1), "mask": torch.ones(2, 3).bool()}
+    kernels.attention_forward(history, items, **good, padding=0.0)
+    bad = {"weight": torch.zeros(3), "bias": torch.zeros(2), "mask": torch.ones(2, 2).bool()}
+    for name, value in (*bad.items(), ("weight", torch.zeros(4).double()), ("weight", torch.zeros(8)[::2])):
+        with pytest.raises(ValueError):
+            kernels.attention_forward(history, items, **(good | {name: value}), padding=0.0)
+    with pytest.raises(ValueError):
+        kernels.attention_backward(history, items, torch.zeros(4), good["mask"], torch.zeros(2, 5, 2))
+    with pytest.raises(ValueError):
+        kernels.bias_relu(torch.zeros(5, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError):
+        kernels.relu_backward(torch.zeros(5, 4), torch.zeros(4, 4), 1)
+    table = torch.zeros(9, 4)
+    for ids, values in ((torch.zeros(3).long(), torch.zeros(2, 4)), (torch.zeros(3).int(), torch.zeros(3, 4))):
+        with pytest.raises(ValueError):
+            kernels.gather([TableUse(table, ids, values, 0)])
+    optimizer = optimizers(torch.float32, 3)[1]
+    for rows in (torch.tensor([12]), torch.tensor([-1])):
+        with pytest.raises(IndexError):
+            optimizer.gather(rows)
+    with pytest.raises(ValueError):
+        optimizer.step(torch.tensor([1, 2]), torch.zeros(1, 3))
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

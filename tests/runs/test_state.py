@@ -16,8 +16,8 @@ from deep_components.runs import state
 from deep_components.runs.folder import STATE_FILE
 from deep_components.runs.state import load, load_model, load_state, save, save_models, save_state, saved_ids
 
-MODELS = {
-    "retrieval": {"tower.0.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.float32([0.1, -0.2])},
+MODELS: dict[str, dict[str, np.ndarray]] = {
+    "retrieval": {"tower.0.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(2, np.float32)},
     "rank": {"tower.0.weight": np.arange(4.0)},
 }
 POSITION = {"epoch": 1, "day": 2, "batch": 4, "step": 3}

@@ -878,15 +878,15 @@ def test_a_state_that_does_not_fit(log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "said"),
     [
-        ("generator/cpu", None),
-        ("generator/cpu", torch.zeros(3)),
-        ("last/rank/embedding.video", torch.tensor(99)),
-        ("last/rank/embedding.video", torch.tensor(-1)),
+        ("generator/cpu", None, "generator/cpu"),
+        ("generator/cpu", torch.zeros(3), "generator/cpu"),
+        ("last/rank/embedding.video", torch.tensor(99), "rank/embedding.video: last"),
+        ("last/rank/embedding.video", torch.tensor(-1), "rank/embedding.video: last"),
     ],
 )
-def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, log: Path, day: DayCache) -> None:
+def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, said: str, log: Path, day: DayCache) -> None:
     """A step never made would have the compiled loops read beyond the rules' end."""
     trainer = Trainer(*fresh(log), lr=0.01, large_table=0)
     run_steps(trainer, day, range(0, 20, 10))
@@ -895,7 +895,5 @@ def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, log: Path,
         del state[name]
     else:
         state[name] = value if value.ndim else torch.full_like(state[name], int(value))
-    with pytest.raises(
-        InputError, match=rf"the saved state does not fit: .*{name.partition('/')[2].rpartition('/')[2]}"
-    ):
+    with pytest.raises(InputError, match=f"the saved state does not fit: {said}"):
         trainer.restore(state)

@@ -1,6 +1,7 @@
 """Encoded batches against the golden ones, and against the specification followed one item at a time."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.feather
 import pytest
 import torch
 
-from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade, Group
 from deep_components.dataset import columnar
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.importers import recflow_files as recflow
@@ -297,6 +298,53 @@ def test_an_index_belongs_to_a_request_and_a_video(tmp_path: Path) -> None:
     labels = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))["labels"]
     np.testing.assert_array_equal(labels[:, :10], 30 - log.rank_index)
     compare(tmp_path, TWO_STAGE)
+
+
+def test_groups_of_other_sizes(tmp_path: Path) -> None:
+    """As many of each group's items, from its first, as the cascade says."""
+    write_log(tmp_path)
+    sizes = (3, 10, 1, 12)
+    groups = tuple(replace(group, size=size) for group, size in zip(TWO_STAGE.groups, sizes, strict=True))
+    whole = arrays_of(open_log(tmp_path).open_day(DAY, TWO_STAGE))
+    cut = arrays_of(open_log(tmp_path).open_day(DAY, replace(TWO_STAGE, groups=groups)))
+    there = [*range(3), *range(10, 20), 20, *range(30, 40)]
+    for name in ("items", "labels", "mask"):
+        np.testing.assert_array_equal(cut[name][:, :24], whole[name][:, there], err_msg=name)
+    assert cut["items"].shape == (12, 26, 8) and not cut["mask"][:, 24:].any()
+    assert (cut["items"][:, 24:] == MISSING).all()
+
+
+def test_a_first_group_with_one_position(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    groups = (Group("coarse_neg", size=2, position=7), Group("prerank_neg", size=3, position=9))
+    day = open_log(tmp_path).open_day(DAY, replace(TWO_STAGE, groups=groups))
+    ours = arrays_of(day)
+    assert ours["labels"].tolist() == [[23, 23, 21, 21, 21]] * 12 and ours["mask"].all()
+    np.testing.assert_array_equal(ours["items"][:, :2], arrays_of(open_day_two_stage(tmp_path))["items"][:, 20:22])
+    assert not any(day.repairs.values())
+
+
+def open_day_two_stage(root: Path) -> DayCache:
+    return open_log(root).open_day(DAY, TWO_STAGE)
+
+
+@pytest.mark.parametrize(
+    ("group", "text"),
+    [
+        (Group("clicked", position=5), "group clicked is not in a log of RecFlow's layout, which has rank_pos"),
+        (Group("rank_neg"), "group rank_neg has no position"),
+        (Group("rank_neg", index_field="rank_index"), "group rank_neg has no position"),
+        (Group("rank_neg", position=1 << 15), "group rank_neg: position is 32768, outside the 0 .. 32767"),
+    ],
+)
+def test_a_group_that_the_log_lacks(tmp_path: Path, group: Group, text: str) -> None:
+    write_log(tmp_path)
+    cascade = replace(TWO_STAGE, groups=(TWO_STAGE.groups[0], group))
+    check_refused(tmp_path, f"cascade two_stage: {text}", cascade=cascade)
+    first = replace(TWO_STAGE, groups=(Group("rank_pos"), *TWO_STAGE.groups[1:]))
+    check_refused(tmp_path, "group rank_pos has neither position nor index_field", cascade=first)
+    other = replace(TWO_STAGE, groups=(Group("rank_pos", index_field="place"), *TWO_STAGE.groups[1:]))
+    check_refused(tmp_path, "2024-01-15.feather: column place is missing", cascade=other)
 
 
 def test_the_history_length_takes_the_last_events(tmp_path: Path) -> None:

@@ -77,6 +77,13 @@ def test_random_rows_against_a_loop(tmp_path: Path) -> None:
     assert list(pairs) == truth
 
 
+def test_without_positions_their_columns_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "day.feather"
+    pyarrow.feather.write_feather(table_of([4, 4, 2]).drop_columns(["rank_pos", "rank_index", "video_id"]), path)
+    found = read_requests(path, "rank_pos", None)
+    assert found.fields["request_id"].tolist() == [4, 2] and len(found.truth_index) == 0
+
+
 def test_empty_record_batches(tmp_path: Path) -> None:
     path = tmp_path / "day.feather"
     write_batches(path, table_of([4, 4, 2]), [0, 2, 0, 1, 0])
@@ -158,6 +165,21 @@ def test_a_damaged_file(tmp_path: Path, compression: str) -> None:
             assert str(path) in str(error)
             refused += 1
     assert refused > 50
+
+
+@pytest.mark.parametrize("rows", [1238, 100_000, 1 << 40])
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4"])
+def test_more_rows_than_the_file_holds(tmp_path: Path, rows: int, compression: str) -> None:
+    """What lies behind the buffers in memory would be read."""
+    path = tmp_path / "day.feather"
+    columns = dict.fromkeys(READ, np.arange(1237) % 2)
+    pyarrow.feather.write_feather(pa.table(columns), path, compression=compression)
+    content = path.read_bytes()
+    declared = content.replace((1237).to_bytes(8, "little"), rows.to_bytes(8, "little"))
+    assert declared != content
+    path.write_bytes(declared)
+    with pytest.raises(InputError, match=r"day.feather: not a readable Feather"):
+        read_requests(path, "rank_pos", "rank_index")
 
 
 # ---------------------------------------------------------------------------------------------- memory

@@ -699,7 +699,8 @@ def test_random_values_against_python_s_unpickler(tmp_path: Path, protocol: int)
     plain = st.recursive(
         st.none() | st.booleans() | st.integers(-(1 << 100), 1 << 100) | st.floats(allow_nan=False) | st.text()
         | st.binary(),
-        lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.integers(-1000, 1 << 62) | st.text(), inner),
+        lambda inner: st.lists(inner) | st.tuples(inner, inner)
+        | st.dictionaries(st.integers(-1000, 1 << 62) | st.text(), inner),
         max_leaves=20,
     )  # fmt: skip
 
