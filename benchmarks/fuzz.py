@@ -32,7 +32,7 @@ from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.log import LOG_FILE, open_log, write_log_file
 from deep_components.dataset.manifest import MANIFEST_FILE, write_manifest
 from deep_components.errors import InputError
-from deep_components.runs.records import read_folder
+from deep_components.reporting.frame import frame
 from deep_components.runs.state import load
 from tests.dataset.synthetic import DAY, random_log, write_log
 
@@ -108,8 +108,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    held = read_folder(run)
-    return {"config": held.config, "metrics": held.metrics}
+    return {"rows": repr(frame(run).to_dict("records"))}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
