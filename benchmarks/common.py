@@ -1,4 +1,4 @@
-"""What the benchmarks share: a simulated log, turns of two contestants, the machine's ceilings, results as JSON."""
+"""What the benchmarks share: a simulated log, contestants that take turns, the machine's ceilings, results as JSON."""
 
 import argparse
 import json
@@ -10,8 +10,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,18 +22,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from deep_components import run_train2, run_train3
 from deep_components.cascade import SETTINGS
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers.recflow_files import read_id_counts
+from deep_components.dataset.columnar import DayCache
+from deep_components.dataset.log import open_log
 from deep_components.dataset.simulate import SimulationSettings, simulate
+from deep_components.errors import InputError
 
 COMMANDS = {"two_stage": run_train2, "three_stage": run_train3}
 DAY = "2024-01-13"
-_SHORTEST_TURN = 1.0  # seconds
+SHORTEST_TURN = 1.0  # seconds
 
-Builder = Callable[[argparse.Namespace, Path], Callable[[], Any]]
+Work = Callable[[], Any]
+Builder = Callable[[argparse.Namespace, Path], Work]
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+# ---- arguments and data ----------------------------------------------------------------------------------------------
+
+
+def parser(description: str | None, **defaults: int) -> argparse.ArgumentParser:
     """The arguments that all benchmarks have."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -47,6 +53,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True)
     result.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    result.set_defaults(**defaults)
     return result
 
 
@@ -61,141 +68,148 @@ def simulated_log(args: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
-def training_namespace(args: argparse.Namespace, data_dir: Path, *flags: str) -> argparse.Namespace:
-    """The arguments of the training command for this benchmark, and the method's own filled in."""
-    command = COMMANDS[args.setting]
-    return command.parse_args(
-        [
-            *(f"--loss_type={args.loss_type}", f"--data_dir={data_dir}", f"--output_dir={data_dir / 'run'}"),
-            *(f"--batch_size={args.batch_size}", f"--device={args.device}", f"--train_days={DAY}", *flags),
-        ]
-    )
+def training_flags(args: argparse.Namespace, data_dir: Path, *flags: str) -> list[str]:
+    """The command line of the training that a benchmark measures."""
+    given = {"data_dir": data_dir, "output_dir": data_dir / "run", "train_days": DAY}
+    given |= {name: getattr(args, name) for name in ("loss_type", "batch_size", "device")}
+    return [*(f"--{name}={value}" for name, value in given.items()), *flags]
 
 
-def open_log(args: argparse.Namespace, data_dir: Path) -> tuple[DayCache, Mapping[str, int]]:
-    """The day's cache and the log's id counts."""
-    return open_day(data_dir, DAY, SETTINGS[args.setting]), read_id_counts(data_dir)
+def training_arguments(args: argparse.Namespace, data_dir: Path, *flags: str) -> argparse.Namespace:
+    """The same, parsed by the training command."""
+    return COMMANDS[args.setting].parse_args(training_flags(args, data_dir, *flags))
 
 
-class Contestant:
-    """Work that takes turns with another's, in a process of its own, out of the way of its memory and threads.
+def open_day(args: argparse.Namespace, data_dir: Path, cache_dir: Path | None = None) -> DayCache:
+    """The log's day, from its cache, which is built when it is not there."""
+    return open_log(data_dir).open_day(DAY, SETTINGS[args.setting], cache_dir)
+
+
+# ---- turns -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one contestant.
 
     Args:
-        build: a function of a module, called as build(args, data_dir) in the new process; gives the work, a function
-            whose result, a number or None, comes back.
-        args: the benchmark's arguments.
-        data_dir: the log.
+        seconds: of one piece of work, the median of its turns' means.
+        first_result: of the first piece of work; None when it gives none.
+        first_seconds: of the first piece of work, in which a model may be compiled.
+        peak_bytes: memory of the process, and of the GPU.
+        parts: part of the work -> its seconds.
     """
 
-    def __init__(self, build: Builder, args: argparse.Namespace, data_dir: Path) -> None:
+    seconds: float
+    first_result: float | None
+    first_seconds: float
+    peak_bytes: dict[str, int]
+    parts: dict[str, float]
+
+
+def compete(
+    builders: Mapping[str, Builder], args: argparse.Namespace, data_dir: Path, profiled: int = 0
+) -> dict[str, Measured]:
+    """Measure several ways to do the same work.
+
+    Each has a process of its own, out of the way of the others' memory and threads. They take turns of a second or
+    more, so that a slow moment of the machine meets all of them; the first turn does not count.
+
+    Args:
+        builders: name -> function of a module, called as build(args, data_dir) in the new process; gives the work, a
+            function whose result is a number or None. "baseline" is left out with --no-baseline.
+        args: the benchmark's arguments.
+        data_dir: the log.
+        profiled: how often the work is done once more to measure its parts.
+    """
+    names = [name for name in builders if name != "baseline" or args.baseline]
+    turns: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in names}
+    with ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, build, args, data_dir), daemon=True)
-        self._process.start()
-        other.close()
-
-    def turn(self) -> tuple[float, float | None]:
-        """Mean seconds of the work in one turn of a second or more, and the first result."""
-        return self._ask("turn")
-
-    def parts(self, turns: int) -> dict[str, float]:
-        """Mean seconds of the named parts of a turn."""
-        return self._ask(turns)
-
-    def peak(self) -> dict[str, int]:
-        """Peak memory in bytes of the process, and of the GPU."""
-        return self._ask("peak")
-
-    def _ask(self, question: str | int) -> Any:
-        self._pipe.send(question)
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join()
-
-
-def _serve(pipe: Connection, build: Builder, args: argparse.Namespace, data_dir: Path) -> None:
-    work = build(args, data_dir)
-    while True:
-        try:
-            question = pipe.recv()
-        except EOFError:
-            return
-        if question == "peak":
-            gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            pipe.send({"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu": gpu})
-        elif question == "turn":
-            pipe.send(_turn(work))
-        else:
-            pipe.send(_seconds_per_part(work, question))
-
-
-def _turn(work: Callable[[], Any]) -> tuple[float, float | None]:
-    """Mean seconds of the work, done again for a second at least, and its first result."""
-    started, done, first = time.perf_counter(), 0, None
-    while not done or time.perf_counter() - started < _SHORTEST_TURN:
-        result = work()
-        synchronise()
-        first, done = (result if not done else first), done + 1
-    return (time.perf_counter() - started) / done, None if first is None else float(first)
-
-
-def _seconds_per_part(work: Callable[[], Any], turns: int) -> dict[str, float]:
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(turns):
-            work()
-            synchronise()
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
+        for built in [pools[name].submit(_build, name, builders[name], args, data_dir) for name in names]:
+            built.result()
+        for _ in range(1 + args.repeats):
+            for name in names:
+                turns[name].append(pools[name].submit(_turn, name, SHORTEST_TURN).result())
+        peaks = {name: pools[name].submit(_peak_bytes).result() for name in names}
+        parts = {name: pools[name].submit(_seconds_per_part, name, profiled).result() for name in names}
     return {
-        event.key.removeprefix("step."): event.cpu_time_total / 1e6 / turns
-        for event in profiler.key_averages()
-        if event.key.startswith("step.")
+        name: Measured(
+            median(seconds for seconds, _, _ in turns[name][1:]),
+            first_result=turns[name][0][2],
+            first_seconds=turns[name][0][1],
+            peak_bytes=peaks[name],
+            parts=parts[name],
+        )
+        for name in names
     }
 
 
-@contextmanager
-def contestants(
-    builders: Mapping[str, Builder], args: argparse.Namespace, data_dir: Path
-) -> Iterator[dict[str, Contestant]]:
-    """A process for each builder; without --baseline for "ours" alone."""
-    names = [name for name in builders if name != "baseline" or args.baseline]
-    started = {name: Contestant(builders[name], args, data_dir) for name in names}
-    try:
-        yield started
-    finally:
-        for contestant in started.values():
-            contestant.close()
+_works: dict[str, Work] = {}  # of a contestant's process
 
 
-def turns(
-    contestants: Mapping[str, Contestant], repeats: int, warm_up: int = 1
-) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Median seconds of each contestant's turns, and the result of its first.
-
-    They take turns, so that a slow moment of the machine meets all of them; the first ``warm_up`` do not count.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    first: dict[str, float | None] = {}
-    for turn in range(warm_up + repeats):
-        for name, contestant in contestants.items():
-            duration, result = contestant.turn()
-            first.setdefault(name, result)
-            if turn >= warm_up:
-                seconds[name].append(duration)
-    return {name: median(values) for name, values in seconds.items()}, first
+def _build(name: str, build: Builder, args: argparse.Namespace, data_dir: Path) -> None:
+    _works[name] = build(args, data_dir)
 
 
-def compared(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The medians and, where there is a baseline, how many times longer it takes."""
-    results: dict[str, Any] = {"seconds": dict(seconds)}
-    if "baseline" in seconds:
-        results["ratio"] = seconds["baseline"] / seconds["ours"]
-    return results
+def _turn(name: str, shortest: float) -> tuple[float, float, float | None]:
+    """Mean seconds of the work, done again for ``shortest`` seconds at least; seconds and result of its first time."""
+    started, ends, first = time.perf_counter(), list[float](), None
+    while not ends or ends[-1] - started < shortest:
+        result = _works[name]()
+        synchronise()
+        first = result if not ends else first
+        ends.append(time.perf_counter())
+    return (ends[-1] - started) / len(ends), ends[0] - started, None if first is None else float(first)
+
+
+def _peak_bytes() -> dict[str, int]:
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu": gpu}
+
+
+def _seconds_per_part(name: str, times: int) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    if times:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(times):
+                _works[name]()
+                synchronise()
+        for event in profiler.profiler.kineto_results.events():  # key_averages() takes minutes
+            if event.name().startswith("step."):
+                part = event.name().removeprefix("step.")
+                parts[part] = parts.get(part, 0.0) + event.duration_ns() / 1e9 / times
+    return parts
 
 
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def check_same(measured: Mapping[str, Measured], what: str, tolerance: float, **other: float) -> None:
+    """InputError when a contestant's first result differs from the first one's by more than the relative tolerance;
+    ``other`` are those of single contestants."""
+    results = {name: one.first_result or 0.0 for name, one in measured.items()}
+    first = next(iter(results.values()))
+    if any(abs(result - first) > other.get(name, tolerance) * abs(first) for name, result in results.items()):
+        raise InputError(f"the {what} differ: {results}")
+
+
+def compared(measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """Seconds and peak memory; where there is a baseline, how many times longer than the first contestant it takes."""
+    results: dict[str, Any] = {"seconds": {name: one.seconds for name, one in measured.items()}}
+    if "baseline" in measured:
+        results["ratio"] = measured["baseline"].seconds / next(iter(measured.values())).seconds
+    return results | {"peak_bytes": {name: one.peak_bytes for name, one in measured.items()}}
+
+
+def requests_per_second(requests: int, measured: Mapping[str, Measured]) -> dict[str, float]:
+    return {name: requests / one.seconds for name, one in measured.items()}
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -207,9 +221,9 @@ def ceilings(device: str) -> dict[str, float]:
     return {"gflops": 2 * 2048**3 / product / 1e9, "gigabytes_per_second": 2 * source.nbytes / copy / 1e9}
 
 
-def _median_seconds(work: Callable[[], Any], repeats: int = 9) -> float:
+def _median_seconds(work: Work) -> float:
     seconds = []
-    for _ in range(repeats):
+    for _ in range(9):
         started = time.perf_counter()
         work()
         synchronise()
@@ -225,14 +239,13 @@ def report(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    text = json.dumps({"arguments": arguments, "machine": machine, **_rounded(dict(results))}, indent=2)
-    sys.stdout.write(f"{text}\n")
+    text = json.dumps({"arguments": vars(args), "machine": machine, **_rounded(results)}, indent=2, default=str) + "\n"
+    sys.stdout.write(text)
     if args.output is not None:
-        args.output.write_text(f"{text}\n")
+        args.output.write_text(text)
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _rounded(entry) for name, entry in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -6,9 +6,9 @@ The baseline reads the day's files and encodes every request in Python, as the o
 """
 
 import argparse
+import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +17,35 @@ from benchmarks import common
 from benchmarks.baseline import BaselineReader
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import open_day
+from deep_components.dataset import columnar
 
 
-def first_read(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:
+def first_read(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The cache is built anew."""
 
     def work() -> None:
         cache = data_dir / "first"
         shutil.rmtree(cache, ignore_errors=True)
-        open_day(data_dir, common.DAY, SETTINGS[args.setting], cache)
+        common.open_day(args, data_dir, cache)
 
     return work
 
 
-def later_read(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:
+def later_read(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The cache is there: it is opened, its checksums are verified, and all its batches are assembled."""
     cache = data_dir / "later"
-    open_day(data_dir, common.DAY, SETTINGS[args.setting], cache)
+    common.open_day(args, data_dir, cache)
 
     def work() -> None:
-        day = open_day(data_dir, common.DAY, SETTINGS[args.setting], cache)
+        os.environ.pop(columnar.VERIFIED, None)  # as a process does that nobody has verified the day for
+        day = common.open_day(args, data_dir, cache)
         for first in range(0, len(day), args.batch_size):
             day.batch(np.arange(first, min(first + args.batch_size, len(day))))
 
     return work
 
 
-def baseline(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:
+def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The day's files are read, and all batches assembled."""
 
     def work() -> None:
@@ -59,12 +60,9 @@ def main(argv: list[str]) -> None:
     args = common.parser(__doc__).parse_args(argv)
     with common.simulated_log(args) as data_dir:
         builders = {"ours": first_read, "later": later_read, "baseline": baseline}
-        with common.contestants(builders, args, data_dir) as contestants:
-            seconds, _ = common.turns(contestants, args.repeats)
-            peaks = {name: contestant.peak() for name, contestant in contestants.items()}
-    results = common.compared(seconds) | {"peak_bytes": peaks}
-    results["milliseconds_per_request"] = {name: value / args.requests * 1e3 for name, value in seconds.items()}
-    common.report(args, results)
+        measured = common.compete(builders, args, data_dir)
+    milliseconds = {name: one.seconds / args.requests * 1e3 for name, one in measured.items()}
+    common.report(args, common.compared(measured) | {"milliseconds_per_request": milliseconds})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ baseline reads the files, encodes request by request, and steps.
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,43 +18,33 @@ from benchmarks.baseline import BaselineReader
 from benchmarks.step import build_baseline
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import open_day
-from deep_components.training.loop import train_cascade
 
 
-def ours(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:
-    def work() -> None:
-        namespace = common.training_namespace(args, data_dir)
-        train_cascade(SETTINGS[args.setting], namespace, common.COMMANDS[args.setting].build_loss(namespace))
-
-    return work
+def ours(args: argparse.Namespace, data_dir: Path) -> common.Work:
+    return lambda: common.COMMANDS[args.setting].main(common.training_flags(args, data_dir))
 
 
-def baseline(args: argparse.Namespace, data_dir: Path) -> Callable[[], None]:
-    day = open_day(data_dir, common.DAY, SETTINGS[args.setting])
+def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
+    day = common.open_day(args, data_dir)
 
     def work() -> None:
-        reader, trainer = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY), build_baseline(args, data_dir)
+        reader = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY)
+        trainer = build_baseline(args, data_dir, day)
         for first in range(0, len(day) // args.batch_size * args.batch_size, args.batch_size):
-            places = range(first, first + args.batch_size)
-            reader.batch(places)  # the work of it; what it makes equals what the cache holds
-            trainer.step(day.batch(np.array(places)).to(torch.device(args.device)))
+            requests = range(first, first + args.batch_size)
+            reader.batch(requests)  # the work of it; what it makes equals what the cache holds
+            trainer.step(day.batch(np.array(requests)).to(torch.device(args.device)))
 
     return work
 
 
 def main(argv: list[str]) -> None:
-    parser = common.parser(__doc__)
-    parser.set_defaults(requests=8192, repeats=3)
-    args = parser.parse_args(argv)
+    args = common.parser(__doc__, requests=8192, repeats=3).parse_args(argv)
     with common.simulated_log(args) as data_dir:
-        open_day(data_dir, common.DAY, SETTINGS[args.setting])  # the cache is there before anybody's turn
-        with common.contestants({"ours": ours, "baseline": baseline}, args, data_dir) as both:
-            seconds, _ = common.turns(both, args.repeats)
-            peaks = {name: contestant.peak() for name, contestant in both.items()}
-    results = common.compared(seconds) | {"peak_bytes": peaks}
-    results["requests_per_second"] = {name: args.requests / value for name, value in seconds.items()}
-    common.report(args, results)
+        common.open_day(args, data_dir)  # the cache is there before anybody's turn
+        measured = common.compete({"ours": ours, "baseline": baseline}, args, data_dir)
+    speed = common.requests_per_second(args.requests, measured)
+    common.report(args, common.compared(measured) | {"requests_per_second": speed})
 
 
 if __name__ == "__main__":

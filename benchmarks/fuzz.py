@@ -2,8 +2,8 @@
 
     python -m benchmarks.fuzz --seconds=60 [--seed=0]
 
-A damaged file must be refused with an InputError of one line, or give what the sound file gives. Of input files without
-a manifest, which nothing protects, what is read must at least be a sound day: indices within their tables, masks and
+A damaged file must be refused with an InputError of one line, or give what the sound file gives. Of files without a
+checksum, which nothing protects, what is read must at least be a sound day: indices within their tables, masks and
 times that exist. Anything else is a finding: another exception, a difference, a crash of the process, an execution of
 more than SLOW_SECONDS. Exit code 1 when there is one; the seed of each is printed: --seed=S --executions=1 repeats it.
 """
@@ -19,47 +19,36 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from deep_components import run_test2, run_train2
 from deep_components.cascade import TWO_STAGE
-from deep_components.commands import doctor
-from deep_components.commands.table import read_runs
-from deep_components.dataset.columnar import open_day
 from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.dataset.log import LOG_FILE, open_log, write_log_file
 from deep_components.dataset.manifest import MANIFEST_FILE, write_manifest
 from deep_components.errors import InputError
-from deep_components.runs import checkpoint
+from deep_components.runs.records import read_folder
+from deep_components.runs.state import load
 from tests.dataset.synthetic import DAY, random_log, write_log
 
 SLOW_SECONDS = 20.0
 MEMORY_BYTES = 2 << 30  # more than at the start: what takes more fails
 EXECUTIONS_PER_PROCESS = 2000
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
-TIMES = {"weekday": 7, "hour": 24, "minute": 60}
+CHANGES = ("bit", "bit", "number", "number", "insert", "delete", "repeat", "cut", "splice")
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A file to damage; ``read`` gives what is made of it, ``protected`` says that this must not change."""
 
     path: Path
-    read: Callable[[], Any]
+    read: Callable[[], dict[str, Any]]
     protected: bool
-
-
-@dataclass
-class Outcome:
-    """Counts of what became of the executions, and what must not have happened."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    findings: list[str] = field(default_factory=list)
 
 
 class UnsoundError(Exception):
@@ -70,52 +59,57 @@ class UnsoundError(Exception):
 
 
 def make_targets(folder: Path) -> list[Target]:
-    """A log without and one with a manifest, a cache and an evaluated run in ``folder``, and how each file is read."""
+    """Logs without and with a manifest, a cache, a columnar log and an evaluated run in ``folder``, and how each of
+    their files is read."""
     plain, guarded, cached = (write_log(folder / name, random_log(4)) for name in ("plain", "guarded", "cached"))
     for root in (plain, guarded, cached):
         recflow.write_origin(root, {"data": "fuzz"})
-    write_manifest(guarded, doctor.log_files(guarded))
-    run = folder / "run"
+    write_manifest(guarded, open_log(guarded).files())
+    run, columnar, caches = folder / "run", folder / "columnar", folder / "caches"
     sizes = ["--loss_type=bce", "--emb_dim=1", "--nn_units=4", "--batch_size=2", f"--train_days={DAY}"]
     common = ["--device=cpu", f"--data_dir={plain}", f"--output_dir={run}"]
     run_train2.main([*common, *sizes])
     run_test2.main(common)
-    open_day(cached, DAY, TWO_STAGE, folder / "cache")
-    (cache,) = (folder / "cache" / TWO_STAGE.name).iterdir()
-    targets = [Target(path, lambda: day(plain, folder / "plain_cache"), False) for path in doctor.log_files(plain)]
-    targets += [
-        Target(path, lambda: day(guarded, folder / "guarded_cache"), True)
-        for path in (*doctor.log_files(guarded), guarded / MANIFEST_FILE)
+    read_log(cached, caches)
+    (cache,) = (caches / TWO_STAGE.name).iterdir()
+    shutil.copytree(cache, columnar / DAY)
+    write_log_file(columnar, "fuzz")
+
+    def targets(paths: Sequence[Path], read: Callable[[], dict[str, Any]], protected: bool = True) -> list[Target]:
+        return [Target(path, read, protected) for path in paths]
+
+    return [
+        *targets(open_log(plain).files(), partial(read_log, plain, folder / "plain_cache"), protected=False),
+        *targets(
+            [*open_log(guarded).files(), guarded / MANIFEST_FILE], partial(read_log, guarded, folder / "guarded_cache")
+        ),
+        *targets(sorted(cache.iterdir()), partial(read_log, cached, caches)),
+        *targets(sorted((columnar / DAY).iterdir()), partial(read_log, columnar)),
+        *targets([columnar / LOG_FILE], partial(read_log, columnar), protected=False),
+        *(Target(path, partial(read_arrays, path), True) for path in sorted(run.glob("*.safetensors"))),
+        *targets([run / "config.json", run / "metrics.json"], partial(read_results, run)),
     ]
-    targets += [Target(path, lambda: day(cached, folder / "cache"), True) for path in sorted(cache.iterdir())]
-    for path in sorted(run.glob("*.safetensors")):
-        targets.append(Target(path, lambda path=path: tensors(path), True))  # type: ignore[misc]
-    targets += [Target(run / name, lambda: results(run), True) for name in ("config.json", "metrics.json")]
-    return targets
 
 
-def day(root: Path, cache_dir: Path) -> dict[str, Any]:
-    """What a training takes from a log."""
-    origin, counts = recflow.read_origin(root), recflow.read_id_counts(root)
-    opened = open_day(root, DAY, TWO_STAGE, cache_dir)
-    columns = {name: np.array(values) for name, values in opened.columns.items()}
-    for name, values in columns.items():
-        last = name.rpartition(".")[2]
-        limit = counts[LOG_COLUMN[last]] + 1 if last in LOG_COLUMN else TIMES.get(last)
-        if len(values) != len(opened) or (limit is not None and (values.max() > limit or values.min() < 0)):
-            raise UnsoundError(
-                f"column {name}: {len(values)} values up to {values.max()}, where {limit} is the last one"
-            )
-    return {"origin": origin, "counts": counts, **columns}
+def read_log(root: Path, cache_dir: Path | None = None) -> dict[str, Any]:
+    """What a training takes from a log. UnsoundError for what no table or mask has."""
+    log = open_log(root)
+    day = log.open_day(DAY, TWO_STAGE, cache_dir)
+    columns = {name: np.array(values) for name, values in day.columns.items()}
+    for field in day.schema.fields:
+        values = columns[f"{field.side}.{field.name}"]
+        if len(values) != len(day) or values.max() >= field.size or values.min() < 0:
+            raise UnsoundError(f"{field}: {len(values)} values up to {values.max()}")
+    return {"origin": log.origin, "schema": log.schema.to_json(), **columns}
 
 
-def tensors(path: Path) -> dict[str, Any]:
-    return {name: value.numpy() for name, value in checkpoint.load_tensors(path)[0].items()}
+def read_arrays(path: Path) -> dict[str, Any]:
+    return load(path)[0]
 
 
-def results(run: Path) -> dict[str, Any]:
-    (read,) = read_runs([run]).runs
-    return {"config": dict(read.config), "results": dict(read.results)}
+def read_results(run: Path) -> dict[str, Any]:
+    held = read_folder(run)
+    return {"config": held.config, "metrics": held.metrics}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -128,76 +122,53 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
-def damage(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
+def damage(content: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
     """One to four changes of the content."""
-    changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        rng.choice((_flip, _flip, _byte, _number, _insert, _delete, _repeat, _cut, _splice))(changed, rng, others)
-    return bytes(changed)
+        start, count, new = _change(content, rng, others)
+        content = content[:start] + new + content[start + count :]
+    return content
 
 
-def _place(changed: bytearray, rng: random.Random) -> int:
-    """Anywhere; more often at the ends, where the structure is."""
-    size = len(changed)
-    return rng.choice((rng.randint(0, size), rng.randint(0, min(size, 100)), rng.randint(max(0, size - 100), size)))
-
-
-def _flip(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place = _place(changed, rng)
-    if place < len(changed):
-        changed[place] ^= 1 << rng.randrange(8)
-
-
-def _byte(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place = _place(changed, rng)
-    changed[place : place + 1] = bytes([rng.choice((rng.randrange(256), 0, 0x7F, 0x80, 0xFF))])
-
-
-def _number(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place, size = _place(changed, rng), rng.choice((2, 4, 8))
-    number = (rng.choice(NUMBERS) % (1 << 8 * size)).to_bytes(size, "little")
-    changed[place : place + size] = number[:: rng.choice((1, -1))]
-
-
-def _insert(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place = _place(changed, rng)
-    changed[place:place] = rng.randbytes(rng.choice((1, 2, 8, 100)))
-
-
-def _delete(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place = _place(changed, rng)
-    del changed[place : place + rng.choice((1, 2, 8, 100))]
-
-
-def _repeat(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    place, size = _place(changed, rng), rng.choice((1, 10, 100, 1000))
-    changed[place:place] = changed[place : place + size] * rng.choice((1, 2, 50))
-
-
-def _cut(changed: bytearray, rng: random.Random, _: list[bytes]) -> None:
-    del changed[_place(changed, rng) :]
-
-
-def _splice(changed: bytearray, rng: random.Random, others: list[bytes]) -> None:
-    other, place, size = rng.choice(others), _place(changed, rng), rng.choice((1, 8, 64, 1000))
-    first = rng.randrange(max(1, len(other) - size))
-    changed[place : place + size] = other[first : first + size]
+def _change(content: bytes, rng: random.Random, others: Sequence[bytes]) -> tuple[int, int, bytes]:
+    """From where how many bytes are replaced by which."""
+    size, kind, count = len(content), rng.choice(CHANGES), rng.choice((1, 2, 8, 100, 1000))
+    # More often at the ends, where the structure is.
+    start = rng.choice((rng.randint(0, size), rng.randint(0, min(size, 100)), rng.randint(max(0, size - 100), size)))
+    if kind == "bit" and start < size:
+        return start, 1, bytes([content[start] ^ 1 << rng.randrange(8)])
+    if kind == "number":
+        width = rng.choice((1, 2, 4, 8))
+        number = rng.choice(NUMBERS) % (1 << 8 * width)
+        return start, width, number.to_bytes(width, rng.choice(("little", "big")))
+    if kind == "insert":
+        return start, 0, rng.randbytes(count)
+    if kind == "repeat":
+        return start, 0, content[start : start + count] * rng.choice((1, 2, 50))
+    if kind == "splice":
+        other = rng.choice(others)
+        first = rng.randrange(max(1, len(other) - count))
+        return start, count, other[first : first + count]
+    return start, size if kind == "cut" else count, b""
 
 
 # ---- executions ------------------------------------------------------------------------------------------------------
 
 
 class Fuzzer:
-    """Runs executions, each of which depends on its seed alone."""
+    """Runs executions, each of which depends on its seed alone.
 
-    def __init__(self, folder: Path) -> None:
-        targets = make_targets(folder)
-        self.prepare(targets, [target.path.read_bytes() for target in targets], [target.read() for target in targets])
+    Attributes:
+        counts: of what became of the executions.
+        findings: what must not have happened.
+    """
 
-    def prepare(self, targets: list[Target], originals: list[bytes], sound: list[dict[str, Any]]) -> None:
-        """Take these files, what is in them, and what their sound content gives."""
-        self.targets, self.originals, self.sound = targets, originals, sound
-        self.outcome = Outcome()
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = targets
+        self.originals = [target.path.read_bytes() for target in targets]
+        self.counts: Counter[str] = Counter()
+        self.findings: list[str] = []
+        self._sound = [target.read() for target in targets]
         self._warnings: list[str] = []
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self._warnings.append(record.getMessage())  # type: ignore[method-assign]
@@ -206,19 +177,19 @@ class Fuzzer:
     def execute(self, seed: int) -> None:
         """Damage one file, read it, note what became of it, and put it right."""
         rng = random.Random(seed)
-        place = rng.randrange(len(self.targets))
-        target, original = self.targets[place], self.originals[place]
+        chosen = rng.randrange(len(self.targets))
+        target, original = self.targets[chosen], self.originals[chosen]
         changed = damage(original, rng, self.originals)
         target.path.unlink()  # not written over: a column may be mapped
         target.path.write_bytes(changed)
         began = time.monotonic()
         self._warnings.clear()
-        kind, detail = self._read(target, self.sound[place], changed == original)
+        kind, detail = self._read(target, self._sound[chosen], changed == original)
         if time.monotonic() - began > SLOW_SECONDS:
             kind, detail = "finding", f"slow: {time.monotonic() - began:.0f} s"
-        self.outcome.counts[kind] += 1
+        self.counts[kind] += 1
         if kind == "finding":
-            self.outcome.findings.append(f"seed {seed}, {target.path.name}: {detail}")
+            self.findings.append(f"seed {seed}, {target.path.name}: {detail}")
         target.path.unlink(missing_ok=True)
         target.path.parent.mkdir(parents=True, exist_ok=True)
         target.path.write_bytes(original)
@@ -227,7 +198,7 @@ class Fuzzer:
         try:
             read = target.read()
         except InputError as error:
-            return self._refused(target, str(error))
+            return _refused(target, str(error))
         except Exception:  # whatever is no refusal is what a fuzzer looks for
             return "finding", traceback.format_exc()
         if same(read, sound):
@@ -236,73 +207,62 @@ class Fuzzer:
             return "finding", "a difference that nothing tells of"
         return ("read with a warning" if target.protected else "read as another sound log"), ""
 
-    @staticmethod
-    def _refused(target: Target, message: str) -> tuple[str, str]:
-        """The sentence is short and names the file; but a manifest names the file that is not as it says, and fields of
-        results that do not fit belong to the run."""
-        names = (target.path.name, "manifest.json") if target.path.name != "metrics.json" else ("run",)
-        if len(message) > 2000 or len(message.splitlines()) > 1 or not any(name in message for name in names):
-            return "finding", f"unclear: {message[:3000]}"
-        return "refused", ""
+
+def _refused(target: Target, message: str) -> tuple[str, str]:
+    """The sentence must be short and name the file, or the manifest or meta.json that says what the file must be."""
+    names = (target.path.name, "manifest.json", "meta.json")
+    if len(message) > 2000 or len(message.splitlines()) > 1 or not any(name in message for name in names):
+        return "finding", f"unclear: {message[:3000]}"
+    return "refused", ""
 
 
-def in_process(folder: Path, seed: int, executions: int, until: float, connection: Any) -> None:
-    """Executions in a process of their own, whose crash is seen from outside; the seed is sent before each."""
+def _executions(folder: Path, seeds: range, until: float, connection: Any) -> None:
+    """Executions in a process of their own, whose crash is seen from outside: each seed is sent before it is used."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES,) * 2)
-    fuzzer = Fuzzer(folder)
-    for number in range(seed, seed + executions):
+    fuzzer = Fuzzer(make_targets(folder))
+    for seed in seeds:
         if time.monotonic() > until:
             break
-        connection.send(number)
-        fuzzer.execute(number)
-    connection.send(fuzzer.outcome)
+        connection.send(seed)
+        fuzzer.execute(seed)
+    connection.send((fuzzer.counts, fuzzer.findings))
 
 
-def rounds(seconds: float, seed: int, executions: int | None) -> Iterator[Outcome]:
-    """Outcomes of one process after another, until the time is over or the executions are made."""
-    until = time.monotonic() + seconds
-    last = seed + (executions if executions is not None else sys.maxsize)
+def rounds(seconds: float, seed: int, executions: int) -> Iterator[tuple[Counter[str], list[str]]]:
+    """Counts and findings of one process after another, until the time is over or the executions are made."""
+    until, last = time.monotonic() + seconds, seed + executions
     while seed < last and time.monotonic() < until:
-        folder = Path(tempfile.mkdtemp())
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        arguments = (folder, seed, min(EXECUTIONS_PER_PROCESS, last - seed), until, theirs)
-        process = multiprocessing.get_context("fork").Process(target=in_process, args=arguments)
-        process.start()
-        theirs.close()
-        outcome = Outcome()
-        try:
-            while not isinstance(received := ours.recv(), Outcome):
-                seed = received + 1
-            outcome = received
-        except EOFError:
+        seeds = range(seed, min(seed + EXECUTIONS_PER_PROCESS, last))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (Path(folder), seeds, until, theirs)
+            process = multiprocessing.get_context("fork").Process(target=_executions, args=arguments)
+            process.start()
+            theirs.close()
+            try:
+                while isinstance(received := ours.recv(), int):
+                    seed = received + 1
+            except EOFError:
+                process.join()
+                received = Counter(), [f"seed {seed - 1}: the process ended with {process.exitcode}"]
             process.join()
-            outcome.findings.append(f"seed {seed - 1}: the process ended with {process.exitcode}")
-        process.join()
-        shutil.rmtree(folder, ignore_errors=True)
-        yield outcome
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Damage every file that is read, and watch.", allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the first execution; the next has the next number")
-    parser.add_argument("--executions", type=int, help="stop after so many")
-    return parser.parse_args(argv)
+        yield received
 
 
 def main() -> int:
-    args = parse_args()
+    parser = argparse.ArgumentParser(description="Damage every file that is read, and watch.", allow_abbrev=False)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first execution; the next has the next number")
+    parser.add_argument("--executions", type=int, default=sys.maxsize, help="stop after so many")
+    args = parser.parse_args()
     logging.getLogger("deep_components").setLevel(logging.WARNING)
     logging.getLogger().addHandler(logging.NullHandler())
-    total: Counter[str] = Counter()
-    findings: list[str] = []
-    for outcome in rounds(args.seconds, args.seed, args.executions):
-        total += outcome.counts
-        findings += outcome.findings
-        print(f"{sum(total.values())} executions: {dict(total)}; {len(findings)} findings", flush=True)
-    for finding in findings:
-        print(finding)
+    total, findings = Counter[str](), list[str]()
+    for counts, found in rounds(args.seconds, args.seed, args.executions):
+        total, findings = total + counts, findings + found
+        print(f"{total.total()} executions: {dict(total)}; {len(findings)} findings", flush=True)
+    print("\n".join(findings))
     return 1 if findings else 0
 
 

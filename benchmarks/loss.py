@@ -5,11 +5,11 @@ python -m benchmarks.loss [--setting=two_stage] [--loss_type=lcron] [--batch_siz
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import common
 from deep_components.batch import Targets
@@ -17,22 +17,20 @@ from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 
 
-def evaluate_loss(times: int, args: argparse.Namespace, data_dir: Path) -> Callable[[], torch.Tensor]:
+def evaluate_loss(times: int, args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The loss of random scores ``times`` times over, and one backward pass."""
-    cascade = SETTINGS[args.setting]
-    loss = common.COMMANDS[args.setting].build_loss(common.training_namespace(args, data_dir)).to(args.device)
+    cascade, device = SETTINGS[args.setting], torch.device(args.device)
+    loss = common.COMMANDS[args.setting].build_loss(common.training_arguments(args, data_dir)).to(device)
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch_size, cascade.num_items)
-    scores = [torch.randn(shape, generator=generator).to(args.device).requires_grad_() for _ in cascade.stages]
-    group = torch.arange(cascade.num_items) // cascade.group_size
-    labels = torch.where(group == 0, 30 - torch.arange(cascade.num_items), 8 - group).expand(shape)
-    targets = Targets(
-        labels.to(args.device), torch.ones(shape, dtype=torch.bool, device=args.device), group.to(args.device)
-    )
+    scores = {stage: torch.randn(shape, generator=generator).to(device).requires_grad_() for stage in cascade.quotas}
+    group = torch.from_numpy(cascade.group_of_item).expand(shape).to(device)
+    labels = torch.where(group == 0, 30 - torch.arange(cascade.num_items, device=device), 8 - group)
+    targets = Targets(labels, torch.ones(shape, dtype=torch.bool, device=device), group)
 
-    def work() -> torch.Tensor:
+    def work() -> Tensor:
         for _ in range(times):
-            value = loss(*scores, targets)["loss"]
+            value: Tensor = loss(scores, targets)["loss"]
         value.backward()
         return value.detach()
 
@@ -43,9 +41,9 @@ def main(argv: list[str]) -> None:
     args = common.parser(__doc__).parse_args(argv)
     groups = len(SETTINGS[args.setting].groups)
     builders = {"ours": partial(evaluate_loss, 1), "baseline": partial(evaluate_loss, groups)}
-    with common.contestants(builders, args, Path()) as both:
-        seconds, losses = common.turns(both, args.repeats)
-    common.report(args, common.compared(seconds) | {"loss": losses})
+    measured = common.compete(builders, args, Path())
+    losses = {name: one.first_result for name, one in measured.items()}
+    common.report(args, common.compared(measured) | {"loss": losses})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ joint recall differs by at most 0.01 or three standard errors (icc and rankflow,
 
 import argparse
 import csv
+import json
 import math
 import os
 import subprocess
@@ -20,20 +21,14 @@ from statistics import mean, stdev
 
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
+from deep_components.commands import table
 from deep_components.errors import InputError
-from deep_components.reporting.results import build_results
-from deep_components.reporting.runs import read_runs
-from deep_components.reporting.tables import text
+from deep_components.runs.folder import METRICS_FILE
 
-METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")
-DIFFERS = "DIFFERS"
+METHODS = "bce,icc,rankflow,fs_ranknet,fs_lambdaloss,arf,arf_v2,lcron"
 JOINT = "joint_recall@10@20"
 WIDE = {"icc": 0.03, "rankflow": 0.03}
 ROOT = Path(__file__).parents[1]
-
-
-def _seeds(text: str) -> list[int]:
-    return [int(seed) for seed in text.split(",")]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -42,76 +37,72 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--settings", default="two_stage,three_stage")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names of scripts, e.g. lcron,lcron_tau_20")
-    parser.add_argument("--seeds", type=_seeds, default=[30, 31, 32, 33, 34], help="30,31,...")
+    parser.add_argument("--methods", default=METHODS, help="names of scripts, e.g. lcron,lcron_tau_20")
+    parser.add_argument("--seeds", default="30,31,32,33,34")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, sharing the cores")
     return parser.parse_args(argv)
 
 
-def make_runs(setting: str, methods: list[str], args: argparse.Namespace) -> list[Path]:
-    """Make the runs of a setting as its scripts state them, without the untrained cascade; their folders.
+def make_runs(setting: str, args: argparse.Namespace) -> dict[str, list[Path]]:
+    """Make the runs of a setting as its scripts state them, without the untrained cascade; method -> their folders.
 
     Raises InputError when there is no such script, or a run failed.
     """
     stated = []
-    for method in methods:
+    for method in args.methods.split(","):
         script = ROOT / setting / f"{method}.sh"
         if not script.exists():
             raise InputError(f"{script}: no such script; name scripts of {setting}/ with --methods")
-        printed = subprocess.run(
-            ["bash", str(script)], env=os.environ | {"PRINT_METHOD": "yes"}, capture_output=True, text=True, check=True
-        )
+        environment = os.environ | {"PRINT_METHOD": "yes"}
+        printed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
         stated += printed.stdout.splitlines()
     number = len(SETTINGS[setting].stages)
-    commands = [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]
-    user = [f"--{name}={getattr(args, name)}" for name in ("data_dir", "output_dir", "batch_size", "jobs")]
-    user += [f"--seeds={','.join(map(str, args.seeds))}", "--device=cpu"]
-    runner = [sys.executable, "-m", "deep_components.run_experiments", f"--setting={setting}", *commands]
-    done = subprocess.run([*runner, "--no-untrained", "--by_setting", *stated, "--", *user], cwd=ROOT, check=False)
-    if done.returncode:
+    plan = [f"--setting={setting}", "--no-untrained", "--by_setting", *stated]
+    plan += [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]
+    user = [f"--{name}={getattr(args, name)}" for name in ("seeds", "batch_size", "jobs")] + ["--device=cpu"]
+    user += [f"--{name}={getattr(args, name).resolve()}" for name in ("data_dir", "output_dir")]
+    runner = [sys.executable, "-m", "deep_components.run_experiments", *plan, "--", *user]
+    if subprocess.run(runner, cwd=ROOT, check=False).returncode:
         raise InputError(f"{setting}: not all runs could be made, see above")
-    return [args.output_dir / setting / method / f"seed{seed}" for seed in args.seeds for method in methods]
+    return {
+        method: [args.output_dir / setting / method / f"seed{seed}" for seed in args.seeds.split(",")]
+        for method in args.methods.split(",")
+    }
 
 
-def verdict(method: str, values: list[float], expected: dict[str, str]) -> str:
-    """How the mean of the values stands to the expected one."""
+def agrees(method: str, values: list[float], expected: dict[str, str]) -> bool:
+    """Print how the mean of the values stands to the expected one; whether the difference is allowed."""
     difference = mean(values) - float(expected["mean"])
-    errors = [stdev(values) / math.sqrt(len(values))] if len(values) > 1 else [0.0]
+    errors = [stdev(values) / math.sqrt(len(values))] if len(values) > 1 else []
     errors.append(float(expected["std"]) / math.sqrt(int(expected["runs"])))
     allowed = max(WIDE.get(method, 0.01), 3 * math.hypot(*errors))
-    agrees = "agrees" if abs(difference) <= allowed else DIFFERS
-    return f"expected {float(expected['mean']):.4f}, difference {difference:+.4f}, allowed {allowed:.4f}: {agrees}"
+    verdict = "agrees" if abs(difference) <= allowed else "DIFFERS"
+    print(f"  {method:<14} {mean(values):.4f}, difference {difference:+.4f}, allowed {allowed:.4f}: {verdict}")
+    return abs(difference) <= allowed
 
 
-def report(args: argparse.Namespace, setting: str, methods: list[str], folders: list[Path]) -> bool:
-    """Print the setting's table and verdicts; False when one differs."""
-    collected = read_runs(folders)
-    print(text(build_results(collected)))
+def compare(setting: str, args: argparse.Namespace) -> bool:
+    """Make a setting's runs, print their table, and how they stand to the expected numbers; False when one differs."""
+    runs = make_runs(setting, args)
+    table.main([str(folder) for folders in runs.values() for folder in folders])
     expected: dict[str, dict[str, str]] = {}
     if args.expected:
         with args.expected.open() as file:
             rows = [row for row in csv.DictReader(file) if (row["setting"], row["metric"]) == (setting, JOINT)]
-        expected = {row["method"]: row for row in rows}
-    verdicts = {}
-    for method in methods:
-        values = [run.results[JOINT] for run in collected.runs if run.folder.parent.name == method]
-        if method in expected:
-            verdicts[method] = verdict(method, values, expected[method])
-            print(f"  {method:<14} {mean(values):.4f}, {verdicts[method]}")
-    print()
-    return not any(text.endswith(DIFFERS) for text in verdicts.values())
+        expected = {row["method"]: row for row in rows if row["method"] in runs}
+    values = {name: [json.loads((run / METRICS_FILE).read_text())[JOINT] for run in runs[name]] for name in expected}
+    verdicts = [agrees(name, values[name], expected[name]) for name in expected]
+    return all(verdicts)
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    args.data_dir, args.output_dir = args.data_dir.resolve(), args.output_dir.resolve()
-    settings, methods = args.settings.split(","), args.methods.split(",")
-    unknown = set(settings) - SETTINGS.keys()
-    if unknown or args.jobs < 1:
+    settings = args.settings.split(",")
+    if set(settings) - SETTINGS.keys() or args.jobs < 1:
         raise InputError(f"--settings={args.settings} --jobs={args.jobs}: use {', '.join(SETTINGS)}; jobs from 1")
-    agree = [report(args, setting, methods, make_runs(setting, methods, args)) for setting in settings]
-    if not all(agree):
+    verdicts = [compare(setting, args) for setting in settings]
+    if not all(verdicts):
         raise InputError("a method differs from the expected numbers by more than allowed, see above")
 
 

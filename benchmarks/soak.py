@@ -38,7 +38,7 @@ from deep_components import run_train2
 from deep_components.cli import run_command
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.kernels import load_kernels
-from deep_components.runs.checkpoint import COST_FILE, LOCK_FILE, STATE_FILE, STEP_LOG_FILE
+from deep_components.runs.folder import COST_FILE, LOCK_FILE, STATE_FILE, STEP_LOG_FILE
 from deep_components.training import loop as training
 from deep_components.training.step import Trainer
 
@@ -122,13 +122,9 @@ class CrashPoints:
             self.reach("step")
             return step(trainer, batch)
 
+        replaced = [(os, "fsync", fsync_), (Path, "replace", replace_), (Path, "unlink", unlink_)]
         with ExitStack() as patches:
-            for owner, name, replacement in (
-                (os, "fsync", fsync_),
-                (Path, "replace", replace_),
-                (Path, "unlink", unlink_),
-                (Trainer, "step", step_),
-            ):
+            for owner, name, replacement in [*replaced, (Trainer, "step", step_)]:
                 patches.enter_context(mock.patch.object(owner, name, replacement))
             yield
 
@@ -150,7 +146,7 @@ class Soak:
         self.different: list[str] = []
         self.references: dict[str, tuple[Outcome, dict[str, Any]]] = {}
         settings = SimulationSettings(days=DAYS, requests_per_day=40, users=30, videos=200, authors=20, seed=seed)
-        self._forked(functools.partial(_simulated, self.log, settings), folder / "simulate.txt")
+        self._forked(lambda: simulate(self.log, settings), folder / "simulate.txt")
 
     def reference(self, name: str) -> tuple[Outcome, dict[str, Any]]:
         """A training that nobody kills, and its results."""
@@ -196,31 +192,29 @@ class Soak:
                     die_at = self.random.randint(1, len(undisturbed.points))
                 else:
                     after = self.random.uniform(0, undisturbed.seconds)
-            had_state = (run / STATE_FILE).exists()
+            self.counts["resumed"] += bool(flags) and (run / STATE_FILE).exists()
             outcome = self.train(name, run, *flags, die_at=die_at, after=after)
-            self.counts["resumed"] += bool(flags) and had_state
-            self.counts["resumed without a state"] += bool(flags) and not had_state and kills > 0
             if not outcome.killed:
                 break
             self.counts["kills"] += 1
-            where = "at a random time" if after is not None else undisturbed.points[(die_at or 1) - 1].split()[0]
-            self.killed_at[where if first is None else "at each point"] += 1
+            what = undisturbed.points[die_at - 1].split()[0] if die_at is not None else "at a random time"
+            self.killed_at[what if first is None else "at each point"] += 1
             first, flags = None, ("--resume",)
         self.counts["runs"] += 1
+        found = {} if outcome.code else results(run)
         if outcome.code:
             self.different.append(f"{name}: exit code {outcome.code}: {self._said(run)[-500:]}")
-        elif results(run) != expected:
-            found = results(run)
+        elif found != expected:
             parts = [part for part in found.keys() | expected.keys() if found.get(part) != expected.get(part)]
             self.different.append(f"{name}: {', '.join(sorted(parts))}")
         for path in self.folder.glob("run*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _forked(self, command: Callable[[], int], output: Path, after: float | None = None) -> int:
+    def _forked(self, command: Callable[[], int | None], output: Path, after: float | None = None) -> int:
         """Run ``command`` in a child; its exit code, negative when a signal ended it."""
         child = os.fork()
         if not child:
-            code = 99
+            code: int | None = 99
             try:
                 with output.open("a") as file:
                     os.dup2(file.fileno(), 1)
@@ -230,9 +224,9 @@ class Soak:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
-                os._exit(code)
-        time.sleep(after if after is not None else 0)
+                os._exit(code or 0)
         if after is not None:
+            time.sleep(after)
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         signal.alarm(SECONDS_TO_FINISH)  # ends all when a child hangs
@@ -242,11 +236,6 @@ class Soak:
 
     def _said(self, run: Path) -> str:
         return run.with_suffix(".txt").read_text()
-
-
-def _simulated(folder: Path, settings: SimulationSettings) -> int:
-    simulate(folder, settings)
-    return 0
 
 
 def results(run: Path) -> dict[str, Any]:
@@ -264,17 +253,13 @@ def results(run: Path) -> dict[str, Any]:
     }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each_point", action="store_true", help="first kill a training at every kind of point")
     parser.add_argument("--variant", choices=VARIANTS, help="train in this way alone")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     load_kernels(torch.float32)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # has PyTorch import what it imports late

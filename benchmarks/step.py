@@ -1,131 +1,104 @@
 """A training step: requests/s, seconds per part, and the share of the machine's ceiling, beside the plain baseline.
 
     python -m benchmarks.step [--setting=two_stage] [--loss_type=lcron] [--videos=4000] [--output=step.json]
+    python -m benchmarks.step --modes=compiled,plain,torch_compile,bfloat16 [--no-baseline]
 
-Both train on the same simulated log, data path included, and take turns in one process. The first loss of both must be
-the same to rounding.
+All train on the same simulated log, data path included, and take turns. Their first losses must be the same to
+rounding. "ours" is the training command as it is; "compiled" and "plain" are it with --compile and --no-compile,
+"bfloat16" is it with --autocast=bfloat16, and "torch_compile" has Inductor compile every model of "plain":
+``seconds_of_first_step`` has the time this takes. With TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 nothing is taken from
+Inductor's cache.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from benchmarks.baseline import BaselineReader, BaselineTrainer
-from deep_components.batch import CascadeBatch
-from deep_components.cascade import SETTINGS, Cascade
+from deep_components.batch import CascadeBatch, SlotFeatures
+from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers.recflow import LOG_COLUMN
-from deep_components.dataset.importers.recflow_files import read_id_counts
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
 from deep_components.errors import InputError
-from deep_components.kernels import keep_freed_memory, load_kernels
-from deep_components.models import build_models
-from deep_components.tables.embedding import ID_FIELDS
-from deep_components.training import loop as training
+from deep_components.models import build_models, din
+from deep_components.tables.store import build_stores
+from deep_components.training.loop import Run, prepare
 from deep_components.training.step import Trainer
 
-
-def flops_of_step(cascade: Cascade, batch_size: int, models: dict[str, nn.Module], length: int) -> float:
-    """Floating-point operations of the matrix products and the attention of a step: two for a multiplication and an
-    addition, three times the forward pass; what does not depend on the item counts once a request."""
-    total = 0.0
-    for model in models.values():
-        dim = model.get_submodule("embedding").get_parameter("user").shape[1]
-        for name, parameter in model.named_parameters():
-            if parameter.dim() != 2 or name.startswith("embedding."):
-                continue
-            outputs, inputs = parameter.shape
-            per_item, per_request = cascade.num_items * inputs * outputs, 0
-            if name.startswith("user_tower"):
-                per_item, per_request = 0, inputs * outputs
-            elif name == "attention.0.weight":
-                per_item, per_request = cascade.num_items * inputs // 2 * outputs, length * inputs // 2 * outputs
-            elif name == "attention.2.weight":  # add, max, multiply and add, for every item and history position
-                per_item = 2 * cascade.num_items * length * inputs
-            elif name == "tower.0.weight":  # the user's part once a request
-                shared = inputs - (13 if "attention.0.weight" in dict(model.named_parameters()) else 8) * dim
-                per_item, per_request = cascade.num_items * (inputs - shared) * outputs, shared * outputs
-            total += per_item + per_request
-            if name == "attention.0.weight":
-                total += cascade.num_items * length * 5 * dim  # the weighted sum
-    return 3 * 2 * total * batch_size
+MODES = {  # name -> arguments of the training command
+    "ours": (),
+    "compiled": ("--compile",),
+    "plain": ("--no-compile",),
+    "torch_compile": ("--no-compile",),
+    "bfloat16": ("--autocast=bfloat16",),
+}
+BFLOAT16_TOLERANCE = 1e-2  # of the first loss, relative
 
 
-def bytes_of_step(batch_size: int, cascade: Cascade, models: dict[str, nn.Module], itemsize: int = 4) -> float:
-    """Bytes that a step must move at least: every layer's activations written and read in both passes, and for every
-    embedding that is looked up its row read, and its gradient, moments and value written."""
-    total = 0.0
-    for model in models.values():
-        embedding = model.get_submodule("embedding")
-        dim = embedding.get_parameter("user").shape[1]
-        total += 4 * sum(
-            (1 if name.startswith("user_tower") else cascade.num_items) * len(parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.dim() == 2 and not name.startswith("embedding.")
-        )
-        total += 8 * dim * (8 + 5 * 50 + 8 * cascade.num_items)
-    return total * batch_size * itemsize
+def build_run(args: argparse.Namespace, data_dir: Path, mode: str = "ours") -> Run:
+    """The training command's run before its first step."""
+    namespace = common.training_arguments(args, data_dir, *MODES[mode])
+    run = prepare(SETTINGS[args.setting], namespace, common.COMMANDS[args.setting].build_loss(namespace))
+    if mode == "torch_compile":
+        din.attention_logits = attention_logits
+        for model in run.trainer.models.values():
+            model.compile()
+    return run
 
 
-def build_trainer(args: argparse.Namespace, data_dir: Path, day: DayCache) -> Trainer:
-    """The training command's trainer at its start."""
-    namespace, counts = common.training_namespace(args, data_dir), read_id_counts(data_dir)
-    device = torch.device(args.device)
-    models, _ = training.initial_models(SETTINGS[args.setting], namespace, counts, [day], device)
-    loss = common.COMMANDS[args.setting].build_loss(namespace).to(device)
-    keep_freed_memory()
-    return Trainer(models, loss, lr=namespace.lr, kernels=load_kernels(torch.float32))
+def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:
+    """As :func:`din.attention_logits`, in one formula whose loops Inductor fuses; by itself it would need B x N x L x H
+    numbers."""
+    return ((history_part.unsqueeze(1) + item_part.unsqueeze(2)).relu() * weight).sum(dim=-1)
 
 
-def ours(args: argparse.Namespace, data_dir: Path) -> Callable[[], torch.Tensor]:
+def ours(mode: str, args: argparse.Namespace, data_dir: Path) -> common.Work:
     """Steps on a day that is gone through again and again."""
-    day = open_day(data_dir, common.DAY, SETTINGS[args.setting])
-    trainer, device = build_trainer(args, data_dir, day), torch.device(args.device)
-    order = np.arange(len(day) // args.batch_size * args.batch_size)
+    run = build_run(args, data_dir, mode)
+    order = np.arange(run.steps[0] * args.batch_size)
 
-    def endless() -> Iterator[CascadeBatch]:
+    def endless() -> Iterator[CascadeBatch[SlotFeatures]]:
         while True:
-            yield from batches(day, order, args.batch_size, device, trainer.prepare)
+            yield from batches(run.days[0], order, args.batch_size, run.device, run.trainer.prepare)
 
     source = endless()
-    return lambda: trainer.step(next(source))["loss"]
+    return lambda: run.trainer.step(next(source))["loss"]
 
 
-def build_baseline(args: argparse.Namespace, data_dir: Path) -> BaselineTrainer:
+def build_baseline(args: argparse.Namespace, data_dir: Path, day: DayCache) -> BaselineTrainer:
     """The baseline's trainer at its start, with the same initial parameters; its tables are whole."""
-    cascade, namespace, counts = (
-        SETTINGS[args.setting],
-        common.training_namespace(args, data_dir),
-        read_id_counts(data_dir),
-    )
-    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(cascade, vocabulary, namespace.emb_dim, namespace.nn_units, namespace.seed)
+    cascade, namespace = SETTINGS[args.setting], common.training_arguments(args, data_dir)
+    models = build_models(cascade, day.schema, namespace.emb_dim, namespace.nn_units, namespace.seed)
+    stores = build_stores(cascade, day.schema, namespace.emb_dim, namespace.seed)
     loss = common.COMMANDS[args.setting].build_loss(namespace)
     for module in (*models.values(), loss):
         module.to(torch.device(args.device))
-    return BaselineTrainer(cascade, models, loss, lr=namespace.lr)
+    for store in stores.values():
+        store.to(torch.device(args.device), torch.float32)
+    return BaselineTrainer(cascade, models, stores, loss, lr=namespace.lr)
 
 
-def baseline(args: argparse.Namespace, data_dir: Path) -> Callable[[], torch.Tensor]:
+def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The same steps, the plain way."""
-    day = open_day(data_dir, common.DAY, SETTINGS[args.setting])
+    day = common.open_day(args, data_dir)
     reader = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY)
-    trainer, device = build_baseline(args, data_dir), torch.device(args.device)
-    places = cycle(range(0, len(day) // args.batch_size * args.batch_size, args.batch_size))
+    trainer, device = build_baseline(args, data_dir, day), torch.device(args.device)
+    starts = cycle(range(0, len(day) // args.batch_size * args.batch_size, args.batch_size))
 
-    def step() -> torch.Tensor:
-        first = next(places)
+    def step() -> Tensor:
+        first = next(starts)
         requests = np.arange(first, first + args.batch_size)
         with record_function("step.data"):
             reader.batch(requests.tolist())  # the work of it; what it makes equals what the cache holds
@@ -134,12 +107,16 @@ def baseline(args: argparse.Namespace, data_dir: Path) -> Callable[[], torch.Ten
     return step
 
 
-def roofline(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """What a step must compute and move, and which share of the machine's ceiling it reaches."""
-    cascade = SETTINGS[args.setting]
-    models = build_models(cascade, dict.fromkeys(ID_FIELDS, 1), 8, 128, None)
+def roofline(args: argparse.Namespace, data_dir: Path, seconds: float) -> dict[str, Any]:
+    """What a step must compute and move, and which share of the machine's ceiling it reaches in ``seconds``."""
+    run = build_run(args, data_dir)
+    trainer, requests = run.trainer, np.arange(args.batch_size)
+    batch = trainer.prepare(run.days[0].batch(requests)).to(run.device)
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(batch)
+    flops = counter.get_total_flops() + sum(attention_flops(batch, model) for model in trainer.models.values())
+    moved = sum(bytes_moved(batch, trainer, stage) for stage in trainer.models)
     ceiling = common.ceilings(args.device)
-    flops, moved = flops_of_step(cascade, args.batch_size, models, 50), bytes_of_step(args.batch_size, cascade, models)
     bound = flops / ceiling["gflops"] / 1e9 + moved / ceiling["gigabytes_per_second"] / 1e9
     return {
         "gigaflops_a_step": flops / 1e9,
@@ -150,21 +127,55 @@ def roofline(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     }
 
 
+def attention_flops(batch: CascadeBatch[SlotFeatures], model: nn.Module) -> int:
+    """Of DIN's own loops, which PyTorch does not count: add, max, multiply and add for every item, history position and
+    unit; three times the forward pass."""
+    if not isinstance(model, din.DIN):
+        return 0
+    return 3 * 4 * batch.features.history_mask.numel() * batch.targets.labels.shape[1] * din.ATTENTION_UNITS
+
+
+def bytes_moved(batch: CascadeBatch[SlotFeatures], trainer: Trainer, stage: str) -> int:
+    """The least that a step must move for a stage: every layer's activations written and read in both passes, and for
+    every embedding that is looked up its row read, and its gradient, moments and value written."""
+    (requests, items), store = batch.targets.labels.shape, trainer.stores[stage]
+    activations = sum(
+        layer.out_features * (1 if name.startswith("user_tower") else items)
+        for name, layer in trainer.models[stage].named_modules()
+        if isinstance(layer, nn.Linear)
+    )
+    elements = {"request": 1, "history": batch.features.history_mask.shape[1], "item": items}
+    looked_up = sum(count * store.schema.width(side, store.dim) for side, count in elements.items())
+    return 4 * requests * (4 * activations + 8 * looked_up)
+
+
+def _modes(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= MODES.keys():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(MODES)}")
+    return names
+
+
 def main(argv: list[str]) -> None:
-    args = common.parser(__doc__).parse_args(argv)
+    parser = common.parser(__doc__)
+    parser.add_argument("--modes", type=_modes, default=["ours"], help=f"compared ways: {', '.join(MODES)}")
+    args = parser.parse_args(argv)
+    if args.requests < args.batch_size:
+        raise InputError(f"--requests={args.requests}: fewer than --batch_size={args.batch_size}")
     with common.simulated_log(args) as data_dir:
-        day = open_day(data_dir, common.DAY, SETTINGS[args.setting])  # the cache is there before anybody's turn
-        distinct = {field: len(day.ids(field)) for field in ("video", "author")}
-        with common.contestants({"ours": ours, "baseline": baseline}, args, data_dir) as both:
-            seconds, losses = common.turns(both, args.repeats)
-            peaks = {name: contestant.peak() for name, contestant in both.items()}
-            parts = {name: contestant.parts(1 if name == "baseline" else 3) for name, contestant in both.items()}
-    if args.baseline and not math.isclose(losses["ours"] or 0, losses["baseline"] or 0, rel_tol=1e-5):
-        raise InputError(f"the first losses differ: {losses}")
-    results = common.compared(seconds)
-    results["requests_per_second"] = {name: args.batch_size / value for name, value in seconds.items()}
-    results |= {"first_loss": losses, "seconds_per_part": parts, "peak_bytes": peaks, "distinct_ids": distinct}
-    common.report(args, results | {"roofline": roofline(args, seconds["ours"])})
+        day = common.open_day(args, data_dir)  # the cache is there before anybody's turn
+        builders = {mode: partial(ours, mode) for mode in args.modes} | {"baseline": baseline}
+        measured = common.compete(builders, args, data_dir, profiled=2)
+        common.check_same(measured, "first losses", 1e-5, bfloat16=BFLOAT16_TOLERANCE)
+        results = common.compared(measured) | {
+            "requests_per_second": common.requests_per_second(args.batch_size, measured),
+            "seconds_of_first_step": {name: one.first_seconds for name, one in measured.items()},
+            "first_loss": {name: one.first_result for name, one in measured.items()},
+            "seconds_per_part": {name: one.parts for name, one in measured.items()},
+            "distinct_ids": {table: len(day.ids(table)) for table in ("video", "author")},
+            "roofline": roofline(args, data_dir, measured[args.modes[0]].seconds),
+        }
+    common.report(args, results)
 
 
 if __name__ == "__main__":

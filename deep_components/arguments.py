@@ -2,32 +2,24 @@
 
 import argparse
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from deep_components import loss as methods
 from deep_components.cascade import Cascade
-from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
-from deep_components.dataset.importers.recflow_files import HISTORY_LENGTH
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
-from deep_components.loss.sorting import SORTING_OPERATORS
+from deep_components.loss.selection import SELECTION_OPERATORS
 
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
-
-
-# Arguments of a training that lead to the same numbers, to rounding: where things lie, what is saved and shown.
-WHEREABOUTS = (
-    *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
-    *("resume", "save_minutes", "print_freq", "tensorboard"),
-)
-# Arguments that an untrained cascade depends on, beside its seed.
-UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
 
 
 def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
@@ -51,7 +43,13 @@ _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 
 _non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _tower_width = _number(int, lambda value: value > 0 and value % 4 == 0, "a multiple of 4")
-_history_length = _number(int, lambda value: 0 < value <= HISTORY_LENGTH, f"a whole number from 1 to {HISTORY_LENGTH}")
+
+
+def folder(text: str) -> Path:
+    """A folder's path. An empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; name a folder")
+    return Path(text)
 
 
 def _quotas(text: str) -> list[int]:
@@ -77,8 +75,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
     parser.add_argument("--emb_dim", type=_positive_int, default=8, help="embedding dimension (default 8)")
     parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
-    parser.add_argument("--seq_len", type=_history_length, default=HISTORY_LENGTH,
-                        help=f"last history positions used (default {HISTORY_LENGTH})")  # fmt: skip
+    parser.add_argument("--seq_len", type=_positive_int, help="last history positions used (default: all; RecFlow: 50)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--optimizer", choices=["deferred_adam", "adam", "sparse_adam"], default="deferred_adam",
                         help="of the ID tables: dense Adam at sparse cost (default), dense, or SparseAdam")  # fmt: skip
@@ -87,7 +84,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="write scalars for TensorBoard to OUTPUT_DIR/tensorboard, gradient norms too")  # fmt: skip
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
-    parser.add_argument("--init_from", type=Path, metavar="RUN", help="start from the models of another run's folder")
+    parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
                         help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
@@ -115,9 +112,9 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data_dir", type=Path, required=True, help="a log in RecFlow's layout")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
+    parser.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
+    parser.add_argument("--output_dir", type=folder, required=True, help="the run's folder")
+    parser.add_argument("--cache_dir", type=folder, help="where the columnar cache lies (default: DATA_DIR/cache)")
     parser.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
     parser.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
@@ -128,7 +125,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     """The methods' own options. None stands for "not given"; :func:`method_options` fills in the method's default."""
     group = parser.add_argument_group("options of some methods")
     group.add_argument("--tau", type=_positive_float, help="temperature of the sorting operator")
-    group.add_argument("--sort", choices=sorted(SORTING_OPERATORS), help="sorting operator")
+    group.add_argument("--sort", choices=sorted(SELECTION_OPERATORS), help="sorting operator")
     group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
     group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
     group.add_argument(
@@ -142,7 +139,7 @@ METHOD_OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_t
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
-    """The options a method takes: what the user gave, else the defaults; ``args`` gets the defaults filled in.
+    """The options a method takes: what the user gave, else the defaults.
 
     Raises InputError when the user gave an option the method does not take.
     """
@@ -152,11 +149,20 @@ def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
             raise InputError(
                 f"--{name} is not an option of {args.loss_type}; it takes of the methods' options: {taken}"
             )
-    chosen = {
-        name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
-    }
-    vars(args).update(chosen)
-    return chosen
+    return {name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()}
+
+
+def hyper_parameters(loss: nn.Module) -> dict[str, Any]:
+    """The plain public attributes of a loss, name -> a value that JSON can hold: what the method was built with."""
+    plain = (bool, int, float, str, dict, list, tuple, type(None))
+    named = {name: value for name, value in vars(loss).items() if not name.startswith("_") and name != "training"}
+    return {name: value for name, value in named.items() if isinstance(value, plain)}
+
+
+def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, Any]:
+    """All arguments by name; those of the method's options that were not given are as the method chose them."""
+    given = vars(args)
+    return given | {n: v for n, v in hyper_parameters(loss).items() if n in METHOD_OPTIONS and given[n] is None}
 
 
 def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -> dict[str, Any]:
@@ -213,7 +219,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def unknown_method(loss_type: str, package_path: Iterable[str]) -> InputError:
-    """The error for a --loss_type without a branch in build_loss; it lists the methods of the loss package."""
-    methods = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package_path)))
-    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {methods}")
+def unknown_method(loss_type: str) -> InputError:
+    """The error for a --loss_type without a branch in build_loss; it lists the method files of the loss package."""
+    files = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"functional", "selection"}
+    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {', '.join(sorted(files))}")

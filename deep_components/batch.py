@@ -97,9 +97,10 @@ class CascadeBatch(Generic[F]):
         """The batch on ``device``, but for ``rows``, which belong to the tables; from pinned memory the copy does not
         wait."""
         moved = self.apply(lambda tensor: tensor.to(device, non_blocking=True))
-        if isinstance(self.features, SlotFeatures) and isinstance(moved.features, SlotFeatures):
-            return replace(moved, features=replace(moved.features, rows=self.features.rows))
-        return moved
+        if not isinstance(self.features, SlotFeatures):
+            return moved
+        features: Any = replace(moved.features, rows=self.features.rows)  # type: ignore[call-arg]
+        return replace(moved, features=features)
 
     def pin_memory(self) -> "CascadeBatch[F]":
         return self.apply(Tensor.pin_memory)

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
@@ -137,9 +137,6 @@ class Cascade:
         return cls.from_json({"name": path.stem.lower()} | content, str(path))
 
 
-T = TypeVar("T")
-
-
 def _entry(kind: type[Any], content: Any, source: str, what: str) -> dict[str, Any]:
     """The keys of an object that becomes a ``kind``. InputError for a key it does not have, or lacks, or of a type that
     it cannot be."""
@@ -149,19 +146,10 @@ def _entry(kind: type[Any], content: Any, source: str, what: str) -> dict[str, A
     for key, value in content.items():
         if key not in known:
             raise InputError(f"{source}: {what} has the key {key!r}; it takes {', '.join(known)}")
-        annotation = str(known[key].type)
-        if (
-            annotation.startswith(("<class 'int'", "int"))
-            and type(value) is not int
-            and not (value is None and "None" in annotation)
-        ):
-            raise InputError(f"{source}: {key} of {what} is {value!r}, not a whole number")
-        if (
-            annotation.startswith(("<class 'str'", "str"))
-            and not isinstance(value, str)
-            and not (value is None and "None" in annotation)
-        ):
-            raise InputError(f"{source}: {key} of {what} is {value!r}, not a text")
+        kinds = get_args(known[key].type) or (known[key].type,)
+        if get_origin(known[key].type) is not tuple and type(value) not in kinds:
+            wanted = "a whole number" if int in kinds else "a text"
+            raise InputError(f"{source}: {key} of {what} is {value!r}, not {wanted}")
     missing = [
         field.name for field in known.values() if field.default is field.default_factory and field.name not in content
     ]
@@ -191,6 +179,11 @@ def _problems(cascade: Cascade) -> list[str]:
             found.append(f"two of its {what}s have the same name")
     if not _NAME.fullmatch(cascade.name):
         found.append(f"name {cascade.name!r}: a name is of lower-case letters, digits and _")
+    for group in cascade.groups:
+        if group.size < 1:
+            found.append(f"group {group.name}: size is 1 or more")
+        if group.position is not None and group.index_field is not None:
+            found.append(f"group {group.name} has position and index_field; give one of them")
     left = cascade.num_items
     for stage in cascade.stages:
         if not 0 < stage.keep <= left:
@@ -198,11 +191,6 @@ def _problems(cascade: Cascade) -> list[str]:
         left = stage.keep
         if stage.exposed_groups is not None and not 0 < stage.exposed_groups <= len(cascade.groups):
             found.append(f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}")
-    for group in cascade.groups:
-        if group.size < 1:
-            found.append(f"group {group.name}: size is 1 or more")
-        if group.position is not None and group.index_field is not None:
-            found.append(f"group {group.name} has position and index_field; give one of them")
     if cascade.num_relevant < 1:
         found.append("num_relevant is 1 or more")
     return found

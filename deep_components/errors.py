@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class StoppedError(Exception):
-    """A signal stopped the work at a place from which it can go on; the message says how.
+    """A signal stopped the work where it can be continued; the message says how.
 
     Args:
         message: one sentence.

@@ -6,7 +6,9 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,9 +64,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as JSON, atomically, with a field that holds the SHA-256 of all others."""
-    plain = json.loads(json.dumps(content, allow_nan=False, default=str))
+    plain = as_json(content)
     text = json.dumps(plain | {_CHECKSUM: _digest(plain)}, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What is read back when ``content`` is written: lists for tuples, texts for paths. ValueError for NaN."""
+    plain: dict[str, Any] = json.loads(json.dumps(content, allow_nan=False, default=str))
+    return plain
 
 
 def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
@@ -91,39 +99,45 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, shared: bool = False, wait: float = math.inf) -> Iterator[int | None]:
     """Hold a lock on ``path``, made if need be, which ends with the process at the latest.
 
-    ``shared`` locks do not exclude one another. Without ``wait``, yields False where another process holds it. Where
-    nothing can be locked, a read-only folder or a file system without locks, a shared lock is none, and others raise
-    OSError.
+    Yields the lock's descriptor: a process that inherits it holds the lock too. None where another process holds it for
+    longer than ``wait`` seconds. ``shared`` locks do not exclude one another. Where nothing can be locked, a read-only
+    folder or a file system without locks, a shared lock is none, and others raise OSError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:
         if not shared:
             raise
-        yield True
+        yield -1
         return
     try:
-        yield _lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path, wait)
+        yield descriptor if _lock(descriptor, shared, path, wait) else None
     finally:
-        os.close(file)
+        os.close(descriptor)
 
 
-def _lock(file: int, kind: int, path: Path, wait: bool) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            return False
-        logger.info("waiting for another process (it holds %s)", path)
-        fcntl.flock(file, kind)
-    except OSError as error:
-        if kind != fcntl.LOCK_SH or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    return True
+def _lock(descriptor: int, shared: bool, path: Path, wait: float) -> bool:
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() - began >= wait:
+                return False
+        except OSError as error:
+            if not shared or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            return True
+        else:
+            return True
+        if not said:
+            logger.info("waiting for another process (it holds %s)", path)
+            said = True
+        time.sleep(0.1)
 
 
 def sha256_of(path: Path) -> str:

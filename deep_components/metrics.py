@@ -15,9 +15,9 @@ _REQUESTS_PER_CHUNK = 1024  # bounds the [R, N, N] pairs of Kendall's tau
 def survival(scores: Tensor, alive: Tensor, quota: int) -> Tensor:
     """How much of each item a stage keeps that keeps its ``quota`` best by score: 1, 0, or a share where scores tie.
 
-    Items that tie at the cut share the places left, each in proportion to what reached the stage of it, as in the mean
-    over all orders of the tied items: a constant score gives chance, and neither the items' places nor their labels
-    matter.
+    Items that tie at the cut share what is left of the quota, each in proportion to what reached the stage of it, as in
+    the mean over all orders of the tied items: a constant score gives chance, and neither the items' order in the
+    request nor their labels matter.
 
     Args:
         scores: [R, N].
@@ -140,7 +140,7 @@ def cascade_metrics(
 
 
 def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
-    """Number of the block of equal scores that each place belongs to, from 0; a missing item is a block of its own.
+    """Number of the block of equal scores that each rank belongs to, from 0; a missing item is a block of its own.
 
     Both arguments are [R, N] in descending order of score."""
     starts = torch.ones_like(present)

@@ -14,23 +14,23 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from deep_components.arguments import folder
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import DEFAULT_TIME_ZONE, open_day
 from deep_components.errors import InputError
-from deep_components.experiments import plan, records
 from deep_components.experiments.engines import run_locally, run_on_ray, slots
-from deep_components.experiments.execution import USERS_MISTAKE, Options, Outcome
+from deep_components.experiments.execution import REFUSED, Options, Outcome
+from deep_components.experiments.plan import UNTRAINED, Method, Run, make_plan, methods_of
 from deep_components.experiments.progress import Progress
 from deep_components.files import write_atomically
+from deep_components.runs.records import check_same_run, read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--no-untrained", dest="untrained", action="store_false", help="without the untrained cascade")
     table.add_argument("--run_list", type=Path, help="a file that gets the folder of every finished run, a line each")
     user = parser.add_argument_group("the user's")
-    user.add_argument("--data_dir", type=Path, required=True, help="a log in RecFlow's layout")
-    user.add_argument("--output_dir", type=Path, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
+    user.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
+    user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
     user.add_argument("--seeds", "--seed", type=_seeds, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
     user.add_argument("--methods", type=_names, help="only these of a table's rows, as lcron,bce")
     user.add_argument("--train_days", type=_names, help="day,day,... (default: all but the test day)")
@@ -92,12 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[plan.Method], list[str]]:
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[str]]:
     """The runner's arguments, the methods, and the user's arguments of the training."""
     ours, users = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    first = next((place for place, word in enumerate(ours) if word.startswith("--method=")), len(ours))
+    first = next((index for index, word in enumerate(ours) if word.startswith("--method=")), len(ours))
     args, training = _parser().parse_known_args([*ours[:first], *users])
-    methods = plan.methods_of(ours[first:])
+    methods = methods_of(ours[first:])
     names = [method.name for method in methods]
     unknown = [name for name in args.methods or [] if name not in names]
     if unknown or not methods:
@@ -108,96 +108,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[plan.Method], 
     return args, [method for method in methods if method.name in (args.methods or names)], training
 
 
-def make_plan(args: argparse.Namespace, methods: Sequence[plan.Method], training: Sequence[str]) -> list[plan.Run]:
-    """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
-    of a seed, is among them once.
-
-    Raises InputError when the data cannot be used, or two runs would share a folder. Caches are built here, before
-    several processes want them.
-    """
-    given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
-    shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    if args.compile is not None:
-        shared.append("--compile" if args.compile else "--no-compile")
-    arguments = [[*plan.divide_batch(method.arguments, args.batch_divisor), *training, *shared] for method in methods]
-    parsed = [plan.parse_training(words, args.train) for words in arguments]
-    template, mode = _template(args, shared), _mode(args)
-    variant = "_".join(word for word in (args.variant, mode) if word)
-    names = _untrained_names(args, parsed)
-    runs: dict[Path, plan.Run] = {}
-
-    def add(name: str, folder: str, variant: str, known: dict[str, Any], words: Sequence[str]) -> None:
-        run = replace(
-            template,
-            name=name,
-            variant=variant,
-            seed=known["seed"],
-            folder=_folder(args, folder, variant) / f"seed{known['seed']}",
-            training=tuple(words),
-            identity=plan.identity(known, args.streaming),
-        )
-        if runs.setdefault(run.folder, run).identity != run.identity:
-            raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
-
-    for seed in args.seeds:
-        for method, words, known, untrained in zip(methods, arguments, parsed, names, strict=True):
-            if args.untrained and known["epochs"]:
-                add(plan.UNTRAINED, untrained, mode, known | {"seed": seed, "epochs": 0}, [*words, "--epochs=0"])
-            add(method.name, method.name, variant, known | {"seed": seed}, words)
-    return list(runs.values())
-
-
-def _mode(args: argparse.Namespace) -> str:
-    return "_".join(mode for mode in ("validation", "streaming") if getattr(args, mode))
-
-
-def _untrained_names(args: argparse.Namespace, parsed: Sequence[dict[str, Any]]) -> list[str]:
-    """The folder of each method's untrained cascade. In an --output_dir of the user's it is "untrained" where its sizes
-    are those of the first method."""
-    names = [plan.untrained_name(arguments) for arguments in parsed]
-    return [plan.UNTRAINED if args.output_dir and name == names[0] else name for name in names]
-
-
-def _template(args: argparse.Namespace, shared: Sequence[str]) -> plan.Run:
-    """What all runs of a plan have in common."""
-    parts = plan.schedule(args.data_dir, args.train_days, args.test_day, args.validation, args.streaming)
-    zone = args.time_zone or DEFAULT_TIME_ZONE
-    cache = Path(args.cache_dir) if args.cache_dir else None
-    opened = {
-        day: open_day(args.data_dir, day, SETTINGS[args.setting], cache, zone)
-        for day in sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
-    }
-    return plan.Run(
-        name="",
-        variant="",
-        setting=args.setting,
-        seed=0,
-        folder=Path(),
-        commands=(args.train, args.evaluate),
-        training=(),
-        evaluation=(*shared, *(["--save_scores"] if args.save_scores else [])),
-        identity={},
-        parts=parts,
-        data=plan.read_data(
-            args.data_dir.absolute(), {day: (cached.checksum, len(cached)) for day, cached in opened.items()}
-        ),
-        streaming=args.streaming,
-        days_named=args.train_days is not None or args.validation or args.streaming,
-        cwd=Path.cwd(),
-    )
-
-
-def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
-    """Where the runs of a row lie: in --output_dir itself for the one method of a script."""
-    if args.output_dir is not None and not (args.several or args.by_setting):
-        return args.output_dir.absolute() / (name if name.startswith(plan.UNTRAINED) else "")
-    row = f"{name}_{variant}" if variant else name
-    if args.output_dir is not None:
-        return args.output_dir.absolute() / (args.setting if args.by_setting else "") / row
-    return args.runs_dir.absolute() / args.setting / row / args.data_dir.resolve().name
-
-
-def _engine(args: argparse.Namespace, runs: Sequence[plan.Run]) -> Iterator[list[Outcome]]:
+def _engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
     options = Options(args.force, args.resume, args.discard_state)
     cores = len(os.sched_getaffinity(0))
     named = args.device is not None or args.cuda is not None
@@ -206,20 +117,20 @@ def _engine(args: argparse.Namespace, runs: Sequence[plan.Run]) -> Iterator[list
     if args.engine == "ray":
         (slot, *_) = slots(args.jobs, 0, cores, named, threads or max(1, cores // args.jobs))
         return run_on_ray(runs, slot, not named or args.device != "cpu", options)
-    places = slots(args.jobs, torch.cuda.device_count(), cores, named, threads)
+    made = slots(args.jobs, torch.cuda.device_count(), cores, named, threads)
     if args.jobs > 1:
-        where = sorted({place.device for place in places if place.device})
+        where = sorted({slot.device for slot in made if slot.device})
         logger.info(
             "%d runs at a time, %d threads each%s; another number of threads may change the last digits",
-            args.jobs, places[0].threads, f", on {', '.join(where)}" if where else "",
+            args.jobs, made[0].threads, f", on {', '.join(where)}" if where else "",
         )  # fmt: skip
-    return run_locally(runs, places, options)
+    return run_locally(runs, made, options)
 
 
-def _make_all(args: argparse.Namespace, runs: Sequence[plan.Run]) -> list[Outcome]:
+def _make_all(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
     """Make the runs, with one progress bar; how they ended, in the order of the plan."""
     ended: dict[Path, Outcome] = {}
-    with logging_redirect_tqdm(), Progress(runs) as progress:
+    with logging_redirect_tqdm(), closing(Progress(runs)) as progress:
         try:
             for outcomes in _engine(args, runs):
                 for outcome in outcomes:
@@ -227,31 +138,31 @@ def _make_all(args: argparse.Namespace, runs: Sequence[plan.Run]) -> list[Outcom
                     progress.ended(outcome)
                 progress.look()
         except KeyboardInterrupt:
-            done = sum(outcome.status in ("finished", "kept") for outcome in ended.values())
+            done = sum(outcome.done for outcome in ended.values())
             logger.info("stopped: %d of %d runs are finished; the same command goes on from here", done, len(runs))
             raise
     return [ended[run.folder] for run in runs]
 
 
-def _check_folders(args: argparse.Namespace, runs: Sequence[plan.Run]) -> None:
+def _check_folders(args: argparse.Namespace, runs: Sequence[Run]) -> None:
     """InputError when a folder holds another run: better now than after hours."""
     for run in runs:
         if not args.force:
-            records.check_same_run(run, records.holding(run.folder), args.resume)
+            check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume)
 
 
 def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
     """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
-    done = [outcome.run for outcome in outcomes if outcome.status in ("finished", "kept")]
-    worth = any(run.name != plan.UNTRAINED for run in done)
+    done = [outcome.run for outcome in outcomes if outcome.done]
+    worth = any(run.name != UNTRAINED for run in done)
     text = "".join(f"{run.folder}\n" for run in done if worth)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _say_commits(outcomes: Sequence[Outcome]) -> None:
     """Say so when runs that were kept were made by other code than the rest."""
-    folders = [outcome.run.folder for outcome in outcomes if outcome.status in ("finished", "kept")]
-    commits = Counter(str((records.holding(folder).record or {}).get("commit")) for folder in folders)
+    folders = [outcome.run.folder for outcome in outcomes if outcome.done]
+    commits = Counter(str(read_folder(folder).record.get("commit")) for folder in folders)
     if len(commits) > 1:
         counts = ", ".join(f"{count} at {commit}" for commit, count in commits.items())
         logger.warning("the runs were not all made by the same commit: %s; --force makes them again", counts)
@@ -259,7 +170,7 @@ def _say_commits(outcomes: Sequence[Outcome]) -> None:
 
 def _report_failures(outcomes: Sequence[Outcome]) -> int:
     """Name the failed runs; the exit code: 0, 2 when every failure is a mistake in the input, else 1."""
-    failed = [outcome for outcome in outcomes if outcome.status not in ("finished", "kept")]
+    failed = [outcome for outcome in outcomes if not outcome.done]
     if not failed:
         return 0
     lines = [
@@ -270,7 +181,7 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
         lines += [f"  {'; '.join(outcome.run.title for outcome in same)}: {sentence}"]
         lines += [f"    {outcome.log}" for outcome in same if outcome.log is not None]
     sys.stderr.write("\n".join(lines) + "\n")
-    return USERS_MISTAKE if all(outcome.code == USERS_MISTAKE for outcome in failed) else 1
+    return REFUSED if all(outcome.code == REFUSED for outcome in failed) else 1
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from deep_components.evaluation.day import evaluate_cascade
 
 def main(argv: list[str]) -> None:
     args = evaluation_parser("Evaluate a two-stage run on a test day.").parse_args(argv)
-    evaluate_cascade(TWO_STAGE, args)
+    evaluate_cascade(args, TWO_STAGE)
 
 
 if __name__ == "__main__":

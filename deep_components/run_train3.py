@@ -8,17 +8,15 @@ from torch import nn
 from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
 from deep_components.cascade import THREE_STAGE as CASCADE
 from deep_components.cli import run_command
-from deep_components.loss import three_stage
-from deep_components.loss.sorting import SORTING_OPERATORS
-from deep_components.loss.three_stage.arf import ARF
-from deep_components.loss.three_stage.arf_v2 import ARFv2
-from deep_components.loss.three_stage.bce import BCE
-from deep_components.loss.three_stage.fs_lambdaloss import FSLambdaLoss
-from deep_components.loss.three_stage.fs_ranknet import FSRankNet
-from deep_components.loss.three_stage.icc import ICC
-from deep_components.loss.three_stage.lcron import LCRON
-from deep_components.loss.three_stage.rankflow import RankFlow
-from deep_components.loss.three_stage.sorting import SortingCrossEntropy
+from deep_components.loss.arf import ARF
+from deep_components.loss.arf_v2 import ARFv2
+from deep_components.loss.bce import BCE
+from deep_components.loss.fs_lambdaloss import FSLambdaLoss
+from deep_components.loss.fs_ranknet import FSRankNet
+from deep_components.loss.icc import ICC
+from deep_components.loss.lcron import LCRON
+from deep_components.loss.rankflow import RankFlow
+from deep_components.loss.sorting import SortingCrossEntropy
 from deep_components.training.loop import train_cascade
 
 
@@ -30,7 +28,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def build_loss(args: argparse.Namespace) -> nn.Module:
-    """The loss of ``args.loss_type``: loss(retrieval, prerank, rank, targets) -> {"loss": ..., named terms}."""
+    """The loss of ``args.loss_type``: loss(scores, targets) -> {"loss": ..., named terms}."""
     if args.loss_type == "bce":
         return BCE(CASCADE.exposed_groups, **method_options(args))
     elif args.loss_type == "icc":
@@ -46,13 +44,11 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     elif args.loss_type == "arf_v2":
         return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
     elif args.loss_type == "lcron":
-        options = lcron_options(args, CASCADE, label_ties="repeated")
-        return LCRON(CASCADE.num_relevant, **options | {"sort": SORTING_OPERATORS[options["sort"]]})
+        return LCRON(CASCADE.stage_names, CASCADE.num_relevant, **lcron_options(args, CASCADE, label_ties="repeated"))
     elif args.loss_type == "sorting":
-        options = method_options(args, tau=50.0, sort="neural_sort")
-        return SortingCrossEntropy(**options | {"sort": SORTING_OPERATORS[options["sort"]]})
+        return SortingCrossEntropy(**method_options(args, tau=50.0, sort="neural_sort"))
     else:
-        raise unknown_method(args.loss_type, three_stage.__path__)
+        raise unknown_method(args.loss_type)
 
 
 def main(argv: list[str]) -> None:

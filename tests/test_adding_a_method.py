@@ -36,13 +36,13 @@ def test_the_readmes_three_steps_add_a_method(tmp_path: Path, tmp_path_factory: 
         shutil.copy(ROOT / name, project / name)
 
     steps = readme_steps()
-    (project / "deep_components/loss/two_stage/mine.py").write_text(steps["loss"])
+    (project / "deep_components/loss/mine.py").write_text(steps["loss"])
     command = project / "deep_components/run_train2.py"
     source = command.read_text()
-    importing = "from deep_components.loss.two_stage.lcron import LCRON\n"
+    importing = "from deep_components.loss.lcron import LCRON\n"
     last_branch = "    else:\n        raise unknown_method"
     assert importing in source and last_branch in source
-    source = source.replace(importing, importing + "from deep_components.loss.two_stage.mine import Mine\n")
+    source = source.replace(importing, importing + "from deep_components.loss.mine import Mine\n")
     command.write_text(source.replace(last_branch, steps["branch"] + last_branch))
     (project / "two_stage/mine.sh").write_text(steps["script"])
 

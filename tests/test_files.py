@@ -92,28 +92,28 @@ def test_json_without_a_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_a_lock_excludes_and_ends(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "a"
     with locked(path) as ours:
-        assert ours
-        with locked(path, wait=False) as theirs, locked(path, shared=True, wait=False) as reading:
-            assert not theirs and not reading
-    with locked(path, wait=False) as free:
-        assert free
+        assert ours is not None
+        with locked(path, wait=0) as theirs, locked(path, shared=True, wait=0.15) as reading:
+            assert theirs is None and reading is None
+    with locked(path, wait=0) as free:
+        assert free is not None
 
 
 def test_shared_locks_do_not_exclude_one_another(tmp_path: Path) -> None:
-    with locked(tmp_path / "a", shared=True) as one, locked(tmp_path / "a", shared=True, wait=False) as other:
-        assert one and other
-        with locked(tmp_path / "a", wait=False) as alone:
-            assert not alone
+    with locked(tmp_path / "a", shared=True) as one, locked(tmp_path / "a", shared=True, wait=0) as other:
+        assert one is not None and other is not None
+        with locked(tmp_path / "a", wait=0) as alone:
+            assert alone is None
 
 
 def test_where_nothing_can_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with locked(tmp_path / "file" / "lock", shared=True) as reading:
-        assert reading
+        assert reading is not None
     with pytest.raises(OSError), locked(tmp_path / "file" / "lock"):
         pass
     no_locks = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     with mock.patch("fcntl.flock", no_locks), locked(tmp_path / "a", shared=True) as reading:
-        assert reading
+        assert reading is not None
     with mock.patch("fcntl.flock", no_locks), pytest.raises(OSError, match="No locks"), locked(tmp_path / "a"):
         pass

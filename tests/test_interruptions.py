@@ -20,7 +20,8 @@ from benchmarks.soak import results
 from deep_components import run_train2
 from deep_components.batch import CascadeBatch
 from deep_components.cli import run_command
-from deep_components.runs.checkpoint import STATE_FILE, load_state
+from deep_components.runs.folder import STATE_FILE
+from deep_components.runs.state import load_state
 from deep_components.training import loop as training
 from deep_components.training.step import Trainer
 from tests.helpers import leftovers, logged_steps, train, training_arguments
@@ -327,13 +328,13 @@ def break_rank_in_step(number: int, patch: pytest.MonkeyPatch) -> None:
     """Give one of the ranking stage's gradients a NaN in the ``number``-th step from now."""
     norm, made = Trainer._gradient_norm, 0
 
-    def broken(self: Trainer, stage: str) -> Any:
+    def broken(self: Trainer, stage: str, pulled: Any) -> Any:
         nonlocal made
         made += stage == "rank"
         if stage == "rank" and made == number:
             gradient = next(p.grad for p in self.models[stage].parameters() if p.grad is not None)
             gradient.view(-1)[0] = float("nan")
-        return norm(self, stage)
+        return norm(self, stage, pulled)
 
     patch.setattr(Trainer, "_gradient_norm", broken)
 

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from deep_components import run_experiments
+from deep_components import run_experiments, run_train2
 from deep_components.cli import run_command
 from deep_components.errors import InputError
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
+from deep_components.runs.identity import first_difference
+from deep_components.runs.records import read_folder
 from tests.helpers import DAYS
 
-SCRIPT = ["--setting=two_stage", "--train=train2", "--evaluate=test2", "--runs_dir=runs"]
+TRAIN, EVALUATE = "deep_components.run_train2", "deep_components.run_test2"
+SCRIPT = ["--setting=two_stage", f"--train={TRAIN}", f"--evaluate={EVALUATE}", "--runs_dir=runs"]
 LCRON = ["--method=lcron", "--loss_type=lcron", "--tau=50", "--batch_size=16"]
 BCE = ["--method=bce", "--loss_type=bce", "--batch_size=16"]
 
@@ -80,7 +83,7 @@ def test_what_goes_to_which_command(log: Path, tmp_path: Path) -> None:
         log, "--seeds=30", f"--test_day={DAYS[1]}", "--save_scores", "--tau", "20", "--lr=0.02", *both
     )
     train, test = run.train_command(run.parts[0], resume=False), run.test_command(run.parts[0])
-    assert (train[0], test[0]) == ("train2", "test2")
+    assert (train[0], test[0]) == (TRAIN, EVALUATE)
     for command in (train, test):
         assert {*both, f"--data_dir={log}", f"--output_dir={run.folder}"} <= set(command)
     assert train.index("--tau") > train.index("--tau=50")
@@ -96,9 +99,31 @@ def test_what_goes_to_which_command(log: Path, tmp_path: Path) -> None:
 
 def test_the_users_batch_size_is_not_divided(log: Path) -> None:
     def batch_size(*words: str) -> int:
-        return plan(log, "--batch_divisor=8", "--", "--seeds=30", *words)[-1].identity["batch_size"]
+        return plan(log, "--batch_divisor=8", "--", "--seeds=30", *words)[-1].config["arguments"]["batch_size"]
 
     assert (batch_size(), batch_size("--batch_size=16")) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["--lr=0.5", "--seed=7"], "untrained"),
+        (["--emb_dim=4", "--seq_len=5"], "untrained_emb_dim4_seq_len5"),
+        (["--init_from=a/b"], "untrained_init_froma-b"),
+    ],
+)
+def test_the_folder_of_an_untrained_cascade(words: list[str], folder: str, log: Path) -> None:
+    assert folders(plan(log, *words))[0].split("/")[2] == folder
+
+
+def test_a_plan_knows_what_the_training_will_write(log: Path, tmp_path: Path) -> None:
+    """So the runner's comparison of a folder with its plan is that of --resume."""
+    *_, run = plan(log, "--seeds=31", f"--output_dir={tmp_path}", "--emb_dim=4", "--nn_units=16", "--device=cpu")
+    run_train2.main(run.train_command(run.parts[0], resume=False)[1:])
+    written = read_folder(run.folder)
+    assert first_difference(written.config, run.config) is first_difference(run.config, written.config) is None
+    assert all(written.config[name] == value for name, value in run.config.items() if name != "arguments")
+    assert run.steps == 4 and written.trained(run.parts[0].train_days, epochs=1)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +132,7 @@ def test_the_users_batch_size_is_not_divided(log: Path) -> None:
         (["--methods=lcron,mine"], "--methods=mine: choose from lcron"),
         (["--cuda=0", "--device=cpu"], "both name a device"),
         (["--test_day=2020-01-01"], "--test_day=2020-01-01: .* has only"),
+        (["--terms=single", "--end_to_end_quotas=30,20"], "--end_to_end_quotas belongs to the end-to-end term"),
     ],
 )
 def test_mistakes(words: list[str], sentence: str, log: Path) -> None:
@@ -114,7 +140,7 @@ def test_mistakes(words: list[str], sentence: str, log: Path) -> None:
         plan(log, *words)
 
 
-@pytest.mark.parametrize("word", ["--seeds=a", "--jobs=0", "--lr=abc", "--engine=slurm"])
+@pytest.mark.parametrize("word", ["--seeds=a", "--jobs=0", "--lr=abc", "--engine=slurm", "--output_dir=", "--tua=3"])
 def test_arguments_that_are_refused(word: str, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         plan(log, word)
@@ -136,7 +162,7 @@ def finish(
             yield [Outcome(run, "failed" if failure else "finished", error=error, code=code)]
 
     monkeypatch.setattr(run_experiments, "_engine", engine)
-    seeds = ",".join(str(30 + place) for place in range(len(failures) // 2))
+    seeds = ",".join(str(30 + count) for count in range(len(failures) // 2))
     argv = [*SCRIPT, f"--run_list={folder / 'list'}", *LCRON, "--"]
     argv += [f"--data_dir={log}", f"--output_dir={folder}", f"--seeds={seeds}"]
     try:

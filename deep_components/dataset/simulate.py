@@ -24,15 +24,14 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date, datetime, timedelta, timezone
-from enum import IntEnum, auto
+from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from deep_components.cascade import THREE_STAGE
 from deep_components.cli import progress, run_command
 from deep_components.dataset.importers.recflow_files import (
     GROUP_NAMES,
@@ -41,9 +40,7 @@ from deep_components.dataset.importers.recflow_files import (
     ITEM_COLUMNS,
     ORIGIN_FILE,
     DayLog,
-    feather_path,
-    history_path,
-    request_path,
+    day_paths,
     write_day,
     write_id_counts,
     write_origin,
@@ -53,47 +50,45 @@ from deep_components.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FIRST_TRAINING_DAY = date(2024, 1, 13)
-TEST_DAY = date(2024, 2, 4)
+FIRST_TRAINING_DAY, TEST_DAY = date(2024, 1, 13), date(2024, 2, 4)
 MAX_DAYS = (TEST_DAY - FIRST_TRAINING_DAY).days + 1  # every day of Period 1 before the test day, and the test day
 LOCAL_TIME = timezone(timedelta(hours=8))  # Asia/Shanghai, which has no summer time
 
-MIN_VIDEOS = 200
 MAX_IDS = 2**31  # the rank -> id map multiplies two numbers below this in int64
-MAX_REQUESTS_PER_DAY = 86_400_000  # request times of a day are distinct milliseconds
+MILLISECONDS_PER_DAY, SECONDS_PER_DAY = 86_400_000, 86_400
+LIMITS = {
+    "requests_per_day": (1, MILLISECONDS_PER_DAY),  # request times of a day are distinct milliseconds
+    "users": (1, MAX_IDS),
+    "videos": (200, MAX_IDS),
+    "authors": (1, MAX_IDS),
+    "seed": (0, 2**63 - 1),
+}
 
 AGES, GENDERS, PROVINCES, UPLOAD_TYPES = 7, 3, 34, 10
 CATEGORIES_ONE, CATEGORIES_TWO = 40, 200
 CATEGORY_ONE_PADDING = 2  # readers pad category_level_one with 2, so no video has it
 
-GROUP_SIZE = THREE_STAGE.group_size
-NUM_CANDIDATES = 120
+GROUP_SIZE, NUM_CANDIDATES, NUM_FACTORS = 10, 120, 8
 REQUESTS_PER_CHUNK = 1024  # candidates are scored in chunks: about 100 MB of temporaries, whatever the day's size
-NUM_FACTORS = 8
-
 UNFINISHED_FILE = "others/simulation_unfinished.json"
 
 # Relative traffic of the 24 local hours: a low at 4, a peak at 21.
 HOURLY_TRAFFIC = (5, 3, 2, 1, 1, 1, 2, 4, 5, 5, 6, 7, 9, 9, 7, 6, 6, 7, 8, 10, 12, 13, 12, 9)
 GENDER_SHARES = (0.49, 0.49, 0.02)
 AGE_SHARES = (0.10, 0.24, 0.22, 0.18, 0.13, 0.08, 0.05)
-
+PROVINCE_SHARES = tuple(1 / (province + 5) for province in range(PROVINCES))
 SHARED_DEVICE = 0.1  # share of users on their neighbour's device
-HOME_CATEGORY = 0.8  # share of an author's videos in the author's own category
-HOME_UPLOAD_TYPE = 0.6
+HOME_CATEGORY, HOME_UPLOAD_TYPE = 0.8, 0.6  # share of an author's videos in the author's own category, upload type
 
 # Shares of variance; those of one quantity sum to 1.
 USER_PARTS = {"cell": 0.55, "province": 0.1, "device": 0.1, "user": 0.25}
-VIDEO_PARTS = {"category_one": 0.35, "category_two": 0.25, "author": 0.25, "video": 0.15}
-CATEGORY_ONE_SHARE = VIDEO_PARTS["category_one"] / (VIDEO_PARTS["category_one"] + VIDEO_PARTS["category_two"])
+VIDEO_PARTS = {"category": 0.6, "author": 0.25, "video": 0.15}
+CATEGORY_ONE_SHARE = 0.35 / (0.35 + 0.25)  # of a category's part; the rest is that of category_level_two
 
 # Standard deviations, beside 1 for the taste term (freshness: the bonus of a video that is just uploaded).
-QUALITY_WEIGHT = 0.3
-POPULARITY_WEIGHT = 0.15
-FRESHNESS_WEIGHT = 0.2
+QUALITY_WEIGHT, POPULARITY_WEIGHT, FRESHNESS_WEIGHT = 0.3, 0.15, 0.2
 FRESHNESS_DAYS = 14.0  # a video's bonus falls by a factor e in this time
 MEAN_AGE_DAYS = 60.0  # of a video when the log begins
-SECONDS_PER_DAY = 86_400
 
 DIVERSITY_PENALTY = 0.25  # per better-placed video of the same category_level_one
 MEDIAN_DURATION_MS, DURATION_SPREAD = 30_000.0, 0.8
@@ -119,38 +114,16 @@ TRUTH = StageView(factors=NUM_FACTORS, popularity=POPULARITY_WEIGHT, noise=0.0)
 # Group of the videos a stage drops, its view, how many videos it keeps.
 FUNNEL = (("prerank_neg", PRERANK, 70), ("coarse_neg", COARSE, 42), ("rank_neg", RANK, 2 * GROUP_SIZE))
 
+# One independent stream of random numbers per purpose; their numbers, hence their order, are part of the log's bytes.
+Stream = IntEnum(
+    "Stream",
+    "REQUESTS CANDIDATES VIEWS USER_IDS DEVICE_IDS VIDEO_IDS AUTHOR_IDS GENDER AGE PROVINCE SHARED_DEVICE CELL_TASTE "
+    "PROVINCE_TASTE DEVICE_TASTE USER_TASTE AUTHOR AUTHOR_CATEGORY AUTHOR_UPLOAD_TYPE AT_HOME OWN_CATEGORY "
+    "HOME_UPLOAD_TYPE OWN_UPLOAD_TYPE UPLOAD_AGE DURATION CATEGORY_ONE_TRAITS CATEGORY_TWO_TRAITS AUTHOR_TRAITS "
+    "VIDEO_TRAITS",
+)
 
-class _Stream(IntEnum):
-    """One independent stream of random numbers per purpose."""
-
-    REQUESTS = auto()
-    CANDIDATES = auto()
-    VIEWS = auto()
-    USER_IDS = auto()
-    DEVICE_IDS = auto()
-    VIDEO_IDS = auto()
-    AUTHOR_IDS = auto()
-    GENDER = auto()
-    AGE = auto()
-    PROVINCE = auto()
-    SHARED_DEVICE = auto()
-    CELL_TASTE = auto()
-    PROVINCE_TASTE = auto()
-    DEVICE_TASTE = auto()
-    USER_TASTE = auto()
-    AUTHOR = auto()
-    AUTHOR_CATEGORY = auto()
-    AUTHOR_UPLOAD_TYPE = auto()
-    AT_HOME = auto()
-    OWN_CATEGORY = auto()
-    HOME_UPLOAD_TYPE = auto()
-    OWN_UPLOAD_TYPE = auto()
-    UPLOAD_AGE = auto()
-    DURATION = auto()
-    CATEGORY_ONE_TRAITS = auto()
-    CATEGORY_TWO_TRAITS = auto()
-    AUTHOR_TRAITS = auto()
-    VIDEO_TRAITS = auto()
+Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -166,53 +139,45 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         _check_days(self.days)
-        _check_range("requests_per_day", self.requests_per_day, 1, MAX_REQUESTS_PER_DAY)
-        _check_range("users", self.users, 1, MAX_IDS)
-        _check_range("videos", self.videos, MIN_VIDEOS, MAX_IDS)
-        _check_range("authors", self.authors, 1, MAX_IDS)
-        _check_range("seed", self.seed, 0, 2**63 - 1)
-
-
-def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise InputError(f"--{name}={value}: out of range; give a whole number from {low:,} to {high:,}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise InputError(f"--{name}={value}: out of range; give a whole number from {low:,} to {high:,}")
 
 
 def _check_days(days: tuple[str, ...]) -> None:
-    for day in days:
-        try:
-            known = date.fromisoformat(day).isoformat() == day
-        except ValueError:
-            known = False
-        if not known:
-            raise InputError(f"--days: {day!r} is not a date; write days as YYYY-MM-DD, separated by commas")
-    if not days or any(later <= earlier for earlier, later in pairwise(days)):
-        raise InputError(f"--days={','.join(days)}: is not in order; name each day once, earliest first")
+    try:
+        in_order = [str(date.fromisoformat(day)) for day in days] == list(days) and bool(days)
+    except ValueError:
+        in_order = False
+    if not in_order or any(later <= earlier for earlier, later in pairwise(days)):
+        raise InputError(
+            f"--days={','.join(days)}: not dates in order; write days as YYYY-MM-DD, each once, earliest first, "
+            "separated by commas"
+        )
 
 
 def parse_days(text: str) -> tuple[str, ...]:
     """Dates separated by commas, or a number N: N - 1 days from FIRST_TRAINING_DAY, then TEST_DAY."""
     if not text.strip().isdecimal():
         return tuple(day.strip() for day in text.split(","))
-    count = int(text)
-    if not 1 <= count <= MAX_DAYS:
+    if not 1 <= int(text) <= MAX_DAYS:
         raise InputError(
-            f"--days={count}: a number means training days from {FIRST_TRAINING_DAY} and then the test day {TEST_DAY}, "
-            f"which more than {MAX_DAYS} would reach; give a number from 1 to {MAX_DAYS}, or list dates"
+            f"--days={text}: a number means training days from {FIRST_TRAINING_DAY} and then the test day {TEST_DAY}; "
+            f"give a number from 1 to {MAX_DAYS}, or list dates"
         )
-    training = [FIRST_TRAINING_DAY + timedelta(days=place) for place in range(count - 1)]
-    return tuple(day.isoformat() for day in [*training, TEST_DAY])
+    training = [FIRST_TRAINING_DAY + timedelta(days=number) for number in range(int(text) - 1)]
+    return tuple(str(day) for day in [*training, TEST_DAY])
 
 
 # ---------------------------------------------------------------------------------------------- hashes and laws
 
 
-def _stream_key(seed: int, stream: _Stream) -> np.ndarray:
+def stream_key(seed: int, stream: Stream) -> np.ndarray:
     """A 64-bit key, shape [1]; an array, because uint64 arrays wrap silently and scalars warn."""
     return np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)
 
 
-def _hash(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+def splitmix64(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
     """splitmix64's output number ``counter`` after state ``key``: uint64, the counter's shape."""
     mixed = counter.astype(np.uint64)
     mixed *= np.uint64(0x9E3779B97F4A7C15)
@@ -225,28 +190,23 @@ def _hash(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def _hash_uniform(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1)."""
-    return (_hash(key, counter) >> np.uint64(11)) * 2.0**-53
-
-
-def _hash_normal(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
+def hashed_normal(key: np.ndarray, counter: np.ndarray) -> np.ndarray:
     """float32, nearly N(0, 1): the standardised sum of the hash's four 16-bit words (Irwin-Hall of order 4)."""
-    words = np.ascontiguousarray(_hash(key, counter)).view(np.uint16).reshape(*counter.shape, 4)
+    words = np.ascontiguousarray(splitmix64(key, counter)).view(np.uint16).reshape(*counter.shape, 4)
     total = words[..., 0].astype(np.float32)
-    for place in range(1, 4):
-        total += words[..., place]
+    for word in range(1, 4):  # sums are exact: below 2^24
+        total += words[..., word]
     return (total - 4 * 32767.5) / np.float32(math.sqrt(4 / 12) * 65536)
 
 
 def _pick(uniform: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Index i with probability shares[i]."""
+    """Index i with probability proportional to shares[i]."""
     edges = np.cumsum(shares)[:-1] / sum(shares)
     return np.searchsorted(edges, uniform, side="right")
 
 
 @dataclass(frozen=True)
-class _PowerLaw:
+class PowerLaw:
     """Ranks 0 .. count-1 with density proportional to (rank + offset) ** -exponent, exponent < 1.
 
     Its integral is F(x) = ((x + offset)^e - offset^e) / ((count + offset)^e - offset^e), e = 1 - exponent.
@@ -256,153 +216,130 @@ class _PowerLaw:
     exponent: float
     offset: float
 
+    def _constants(self) -> tuple[float, float, float]:
+        power = 1 - self.exponent
+        return power, self.offset**power, (self.count + self.offset) ** power
+
     def rank(self, uniform: np.ndarray) -> np.ndarray:
         """floor(F^-1(uniform)): int64."""
-        power = 1 - self.exponent
-        low, high = self.offset**power, (self.count + self.offset) ** power
-        place = (low + uniform * (high - low)) ** (1 / power) - self.offset
-        return np.clip(place.astype(np.int64), 0, self.count - 1)
+        power, low, high = self._constants()
+        rank = (low + uniform * (high - low)) ** (1 / power) - self.offset
+        return np.clip(rank.astype(np.int64), 0, self.count - 1)
 
     def share(self, rank: np.ndarray) -> np.ndarray:
         """F at the middle of a rank: about uniform on [0, 1] for ranks drawn from the law."""
-        power = 1 - self.exponent
-        low, high = self.offset**power, (self.count + self.offset) ** power
+        power, low, high = self._constants()
         return ((rank + 0.5 + self.offset) ** power - low) / (high - low)
 
 
-@dataclass(frozen=True)
-class _Shuffle:
-    """x -> (multiplier x + shift) mod count: one-to-one on [0, count), so that an id does not tell its popularity."""
-
-    count: int
-    multiplier: int
-    shift: int
-
-    @classmethod
-    def of(cls, count: int, seed: int, stream: _Stream) -> "_Shuffle":
-        draw = int(_stream_key(seed, stream)[0])
-        multiplier = draw % count
-        while math.gcd(multiplier, count) != 1:
-            multiplier += 1
-        return cls(count, multiplier % count, (draw >> 32) % count)
-
-    def __call__(self, rank: np.ndarray) -> np.ndarray:
-        return (rank * self.multiplier + self.shift) % self.count
+def shuffled(rank: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
+    """(multiplier * rank + shift) mod count: one-to-one on [0, count), so that an id does not tell its popularity."""
+    draw = int(key[0])
+    multiplier = draw % count
+    while math.gcd(multiplier, count) != 1:
+        multiplier += 1
+    return (rank * (multiplier % count) + (draw >> 32) % count) % count
 
 
 # ---------------------------------------------------------------------------------------------- users and videos
 
 
 @dataclass(frozen=True)
-class _Videos:
-    """Candidates of R requests; every array is [R, C] but rows [R, C, 8] (ITEM_COLUMNS) and factors [R, C, F]."""
+class Videos:
+    """Candidates of R requests: the columns of ``items`` (ITEM_COLUMNS) and all else [R, C], but factors [R, C, F]."""
 
-    rows: np.ndarray
+    items: Columns
     popularity: np.ndarray
     quality: np.ndarray
     factors: np.ndarray
 
 
-class _World:
+class World:
     """Users and videos: pure functions of (seed, id)."""
 
     def __init__(self, settings: SimulationSettings) -> None:
-        seed = settings.seed
         self.settings = settings
-        self.keys = {stream: _stream_key(seed, stream) for stream in _Stream}
-        self.user_law = _PowerLaw(settings.users, exponent=0.6, offset=20)
-        self.video_law = _PowerLaw(settings.videos, exponent=0.7, offset=50)
-        self.author_law = _PowerLaw(settings.authors, exponent=0.6, offset=10)
-        self.category_law = _PowerLaw(CATEGORIES_TWO, exponent=0.5, offset=10)
-        self.user_ids = _Shuffle.of(settings.users, seed, _Stream.USER_IDS)
-        self.device_ids = _Shuffle.of(settings.users, seed, _Stream.DEVICE_IDS)
-        self.video_ids = _Shuffle.of(settings.videos, seed, _Stream.VIDEO_IDS)
-        self.author_ids = _Shuffle.of(settings.authors, seed, _Stream.AUTHOR_IDS)
-        self.log_begin = _day_begin_ms(settings.days[0]) // 1000
-        self.category_traits = self._category_traits()
+        self.keys = {stream: stream_key(settings.seed, stream) for stream in Stream}
+        self.user_law = PowerLaw(settings.users, exponent=0.6, offset=20)
+        self.video_law = PowerLaw(settings.videos, exponent=0.7, offset=50)
+        self.author_law = PowerLaw(settings.authors, exponent=0.6, offset=10)
+        self.category_law = PowerLaw(CATEGORIES_TWO, exponent=0.5, offset=10)
+        category = np.arange(CATEGORIES_TWO)  # the traits of each, its parent's part included: [CATEGORIES_TWO, 1 + F]
+        self.category_traits = math.sqrt(CATEGORY_ONE_SHARE) * self.traits(
+            Stream.CATEGORY_ONE_TRAITS, category_one(category)
+        ) + math.sqrt(1 - CATEGORY_ONE_SHARE) * self.traits(Stream.CATEGORY_TWO_TRAITS, category)
 
-    def uniform(self, stream: _Stream, ids: np.ndarray) -> np.ndarray:
-        return _hash_uniform(self.keys[stream], ids)
+    def uniform(self, stream: Stream, ids: np.ndarray) -> np.ndarray:
+        """A number in [0, 1) for each id: float64."""
+        return (splitmix64(self.keys[stream], ids) >> np.uint64(11)) * 2.0**-53
 
-    def traits(self, stream: _Stream, ids: np.ndarray, count: int) -> np.ndarray:
+    def normals(self, stream: Stream, ids: np.ndarray, count: int) -> np.ndarray:
         """``count`` independent normals for each id: float32 [..., count]."""
-        return _hash_normal(self.keys[stream], ids[..., None] * count + np.arange(count))
+        return hashed_normal(self.keys[stream], ids[..., None] * count + np.arange(count))
 
-    def _category_traits(self) -> np.ndarray:
-        """Quality, then factors, of each category_level_two, its parent's part included: [CATEGORIES_TWO, 1 + F]."""
-        category = np.arange(CATEGORIES_TWO)
-        parent = self.traits(_Stream.CATEGORY_ONE_TRAITS, category_one(category), 1 + NUM_FACTORS)
-        own = self.traits(_Stream.CATEGORY_TWO_TRAITS, category, 1 + NUM_FACTORS)
-        return math.sqrt(CATEGORY_ONE_SHARE) * parent + math.sqrt(1 - CATEGORY_ONE_SHARE) * own
+    def traits(self, stream: Stream, ids: np.ndarray) -> np.ndarray:
+        """Quality, then factors: float32 [..., 1 + F]."""
+        return self.normals(stream, ids, 1 + NUM_FACTORS)
 
-    def profiles(self, users: np.ndarray) -> dict[str, np.ndarray]:
-        """The fields of users [R] that a request carries."""
-        shared = (self.uniform(_Stream.SHARED_DEVICE, users) < SHARED_DEVICE) & (users > 0)
-        provinces = tuple(1 / (place + 5) for place in range(PROVINCES))
+    def users(self, uniform: np.ndarray) -> Columns:
+        """The fields that requests of users drawn by ``uniform`` [R] carry."""
+        count = self.settings.users
+        user = shuffled(self.user_law.rank(uniform), count, self.keys[Stream.USER_IDS])
+        on_neighbours = (self.uniform(Stream.SHARED_DEVICE, user) < SHARED_DEVICE) & (user > 0)
         return {
-            "user_id": users,
-            "device_id": self.device_ids(users - shared),
-            "age": _pick(self.uniform(_Stream.AGE, users), AGE_SHARES),
-            "gender": _pick(self.uniform(_Stream.GENDER, users), GENDER_SHARES),
-            "province": _pick(self.uniform(_Stream.PROVINCE, users), provinces),
+            "user_id": user,
+            "device_id": shuffled(user - on_neighbours, count, self.keys[Stream.DEVICE_IDS]),
+            "age": _pick(self.uniform(Stream.AGE, user), AGE_SHARES),
+            "gender": _pick(self.uniform(Stream.GENDER, user), GENDER_SHARES),
+            "province": _pick(self.uniform(Stream.PROVINCE, user), PROVINCE_SHARES),
         }
 
-    def tastes(self, profiles: dict[str, np.ndarray]) -> np.ndarray:
+    def tastes(self, users: Columns) -> np.ndarray:
         """p_u: [R, F], of unit variance."""
         parts = {
-            "cell": self.traits(_Stream.CELL_TASTE, profiles["gender"] * AGES + profiles["age"], NUM_FACTORS),
-            "province": self.traits(_Stream.PROVINCE_TASTE, profiles["province"], NUM_FACTORS),
-            "device": self.traits(_Stream.DEVICE_TASTE, profiles["device_id"], NUM_FACTORS),
-            "user": self.traits(_Stream.USER_TASTE, profiles["user_id"], NUM_FACTORS),
+            "cell": self.normals(Stream.CELL_TASTE, users["gender"] * AGES + users["age"], NUM_FACTORS),
+            "province": self.normals(Stream.PROVINCE_TASTE, users["province"], NUM_FACTORS),
+            "device": self.normals(Stream.DEVICE_TASTE, users["device_id"], NUM_FACTORS),
+            "user": self.normals(Stream.USER_TASTE, users["user_id"], NUM_FACTORS),
         }
         return np.sum([math.sqrt(USER_PARTS[name]) * part for name, part in parts.items()], axis=0)
 
-    def videos(self, ranks: np.ndarray) -> _Videos:
+    def videos(self, ranks: np.ndarray) -> Videos:
         """Everything about the videos of popularity ``ranks`` [R, C]."""
-        video = self.video_ids(ranks)
-        author = self.author_ids(self.author_law.rank(self.uniform(_Stream.AUTHOR, video)))
-        category = self._category(video, author)
-        columns = {
+        video = shuffled(ranks, self.settings.videos, self.keys[Stream.VIDEO_IDS])
+        author_rank = self.author_law.rank(self.uniform(Stream.AUTHOR, video))
+        author = shuffled(author_rank, self.settings.authors, self.keys[Stream.AUTHOR_IDS])
+        at_home = self.uniform(Stream.AT_HOME, video) < HOME_CATEGORY
+        category = self.category_law.rank(self._of(author, Stream.AUTHOR_CATEGORY, video, Stream.OWN_CATEGORY, at_home))
+        at_home = self.uniform(Stream.HOME_UPLOAD_TYPE, video) < HOME_UPLOAD_TYPE
+        upload_type = self._of(author, Stream.AUTHOR_UPLOAD_TYPE, video, Stream.OWN_UPLOAD_TYPE, at_home)
+        # Exponential age at the log's beginning, at least one second, so that the upload is always before the request.
+        age_days = -MEAN_AGE_DAYS * np.log1p(-self.uniform(Stream.UPLOAD_AGE, video))
+        newest = _day_begin_ms(self.settings.days[0]) // 1000 - 1
+        log_duration = DURATION_SPREAD * self.normals(Stream.DURATION, video, 1)[..., 0]
+        traits = (
+            math.sqrt(VIDEO_PARTS["category"]) * self.category_traits[category]
+            + math.sqrt(VIDEO_PARTS["author"]) * self.traits(Stream.AUTHOR_TRAITS, author)
+            + math.sqrt(VIDEO_PARTS["video"]) * self.traits(Stream.VIDEO_TRAITS, video)
+        )
+        items = {
             "video_id": video,
             "author_id": author,
-            "duration": self._duration(video),
+            "duration": (MEDIAN_DURATION_MS * np.exp(log_duration)).astype(np.int64),
             "category_level_two": category,
-            "upload_type": self._upload_type(video, author),
-            "upload_timestamp": self._upload_timestamp(video),
+            "upload_type": (upload_type * UPLOAD_TYPES).astype(np.int64),
+            "upload_timestamp": newest - (age_days * SECONDS_PER_DAY).astype(np.int64),
             "category_level_one": category_one(category),
             "effective_view": np.zeros_like(video),
         }
-        traits = (
-            math.sqrt(VIDEO_PARTS["category_one"] + VIDEO_PARTS["category_two"]) * self.category_traits[category]
-            + math.sqrt(VIDEO_PARTS["author"]) * self.traits(_Stream.AUTHOR_TRAITS, author, 1 + NUM_FACTORS)
-            + math.sqrt(VIDEO_PARTS["video"]) * self.traits(_Stream.VIDEO_TRAITS, video, 1 + NUM_FACTORS)
-        )
-        return _Videos(
-            rows=np.stack([columns[name] for name in ITEM_COLUMNS], axis=-1),
-            popularity=math.sqrt(12) * (0.5 - self.video_law.share(ranks)),
-            quality=QUALITY_WEIGHT * traits[..., 0],
-            factors=traits[..., 1:],
-        )
+        popularity = math.sqrt(12) * (0.5 - self.video_law.share(ranks))
+        return Videos(items, popularity, quality=QUALITY_WEIGHT * traits[..., 0], factors=traits[..., 1:])
 
-    def _category(self, video: np.ndarray, author: np.ndarray) -> np.ndarray:
-        home = self.uniform(_Stream.AT_HOME, video) < HOME_CATEGORY
-        own, of_author = self.uniform(_Stream.OWN_CATEGORY, video), self.uniform(_Stream.AUTHOR_CATEGORY, author)
-        return self.category_law.rank(np.where(home, of_author, own))
-
-    def _upload_type(self, video: np.ndarray, author: np.ndarray) -> np.ndarray:
-        home = self.uniform(_Stream.HOME_UPLOAD_TYPE, video) < HOME_UPLOAD_TYPE
-        own, of_author = self.uniform(_Stream.OWN_UPLOAD_TYPE, video), self.uniform(_Stream.AUTHOR_UPLOAD_TYPE, author)
-        return (np.where(home, of_author, own) * UPLOAD_TYPES).astype(np.int64)
-
-    def _upload_timestamp(self, video: np.ndarray) -> np.ndarray:
-        """Seconds; exponential age at the log's beginning, at least one second, so always before the request."""
-        age_days = -MEAN_AGE_DAYS * np.log1p(-self.uniform(_Stream.UPLOAD_AGE, video))
-        return self.log_begin - 1 - (age_days * SECONDS_PER_DAY).astype(np.int64)
-
-    def _duration(self, video: np.ndarray) -> np.ndarray:
-        """Milliseconds, log-normal."""
-        spread = DURATION_SPREAD * self.traits(_Stream.DURATION, video, 1)[..., 0]
-        return (MEDIAN_DURATION_MS * np.exp(spread)).astype(np.int64)
+    def _of(
+        self, author: np.ndarray, authors: Stream, video: np.ndarray, videos: Stream, at_home: np.ndarray
+    ) -> np.ndarray:
+        """The author's number where the video is ``at_home``, elsewhere the video's own."""
+        return np.where(at_home, self.uniform(authors, author), self.uniform(videos, video))
 
 
 def category_one(category_two: np.ndarray) -> np.ndarray:
@@ -415,192 +352,135 @@ def category_one(category_two: np.ndarray) -> np.ndarray:
 
 
 def _day_begin_ms(day: str) -> int:
-    begin = datetime.combine(date.fromisoformat(day), datetime.min.time(), LOCAL_TIME)
-    return int(begin.timestamp()) * 1000
+    return int(datetime.fromisoformat(day).replace(tzinfo=LOCAL_TIME).timestamp()) * 1000
 
 
-def _distinct(sorted_values: np.ndarray, count: int) -> np.ndarray:
+def _day_rng(settings: SimulationSettings, stream: Stream, day: str) -> np.random.Generator:
+    return np.random.default_rng([settings.seed, stream, date.fromisoformat(day).toordinal()])
+
+
+def distinct(sorted_values: np.ndarray, count: int) -> np.ndarray:
     """Shift sorted integers [..., n] of [0, count) so that they increase strictly; n <= count."""
     steps = np.arange(sorted_values.shape[-1])
     shifted = np.maximum.accumulate(sorted_values - steps, axis=-1)
     return np.clip(shifted, 0, count - sorted_values.shape[-1]) + steps
 
 
-def _request_times(rng: np.random.Generator, day: str, num_requests: int) -> np.ndarray:
-    """Distinct, increasing milliseconds of the local ``day`` [R], with HOURLY_TRAFFIC's rhythm."""
+def requests_of(world: World, day: str) -> Columns:
+    """The request columns of a day, in order of time, with HOURLY_TRAFFIC's rhythm; every array [R]."""
+    settings = world.settings
+    rng = _day_rng(settings, Stream.REQUESTS, day)
     edges = np.concatenate([[0.0], np.cumsum(HOURLY_TRAFFIC)]) / sum(HOURLY_TRAFFIC)
-    hours = np.interp(np.sort(rng.random(num_requests)), edges, np.arange(25))
-    milliseconds = (hours * 3_600_000).astype(np.int64)
-    return _day_begin_ms(day) + _distinct(milliseconds, MAX_REQUESTS_PER_DAY)
+    hours = np.interp(np.sort(rng.random(settings.requests_per_day)), edges, np.arange(25))
+    times = _day_begin_ms(day) + distinct((hours * 3_600_000).astype(np.int64), MILLISECONDS_PER_DAY)
+    ids = 1 + settings.days.index(day) * settings.requests_per_day + np.arange(len(times))
+    return {"request_id": ids, "request_timestamp": times, **world.users(rng.random(len(times)))}
 
 
-def _draw_candidates(rng: np.random.Generator, law: _PowerLaw, num_requests: int) -> np.ndarray:
+def draw_candidates(rng: np.random.Generator, law: PowerLaw, num_requests: int) -> np.ndarray:
     """NUM_CANDIDATES distinct popularity ranks for each request: [R, C]."""
     ranks = np.sort(law.rank(rng.random((num_requests, NUM_CANDIDATES))), axis=1)
-    return _distinct(ranks, law.count)
+    return distinct(ranks, law.count)
 
 
-def _freshness(rows: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """exp(-age / FRESHNESS_DAYS) of videos at their request's time: [R, C]."""
-    seconds = times[:, None] / 1000 - rows[..., ITEM_COLUMNS.index("upload_timestamp")]
-    return np.exp(-seconds / (FRESHNESS_DAYS * SECONDS_PER_DAY))
-
-
-def _view(view: StageView, videos: _Videos, tastes: np.ndarray, times: np.ndarray) -> np.ndarray:
+def seen_by(view: StageView, videos: Videos, tastes: np.ndarray, times: np.ndarray) -> np.ndarray:
     """The noiseless part of a stage's score (module docstring): [R, C]."""
+    age_seconds = times[:, None] / 1000 - videos.items["upload_timestamp"]
     taste = np.einsum("rf,rcf->rc", tastes[:, : view.factors], videos.factors[..., : view.factors])
     return (
         view.popularity * videos.popularity
         + videos.quality
-        + FRESHNESS_WEIGHT * _freshness(videos.rows, times)
+        + FRESHNESS_WEIGHT * np.exp(-age_seconds / (FRESHNESS_DAYS * SECONDS_PER_DAY))
         + taste / math.sqrt(NUM_FACTORS)
     )
 
 
-def _sort_by(score: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """The candidates ``alive`` [R, n] by falling score [R, C]."""
-    order = np.argsort(-np.take_along_axis(score, alive, axis=1), axis=1)
-    return np.take_along_axis(alive, order, axis=1)
+def _sort_by(score: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """The candidates [R, n] by falling score [R, C]."""
+    order = np.argsort(-np.take_along_axis(score, candidates, axis=1), axis=1)
+    return np.take_along_axis(candidates, order, axis=1)
 
 
-def _sample_dropped(rng: np.random.Generator, dropped: np.ndarray) -> np.ndarray:
+def _sample(rng: np.random.Generator, dropped: np.ndarray) -> np.ndarray:
     """GROUP_SIZE random ones of dropped [R, n], in their order."""
-    places = np.argpartition(rng.random(dropped.shape, np.float32), GROUP_SIZE, axis=1)[:, :GROUP_SIZE]
-    return np.take_along_axis(dropped, np.sort(places, axis=1), axis=1)
+    chosen = np.argpartition(rng.random(dropped.shape, np.float32), GROUP_SIZE, axis=1)[:, :GROUP_SIZE]
+    return np.take_along_axis(dropped, np.sort(chosen, axis=1), axis=1)
 
 
-def _same_category_before(rows: np.ndarray) -> np.ndarray:
-    """For videos in order [R, n, 8]: how many earlier ones have the same category_level_one [R, n]."""
-    category = rows[..., ITEM_COLUMNS.index("category_level_one")]
-    same = category[:, :, None] == category[:, None, :]
-    return np.tril(same, -1).sum(axis=2)
+def _run_stages(rng: np.random.Generator, videos: Videos, tastes: np.ndarray, times: np.ndarray) -> Columns:
+    """Thin out the candidates stage by stage: for each group the indices of its candidates, best first, [R, 10]."""
 
+    def scores(view: StageView) -> np.ndarray:
+        noise = rng.standard_normal(videos.popularity.shape, np.float32)
+        return seen_by(view, videos, tastes, times) + view.noise * noise
 
-def _ranks(order: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """1-based place in ``order`` [R, n] of each candidate of ``of`` [R, m]."""
-    place = np.zeros((len(order), NUM_CANDIDATES), np.int64)
-    np.put_along_axis(place, order, np.arange(1, order.shape[1] + 1)[None], axis=1)
-    return np.take_along_axis(place, of, axis=1)
-
-
-@dataclass(frozen=True)
-class _Funnel:
-    """Where the candidates of R requests went: candidate places, best first."""
-
-    rank_order: np.ndarray  # [R, 20]
-    rerank_order: np.ndarray  # [R, 20]
-    dropped: dict[str, np.ndarray]  # {rank_neg, coarse_neg, prerank_neg: [R, 10]}
-
-
-def _run_stages(rng: np.random.Generator, videos: _Videos, tastes: np.ndarray, times: np.ndarray) -> _Funnel:
-    """Thin out the candidates stage by stage."""
-    shape = videos.popularity.shape
-    alive = np.broadcast_to(np.arange(NUM_CANDIDATES), shape)
-    dropped = {}
+    groups = {}
+    kept = np.broadcast_to(np.arange(NUM_CANDIDATES), videos.popularity.shape)
     for name, view, keep in FUNNEL:
-        score = _view(view, videos, tastes, times) + view.noise * rng.standard_normal(shape, np.float32)
-        order = _sort_by(score, alive)
-        alive, dropped[name] = order[:, :keep], _sample_dropped(rng, order[:, keep:])
-    score = _view(RERANK, videos, tastes, times) + RERANK.noise * rng.standard_normal(shape, np.float32)
-    first = _sort_by(score, alive)
-    crowded = _same_category_before(_take_rows(videos.rows, first))
-    diverse = np.take_along_axis(score, first, axis=1) - DIVERSITY_PENALTY * crowded
-    rerank_order = np.take_along_axis(first, np.argsort(-diverse, axis=1), axis=1)
-    return _Funnel(rank_order=alive, rerank_order=rerank_order, dropped=dropped)
+        order = _sort_by(scores(view), kept)
+        kept, groups[name] = order[:, :keep], _sample(rng, order[:, keep:])
+    score = scores(RERANK)
+    reranked = _sort_by(score, kept)
+    category = np.take_along_axis(videos.items["category_level_one"], reranked, axis=1)
+    same_before = np.tril(category[:, :, None] == category[:, None, :], -1).sum(axis=2)
+    diverse = np.take_along_axis(score, reranked, axis=1) - DIVERSITY_PENALTY * same_before
+    reranked = np.take_along_axis(reranked, np.argsort(-diverse, axis=1), axis=1)
+    head = slice(None), slice(GROUP_SIZE)
+    return groups | {"rank_pos": kept[head], "rerank_pos": reranked[head], "rerank_neg": reranked[:, GROUP_SIZE:]}
 
 
-def _take_rows(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(rows, places[..., None], axis=1)
+def _chunk(rng: np.random.Generator, world: World, request: Columns) -> np.ndarray:
+    """The videos of R requests, as GROUP_NAMES and ITEM_COLUMNS have them: [R, 6, 10, 8]."""
+    tastes, times = world.tastes(request), request["request_timestamp"]
+    videos = world.videos(draw_candidates(rng, world.video_law, len(times)))
+    groups = _run_stages(rng, videos, tastes, times)
+    exposed = groups["rerank_pos"]  # nothing else is viewed
+    utility = np.take_along_axis(seen_by(TRUTH, videos, tastes, times), exposed, axis=1)
+    viewed = rng.random(exposed.shape) < 1 / (1 + np.exp(-VIEW_SLOPE * (utility - VIEW_THRESHOLD)))
+    np.put_along_axis(videos.items["effective_view"], exposed, viewed.astype(np.int64), axis=1)
+    chosen = np.concatenate([groups[name] for name in GROUP_NAMES], axis=1)
+    columns = [np.take_along_axis(videos.items[name], chosen, axis=1) for name in ITEM_COLUMNS]
+    return np.stack(columns, axis=-1).reshape(len(times), len(GROUP_NAMES), GROUP_SIZE, len(ITEM_COLUMNS))
 
 
-def _mark_views(rng: np.random.Generator, videos: _Videos, utility: np.ndarray, exposed: np.ndarray) -> None:
-    """Draw effective views of the ``exposed`` places [R, 10] into ``videos.rows``; nothing else was viewed."""
-    logit = VIEW_SLOPE * (np.take_along_axis(utility, exposed, axis=1) - VIEW_THRESHOLD)
-    viewed = rng.random(logit.shape) < 1 / (1 + np.exp(-logit))
-    np.put_along_axis(videos.rows[..., ITEM_COLUMNS.index("effective_view")], exposed, viewed.astype(np.int64), axis=1)
-
-
-def _chunk(
-    rng: np.random.Generator, world: _World, profiles: dict[str, np.ndarray], times: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The groups [R, 10, 8] of R requests, and their rank_index [R, 10] and rerank_index [R, 20]."""
-    tastes = world.tastes(profiles)
-    videos = world.videos(_draw_candidates(rng, world.video_law, len(times)))
-    funnel = _run_stages(rng, videos, tastes, times)
-    places = {
-        "rank_pos": funnel.rank_order[:, :GROUP_SIZE],
-        "rerank_pos": funnel.rerank_order[:, :GROUP_SIZE],
-        "rerank_neg": funnel.rerank_order[:, GROUP_SIZE:],
-        **funnel.dropped,
-    }
-    _mark_views(rng, videos, _view(TRUTH, videos, tastes, times), places["rerank_pos"])
-    groups = {name: _take_rows(videos.rows, places[name]) for name in GROUP_NAMES}
-    rank_index = _ranks(funnel.rank_order, of=places["rank_pos"])
-    return groups | {"rank_index": rank_index, "rerank_index": _ranks(funnel.rerank_order, of=funnel.rerank_order)}
-
-
-def _requests(world: _World, place: int) -> dict[str, np.ndarray]:
-    """The request columns of day number ``place``; every array [R]."""
-    settings = world.settings
-    rng = _day_rng(settings, _Stream.REQUESTS, settings.days[place])
-    times = _request_times(rng, settings.days[place], settings.requests_per_day)
-    users = world.user_ids(world.user_law.rank(rng.random(len(times))))
-    ids = 1 + place * settings.requests_per_day + np.arange(len(times))
-    return {"request_id": ids, "request_timestamp": times, **world.profiles(users)}
-
-
-def _day_rng(settings: SimulationSettings, stream: _Stream, day: str) -> np.random.Generator:
-    return np.random.default_rng([settings.seed, stream, date.fromisoformat(day).toordinal()])
-
-
-def _day_items(world: _World, day: str, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """_chunk's arrays for the whole day, computed REQUESTS_PER_CHUNK requests at a time."""
-    rng = _day_rng(world.settings, _Stream.CANDIDATES, day)
+def _day_items(world: World, day: str, request: Columns) -> np.ndarray:
+    """_chunk's array for the whole day, computed REQUESTS_PER_CHUNK requests at a time."""
+    rng = _day_rng(world.settings, Stream.CANDIDATES, day)
     num_requests = len(request["request_id"])
-    whole: dict[str, np.ndarray] = {}
+    items = np.empty((num_requests, len(GROUP_NAMES), GROUP_SIZE, len(ITEM_COLUMNS)), np.int64)
     for start in progress(range(0, num_requests, REQUESTS_PER_CHUNK), day, unit="chunk"):
-        part = {field: values[start : start + REQUESTS_PER_CHUNK] for field, values in request.items()}
-        for name, values in _chunk(rng, world, part, part["request_timestamp"]).items():
-            whole.setdefault(name, np.empty((num_requests, *values.shape[1:]), np.int64))
-            whole[name][start : start + len(values)] = values
-    return whole
+        span = slice(start, start + REQUESTS_PER_CHUNK)
+        items[span] = _chunk(rng, world, {field: values[span] for field, values in request.items()})
+    return items
 
 
 # ---------------------------------------------------------------------------------------------- histories
 
 
-class _Histories:
+class Histories:
     """The last HISTORY_LENGTH effective views of every user seen so far, in one array ordered by user, then time."""
 
     def __init__(self) -> None:
         self.users = np.zeros(0, np.int64)  # [E]
         self.rows = np.zeros((0, len(HISTORY_COLUMNS)), np.int64)  # [E, 10]
 
-    def advance(self, request: dict[str, np.ndarray], viewed: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Histories [R, 50, 10] of a day's requests; then remember the day.
+    def advance(self, users: np.ndarray, viewed: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Histories [R, 50, 10] of a day's requests, made by ``users`` [R]; then remember the day.
 
-        ``rows`` [E', 10] are the day's views in time order, ``viewed`` [E'] the places of their requests. A key
-        (user, 0 for a kept view or 1 + place of its request) sorts all views; those of a user before the request at
-        place i have keys in [(user, 0), (user, 1 + i)).
+        ``rows`` [E', 10] are the day's views in time order, ``viewed`` [E'] the numbers of their requests. A key
+        (user, 0 for a kept view or 1 + number of its request) sorts all views; those of a user before request i have
+        keys in [(user, 0), (user, 1 + i)).
         """
-        num_requests = len(request["user_id"])
-        owners = np.concatenate([self.users, request["user_id"][viewed]])
-        turn = np.concatenate([np.zeros(len(self.users), np.int64), 1 + viewed])
-        keys = owners * (num_requests + 1) + turn
+        period = len(users) + 1
+        owners = np.concatenate([self.users, users[viewed]])
+        keys = owners * period + np.concatenate([np.zeros(len(self.users), np.int64), 1 + viewed])
         order = np.argsort(keys, kind="stable")
         keys, owners, rows = keys[order], owners[order], np.concatenate([self.rows, rows])[order]
-        begin = request["user_id"] * (num_requests + 1)
-        low = np.searchsorted(keys, begin)
-        high = np.searchsorted(keys, begin + 1 + np.arange(num_requests))
-        history = _last_rows(rows, low, high)
-        self._keep(owners, rows)
-        return history
-
-    def _keep(self, owners: np.ndarray, rows: np.ndarray) -> None:
-        """Drop all but the last HISTORY_LENGTH rows of each owner; owners are sorted."""
-        from_end = np.searchsorted(owners, owners, side="right") - np.arange(len(owners))
-        last = from_end <= HISTORY_LENGTH
+        low = np.searchsorted(keys, users * period)
+        high = np.searchsorted(keys, users * period + 1 + np.arange(len(users)))
+        last = np.searchsorted(owners, owners, side="right") - np.arange(len(owners)) <= HISTORY_LENGTH
         self.users, self.rows = owners[last], rows[last]
+        return _last_rows(rows, low, high)
 
 
 def _last_rows(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -608,41 +488,37 @@ def _last_rows(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
     history = np.zeros((len(low), HISTORY_LENGTH, rows.shape[1]), np.int64)
     for start in range(0, len(low), REQUESTS_PER_CHUNK):
         span = slice(start, start + REQUESTS_PER_CHUNK)
-        places = high[span, None] - np.arange(HISTORY_LENGTH, 0, -1)
-        valid = places >= low[span, None]
-        history[span][valid] = rows[places[valid]]
+        wanted = high[span, None] - np.arange(HISTORY_LENGTH, 0, -1)
+        valid = wanted >= low[span, None]
+        history[span][valid] = rows[wanted[valid]]
     return history
 
 
-def _view_rows(
-    rng: np.random.Generator, request: dict[str, np.ndarray], exposed: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of exposed [R, 10, 8] the views [E', 10] (HISTORY_COLUMNS), and the place of each one's request [E']."""
+def _views(rng: np.random.Generator, request: Columns, exposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of exposed [R, 10, 8] the numbers of the viewed ones' requests [E'], and their rows [E', 10] of a history."""
     viewed, position = np.nonzero(exposed[..., ITEM_COLUMNS.index("effective_view")])
-    items = exposed[viewed, position]
-    columns = {name: items[:, place] for place, name in enumerate(ITEM_COLUMNS)}
-    columns["request_timestamp"] = request["request_timestamp"][viewed]
-    columns["request_id"] = request["request_id"][viewed]
-    played = rng.uniform(MIN_PLAYED, 1.0, len(items))
+    columns = dict(zip(ITEM_COLUMNS, exposed[viewed, position].T, strict=True))
+    columns |= {name: request[name][viewed] for name in ("request_timestamp", "request_id")}
+    played = rng.uniform(MIN_PLAYED, 1.0, len(viewed))
     columns["playing_time"] = np.maximum(1, columns["duration"] * played).astype(np.int64)
-    return np.stack([columns[name] for name in HISTORY_COLUMNS], axis=1), viewed
+    return viewed, np.stack([columns[name] for name in HISTORY_COLUMNS], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------- the log
 
 
-def _day_log(world: _World, histories: _Histories, place: int) -> DayLog:
-    """Day number ``place`` of the log; ``histories`` must have seen the days before it, and sees this one."""
-    day = world.settings.days[place]
-    request = _requests(world, place)
+def _day_log(world: World, histories: Histories, day: str) -> DayLog:
+    """A day of the log; ``histories`` must have seen the days before it, and sees this one."""
+    request = requests_of(world, day)
     items = _day_items(world, day, request)
-    rows, viewed = _view_rows(_day_rng(world.settings, _Stream.VIEWS, day), request, items["rerank_pos"])
+    groups = {name: items[:, number] for number, name in enumerate(GROUP_NAMES)}
+    viewed, rows = _views(_day_rng(world.settings, Stream.VIEWS, day), request, groups["rerank_pos"])
     return DayLog(
         request=request,
-        groups={name: items[name] for name in GROUP_NAMES},
-        rank_index=items["rank_index"],
-        rerank_index=items["rerank_index"],
-        history=histories.advance(request, viewed, rows),
+        groups=groups,
+        rank_index=np.tile(np.arange(1, GROUP_SIZE + 1), (len(items), 1)),
+        rerank_index=np.tile(np.arange(1, 2 * GROUP_SIZE + 1), (len(items), 1)),
+        history=histories.advance(request["user_id"], viewed, rows),
     )
 
 
@@ -652,31 +528,18 @@ def simulate(output_dir: Path, settings: SimulationSettings) -> None:
     A simulated log already there is replaced, any other content refused (InputError).
     """
     _prepare(output_dir, settings)
-    world, histories = _World(settings), _Histories()
-    for place, day in enumerate(settings.days):
+    world, histories = World(settings), Histories()
+    for day in settings.days:
         # No name holds the day's arrays, so they are freed before the next day's are made.
-        write_day(output_dir, day, _day_log(world, histories, place))
+        write_day(output_dir, day, _day_log(world, histories, day))
         logger.info("%s: %s requests written", day, f"{settings.requests_per_day:,}")
-    write_id_counts(output_dir, id_counts(settings))
+    counts = {"user_id": settings.users, "device_id": settings.users, "age": AGES, "gender": GENDERS}
+    counts |= {"province": PROVINCES, "video_id": settings.videos, "author_id": settings.authors}
+    counts |= {"category_level_one": CATEGORIES_ONE, "category_level_two": CATEGORIES_TWO, "upload_type": UPLOAD_TYPES}
+    write_id_counts(output_dir, counts)
     note = "drawn by deep_components.dataset.simulate: shows that the software works, says nothing about real users"
     write_origin(output_dir, {"data": "simulated", "note": note, **asdict(settings)})
     (output_dir / UNFINISHED_FILE).unlink()
-
-
-def id_counts(settings: SimulationSettings) -> dict[str, int]:
-    """Every field's vocabulary size, used or not."""
-    return {
-        "user_id": settings.users,
-        "device_id": settings.users,
-        "age": AGES,
-        "gender": GENDERS,
-        "province": PROVINCES,
-        "video_id": settings.videos,
-        "author_id": settings.authors,
-        "category_level_one": CATEGORIES_ONE,
-        "category_level_two": CATEGORIES_TWO,
-        "upload_type": UPLOAD_TYPES,
-    }
 
 
 def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
@@ -688,8 +551,7 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
     text = json.dumps(asdict(settings), indent=2, sort_keys=True) + "\n"
     write_atomically(output_dir / UNFINISHED_FILE, lambda file: file.write(text.encode()))
     (output_dir / ORIGIN_FILE).unlink(missing_ok=True)
-    for path_of in (feather_path, request_path, history_path):
-        pattern = path_of(output_dir, "*")
+    for pattern in day_paths(output_dir, "*"):
         for path in pattern.parent.glob(pattern.name):
             if path.stem not in settings.days:
                 path.unlink()
@@ -697,40 +559,24 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
 
 def _is_simulated(root: Path) -> bool:
     """Whether a finished or an unfinished run of this module filled the folder."""
-    if (root / UNFINISHED_FILE).exists():
-        return True
     try:
-        origin = json.loads((root / ORIGIN_FILE).read_text())
-    except (OSError, ValueError):
+        return (root / UNFINISHED_FILE).exists() or json.loads((root / ORIGIN_FILE).read_text())["data"] == "simulated"
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return False
-    return isinstance(origin, dict) and origin.get("data") == "simulated"
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The output, and the size of what is simulated."""
-    defaults = SimulationSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m deep_components.dataset.simulate",
-        description="Write a simulated multi-stage recommender's log in RecFlow's layout.",
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")
-    parser.add_argument(
-        "--days",
-        default=",".join(defaults.days),
-        help=f"dates separated by commas, or N: N - 1 days from {FIRST_TRAINING_DAY}, then {TEST_DAY} (%(default)s)",
-    )
-    parser.add_argument("--requests_per_day", type=int, default=defaults.requests_per_day, help="(%(default)s)")
-    parser.add_argument("--users", type=int, default=defaults.users, help="number of user ids (%(default)s)")
-    parser.add_argument("--videos", type=int, default=defaults.videos, help="number of video ids (%(default)s)")
-    parser.add_argument("--authors", type=int, default=defaults.authors, help="number of author ids (%(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="same arguments, same bytes (%(default)s)")
-    return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
-    args = vars(parse_args(argv))
-    output_dir = args.pop("output_dir")
-    simulate(output_dir, SimulationSettings(**args | {"days": parse_days(args["days"])}))
+    parser = argparse.ArgumentParser(
+        prog="python -m deep_components.dataset.simulate",
+        description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes.",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")
+    days = f"dates separated by commas, or N: N - 1 days from {FIRST_TRAINING_DAY}, then {TEST_DAY} (%(default)s)"
+    parser.add_argument("--days", default=",".join(SimulationSettings.days), help=days)
+    for field in fields(SimulationSettings)[1:]:
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="(%(default)s)")
+    args = vars(parser.parse_args(argv))
+    simulate(args.pop("output_dir"), SimulationSettings(**args | {"days": parse_days(args["days"])}))
 
 
 if __name__ == "__main__":

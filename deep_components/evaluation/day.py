@@ -14,18 +14,28 @@ from tqdm import tqdm
 
 from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
-from deep_components.dataset.columnar import DayCache, open_day
+from deep_components.checkpoint import load_trained
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day
-from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.importers.recflow import LOG_COLUMN
 from deep_components.dataset.loader import batches
+from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.kernels import load_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import build_models, use_kernels
-from deep_components.runs import checkpoint
-from deep_components.tables.rows import BatchRows
+from deep_components.models import build_models
+from deep_components.runs.folder import (
+    METRICS_FILE,
+    PER_REQUEST_FILE,
+    SCORES_FILE,
+    cascade_of,
+    read_training,
+    write_json,
+)
+from deep_components.schema import Schema
+from deep_components.tables.lookup import TableLookup
+from deep_components.tables.store import EmbeddingStore, build_stores
+from deep_components.training.step import use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -33,82 +43,103 @@ logger = logging.getLogger(__name__)
 @torch.inference_mode()
 def score_day(
     models: Mapping[str, nn.Module],
+    stores: Mapping[str, EmbeddingStore],
     day: DayCache,
     batch_size: int,
     device: torch.device,
-    prepare: BatchRows | None = None,
 ) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order, in one pass. ``prepare`` gives the rows of
-    compacted tables.
+    """Scores of every stage over every request of the day, in file order, in one pass.
 
     Returns:
-        on the CPU: stage -> [R, N]; and "request_id" [R], "labels" [R, N], "mask" [R, N].
+        on the CPU: stage -> [R, N]; and "request_id" [R], "labels", "mask" and "group" [R, N].
     """
+    first = next(iter(stores.values()))
+    lookup = TableLookup(first.schema, first.ids, {})
     parts: dict[str, list[Tensor]] = {}
     with tqdm(
         total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
     ) as bar:
-        for batch in batches(day, np.arange(len(day)), batch_size, device, prepare):
-            columns = {stage: model(batch.features) for stage, model in models.items()}
-            columns |= {"request_id": batch.request_id, "labels": batch.targets.labels, "mask": batch.targets.mask}
+        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
+            columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
+            columns |= {"request_id": batch.request_id, **vars(batch.targets)}
             for name, values in columns.items():
                 parts.setdefault(name, []).append(values.cpu())
             bar.update(len(batch.request_id))
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def evaluate_cascade(cascade: Cascade, args: argparse.Namespace) -> dict[str, Any]:
+def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -> dict[str, Any]:
     """Evaluate the run in args.output_dir (evaluation_parser): writes per_request.npz, metrics.json, and if asked for
     scores.npz.
+
+    Args:
+        cascade: what the run must be of; None takes any.
 
     Returns:
         the content of metrics.json.
     """
-    config = checkpoint.read_training(args.output_dir)
-    if config.get("setting") != cascade.name:
-        raise InputError(
-            f"{args.output_dir}: a {config.get('setting')} run; evaluate it with the command of that setting"
-        )
+    run: Path = args.output_dir
+    config, log = read_training(run), open_log(args.data_dir)
+    own = _checked_cascade(run, config, cascade)
+    _check_log(run, config, log)
     trained = argparse.Namespace(**config["arguments"])
-    counts = recflow.read_id_counts(args.data_dir)
-    if counts != config["id_counts"]:
-        raise InputError(
-            f"{args.data_dir}: its id counts differ from those of the run's data; evaluate on the same log"
-        )
-    origin = recflow.read_origin(args.data_dir)
-    if config["data"] not in (origin, "unknown"):  # unknown: imported models
-        raise InputError(
-            f"{args.output_dir}: trained on {config['data']} data, but {args.data_dir} is {origin}; "
-            "evaluate on the same log"
-        )
-    device, dtype = choose_device(args), DTYPES[trained.dtype]
-    name = test_day(args.data_dir, args.test_day)
-    day = open_day(args.data_dir, name, cascade, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
-    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    # Tables need no rows but those of the day's ids; ids that the training did not see have their initial rows.
-    ids = {field: day.ids(field) for field, count in vocabulary.items() if count + 2 >= COMPACT_FROM}
-    models = build_models(cascade, vocabulary, trained.emb_dim, trained.nn_units, None, ids)
-    for model in models.values():
-        model.to(device=device, dtype=dtype).eval()
-    checkpoint.load_models(args.output_dir, models)
-    use_kernels(models, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
-    scored = score_day(models, day, args.batch_size, device, BatchRows(ids, {}, {}))
-    metrics, results = summary(cascade, scored, torch.from_numpy(day.group))
-    results |= {"test_day": name, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
-    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": origin}
+    name = test_day(log, args.test_day)
+    day = log.open_day(name, own, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
+    scored = _scores(run, own, log.schema, trained, args, day)
+    metrics, results = summary(own, scored)
+    results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
+    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
     results |= {"test_day_checksum": day.checksum}
-    if results["data"] == "simulated":
+    if log.origin == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
     if trained.epochs and name in config["train_days"]:
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
-    (args.output_dir / checkpoint.SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
-    _write_arrays(args.output_dir / checkpoint.PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
+    (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
+    _write_arrays(run / PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
     if args.save_scores:
-        data = np.array(results["data"])
-        _write_arrays(args.output_dir / checkpoint.SCORES_FILE, scored, data=data)
-    checkpoint.write_json(args.output_dir / checkpoint.METRICS_FILE, results)
+        kept = {name: values for name, values in scored.items() if name != "group"}
+        _write_arrays(run / SCORES_FILE, kept, data=np.array(log.origin))
+    write_json(run / METRICS_FILE, results)
     return results
+
+
+def _checked_cascade(run: Path, config: Mapping[str, Any], wanted: Cascade | None) -> Cascade:
+    """The run's own cascade. InputError when it is not the ``wanted`` one."""
+    own = cascade_of(run, config)
+    if wanted is not None and own != wanted:
+        what = f"a {own.name} run" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
+        raise InputError(f"{run}: {what}; evaluate it with the command of that setting, or with run_test")
+    return own
+
+
+def _check_log(run: Path, config: Mapping[str, Any], log: Log) -> None:
+    """InputError unless the run can be evaluated on the log."""
+    if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
+        raise InputError(
+            f"{log.folder}: its fields or id counts differ from those of the run's data; evaluate on the same log"
+        )
+    if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
+        raise InputError(
+            f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; evaluate on the same log"
+        )
+
+
+def _scores(
+    run: Path, cascade: Cascade, schema: Schema, trained: argparse.Namespace, args: argparse.Namespace, day: DayCache
+) -> dict[str, Tensor]:
+    """:func:`score_day` by the run's models."""
+    device, dtype = choose_device(args), DTYPES[trained.dtype]
+    # Tables need no rows but those of the day's ids; ids that the training did not see have their initial rows.
+    ids = {name: day.ids(name) for name, table in schema.tables.items() if table.size >= COMPACT_FROM}
+    models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
+    stores = build_stores(cascade, schema, trained.emb_dim, None, ids)
+    for stage, model in models.items():
+        model.to(device=device, dtype=dtype).eval()
+        stores[stage].to(device, dtype)
+    load_trained(run, models, stores)
+    use_kernels(models, stores, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
+    return score_day(models, stores, day, args.batch_size, device)
 
 
 def _write_arrays(path: Path, tensors: Mapping[str, Tensor], **arrays: np.ndarray) -> None:
@@ -117,7 +148,7 @@ def _write_arrays(path: Path, tensors: Mapping[str, Tensor], **arrays: np.ndarra
     write_atomically(path, lambda file: np.savez_compressed(file, **contents))
 
 
-def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def summary(cascade: Cascade, scored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The metrics per request, and their means over the requests where they are defined.
 
     InputError when a score is not finite.
@@ -129,7 +160,7 @@ def summary(cascade: Cascade, scored: Mapping[str, Tensor], group: Tensor) -> tu
             raise InputError(
                 f"{stage}.safetensors gives {broken} scores that are not finite; train again with a lower --lr"
             )
-    relevant = (group == 0).expand_as(mask) & mask
+    relevant = (scored["group"] == 0) & mask
     metrics = cascade_metrics(
         {stage: scored[stage] for stage in cascade.stage_names},
         scored["labels"],

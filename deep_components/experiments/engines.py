@@ -30,17 +30,17 @@ def slots(jobs: int, devices: int, cores: int, device_named: bool = False, threa
     if jobs == 1:
         return [Slot(threads=threads)]
     each = threads or max(1, cores // jobs)
-    spread = devices and not device_named
-    return [Slot(f"cuda:{place % devices}" if spread else None, each) for place in range(jobs)]
+    several = devices and not device_named
+    return [Slot(f"cuda:{job % devices}" if several else None, each) for job in range(jobs)]
 
 
-def run_locally(runs: Sequence[Run], places: Sequence[Slot], options: Options) -> Iterator[list[Outcome]]:
+def run_locally(runs: Sequence[Run], slots: Sequence[Slot], options: Options) -> Iterator[list[Outcome]]:
     """Make the runs in order, one in each slot at a time; yields what ended, at least once a second.
 
     When the caller stops (an interruption), running commands are interrupted and waited for.
     """
     free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-    for slot in places:
+    for slot in slots:
         free.put(slot)
     commands = Commands()
 
@@ -51,7 +51,7 @@ def run_locally(runs: Sequence[Run], places: Sequence[Slot], options: Options) -
         finally:
             free.put(slot)
 
-    with ThreadPoolExecutor(len(places)) as pool:
+    with ThreadPoolExecutor(len(slots)) as pool:
         pending: set[Future[Outcome]] = {pool.submit(make, run) for run in runs}
         try:
             while pending:

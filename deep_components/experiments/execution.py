@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from deep_components.errors import InputError
-from deep_components.experiments import records
 from deep_components.experiments.plan import Part, Run
-from deep_components.runs import checkpoint
+from deep_components.runs.folder import LOG_FILE, RUNNER_LOCK_FILE, STATE_FILE, only_user, remove_run
+from deep_components.runs.records import (
+    FolderContents,
+    add_cost,
+    add_streamed_day,
+    check_same_run,
+    end_record,
+    read_folder,
+    start_record,
+)
 
-USERS_MISTAKE = 2  # the exit code of a command that refuses its input
+REFUSED = 2  # the exit code of a command that refuses its input
+SECONDS_TO_END = 60.0  # that the commands of a killed runner may need to save a large state
 
 _PROJECT = Path(__file__).parents[2]
 _ERROR_LINES = 200  # of the end of a log are searched for the error
@@ -60,6 +69,10 @@ class Outcome:
     code: int = 0
     log: Path | None = None  # of the command that failed
 
+    @property
+    def done(self) -> bool:
+        return self.status in ("finished", "kept")
+
 
 class Interrupted(Exception):  # noqa: N818 - not an error
     """The user stops all runs."""
@@ -83,7 +96,7 @@ class Commands:
         self._said: set[str] = set()
 
     def run(self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], log: Path, lock: int) -> None:
-        """Run ``python -m command`` with its output appended to ``log``.
+        """Run ``python -m command`` with its output appended to ``log``; it holds the lock too.
 
         Raises CommandFailed with the sentence the command ended with; Interrupted after :meth:`stop`.
         """
@@ -140,66 +153,74 @@ def error_sentence(log: str, code: int) -> str:
 def execute(run: Run, slot: Slot, options: Options, commands: Commands) -> Outcome:
     """Make the run, or what is left of it. Errors end in the outcome, so that other runs go on."""
     started = time.monotonic()
+    status, error, code, log = "failed", "", 0, None
     try:
         status = _make(run, slot, options, commands)
-        return Outcome(run, status, time.monotonic() - started)
     except Interrupted:
-        return Outcome(run, "interrupted", time.monotonic() - started)
+        status = "interrupted"
     except CommandFailed as failure:
-        return Outcome(run, "failed", time.monotonic() - started, failure.error, failure.code, failure.log)
-    except InputError as error:
-        return Outcome(run, "failed", time.monotonic() - started, str(error), USERS_MISTAKE)
-    except Exception as error:  # a defect of ours in one run: it is logged whole, and the others go on
+        error, code, log = failure.error, failure.code, failure.log
+    except InputError as refusal:
+        error, code = str(refusal), REFUSED
+    except Exception as defect:  # of ours, in one run: it is logged whole, and the others go on
         logger.exception("%s", run.title)
-        return Outcome(run, "failed", time.monotonic() - started, f"{type(error).__name__}: {error}", 1)
+        error, code = f"{type(defect).__name__}: {defect}", 1
+    return Outcome(run, status, time.monotonic() - started, error, code, log)
 
 
 def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
-    with records.locked(run.folder) as lock:
+    with only_user(run.folder, RUNNER_LOCK_FILE, "making this run", SECONDS_TO_END) as lock:
         if options.force:
-            records.clear(run.folder)
-        held = records.holding(run.folder)
-        records.check_same_run(run, held, options.extend)
-        left = [part for part in run.parts if not held.done(run, part)]
-        if not left and held.record is not None and held.record.get("status") == "finished":
+            remove_run(run.folder, [])
+        held = read_folder(run.folder)
+        check_same_run(held, run.config, run.streaming, options.extend)
+        left = [part for part in run.parts if not _done(held, run, part)]
+        if not left and held.record.get("status") == "finished":
             return "kept"
-        record = records.new_record(run, held)
-        attempt: dict[str, Any] = {"started": _now(), "host": socket.gethostname(), "status": "running"}
-        attempt |= {"device": slot.device, "threads": slot.threads}
-        record["attempts"].append(attempt)
-        checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
+        about = _about(run)
+        attempt = {"started": _now(), "host": socket.gethostname(), "device": slot.device, "threads": slot.threads}
+        record = start_record(held, about, attempt)
+        status, error = "interrupted", {}
         try:
             for part in left:
                 _make_part(run, part, slot, commands, lock, record)
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, Interrupted) else "failed"
-            attempt |= {"error": str(error)} if status == "failed" else {}
-            _end(run, record, attempt, status)
+            status = "finished"
+        except (CommandFailed, InputError) as failure:
+            status, error = "failed", {"error": str(failure)}
             raise
+        finally:
+            end_record(run.folder, record, {**error, "ended": _now()}, status)
         if options.discard_state:
-            (run.folder / checkpoint.STATE_FILE).unlink(missing_ok=True)
-        _end(run, record, attempt, "finished")
-        return "finished"
+            (run.folder / STATE_FILE).unlink(missing_ok=True)
+        return status
+
+
+def _done(held: FolderContents, run: Run, part: Part) -> bool:
+    """Nothing is left to do for the part."""
+    if run.streaming:
+        return held.streamed_day(part.test_day, run.checksums[part.test_day])
+    return held.trained(part.train_days, run.epochs) and _evaluated(held, run, part)
+
+
+def _evaluated(held: FolderContents, run: Run, part: Part) -> bool:
+    return held.evaluated(part.test_day, run.checksums[part.test_day], scores="--save_scores" in run.evaluation)
 
 
 def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, record: dict[str, Any]) -> None:
     """Train and evaluate, as far as it is not done."""
-    environment = _environment(slot)
-    log = run.folder / records.LOG_FILE
-    held = records.holding(run.folder)
-    if not held.trained(run, part):
-        command = run.train_command(part, held.can_resume(run, part))
-        commands.run(_with_device(command, slot), run.cwd, environment, log, lock)
-        records.add_cost(record, run.folder)
-        checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
-    if not records.holding(run.folder).evaluated(run, part):
-        commands.run(_with_device(run.test_command(part), slot), run.cwd, environment, log, lock)
+
+    def command(words: Sequence[str]) -> None:
+        device = [f"--device={slot.device}"] if slot.device else []
+        commands.run([*words, *device], run.cwd, _environment(slot), run.folder / LOG_FILE, lock)
+
+    held = read_folder(run.folder)
+    if not held.trained(part.train_days, run.epochs):
+        command(run.train_command(part, resume=bool(run.epochs) and held.resumable(part.train_days)))
+        add_cost(run.folder, record)
+    if not _evaluated(read_folder(run.folder), run, part):
+        command(run.test_command(part))
     if run.streaming:
-        records.add_streamed(run, part)
-
-
-def _with_device(command: Sequence[str], slot: Slot) -> list[str]:
-    return [*command, f"--device={slot.device}"] if slot.device else list(command)
+        add_streamed_day(run.folder, record, len(part.train_days))
 
 
 def _environment(slot: Slot) -> dict[str, str]:
@@ -208,12 +229,22 @@ def _environment(slot: Slot) -> dict[str, str]:
     return changes | ({"OMP_NUM_THREADS": str(slot.threads)} if slot.threads else {})
 
 
-def _end(run: Run, record: dict[str, Any], attempt: dict[str, Any], status: str) -> None:
-    attempt |= {"status": status, "ended": _now()}
-    record["status"] = status
-    config = records.read_json(run.folder / checkpoint.CONFIG_FILE) or {}
-    record |= {name: config.get(name) for name in ("commit", "device", "device_name", "threads", "versions")}
-    checkpoint.write_json(run.folder / checkpoint.RUN_FILE, record)
+def _about(run: Run) -> dict[str, Any]:
+    """What a run's record says of it."""
+    last = run.parts[-1]
+    return {
+        "name": run.name,
+        "variant": run.variant,
+        "setting": run.config["setting"],
+        "seed": run.seed,
+        "streaming": run.streaming,
+        "data": run.config["data"],
+        "data_dir": str(run.data_dir),
+        "train_days": list(last.train_days),
+        "test_day": last.test_day,
+        "data_checksums": dict(run.checksums),
+        "identity": dict(run.config["arguments"]),
+    }
 
 
 def _now() -> str:

@@ -3,28 +3,24 @@
 Methods come as the bash scripts state them (a name and hyper-parameters); the user's arguments come after them and win.
 """
 
-import json
+import argparse
+import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deep_components.arguments import (
-    METHOD_OPTIONS,
-    UNTRAINED_ARGUMENTS,
-    WHEREABOUTS,
-    add_method_options,
-    training_parser,
-)
+from deep_components.arguments import training_parser
+from deep_components.cascade import SETTINGS
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.days import test_day, training_days
-from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
+from deep_components.runs.identity import UNTRAINED_ARGUMENTS, first_difference
+from deep_components.training.config import run_config
 
 UNTRAINED = "untrained"
-
-# Arguments of the training that do not make it another run: finished ones stay when the failed one beside them is made
-# again with steps left out that are not finite.
-_NOT_THE_RUN = (*WHEREABOUTS, "train_days", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -44,143 +40,60 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Data:
-    """The log of a run: where it lies, what it is, and for each day its SHA-256 and number of requests."""
-
-    folder: Path
-    origin: str
-    checksums: Mapping[str, str]
-    requests: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class Run:
     """All that is needed to make one run, on this machine or another that sees the same folders.
 
     Args:
         name: the row's name, e.g. "lcron_tau_1".
         variant: what sets this run apart from the method's main one, e.g. "lr0.001_bs512", "streaming"; or "".
+        folder: of its results.
+        data_dir: the log.
         commands: modules that train and evaluate.
         training: arguments of the training but the seed, folders and days.
         evaluation: arguments of the evaluation but folders and day.
-        identity: the training's arguments as parsed, that make it this run and no other.
+        config: what its config.json will say, as far as it makes the run this one (runs/identity.py).
         parts: one, or for a streaming run one a test day.
+        checksums: of each day's content.
+        steps: of the whole training.
         days_named: the training is told its days, else it takes the log's usual ones.
         cwd: where relative paths in the arguments start.
     """
 
     name: str
     variant: str
-    setting: str
-    seed: int
     folder: Path
+    data_dir: Path
     commands: tuple[str, str]
     training: tuple[str, ...]
     evaluation: tuple[str, ...]
-    identity: Mapping[str, Any]
+    config: Mapping[str, Any]
     parts: tuple[Part, ...]
-    data: Data
+    checksums: Mapping[str, str]
+    steps: int
     streaming: bool
     days_named: bool
     cwd: Path
 
     @property
+    def seed(self) -> int:
+        return int(self.config["arguments"]["seed"])
+
+    @property
+    def epochs(self) -> int:
+        return int(self.config["arguments"]["epochs"])
+
+    @property
     def title(self) -> str:
         return f"{self.name}{f' ({self.variant})' if self.variant else ''}, seed {self.seed}"
 
-    @property
-    def steps(self) -> int:
-        """Training steps of the whole run."""
-        if not self.identity["epochs"]:
-            return 0
-        days = self.parts[-1].train_days
-        return self.identity["epochs"] * sum(self.data.requests[day] // self.identity["batch_size"] for day in days)
-
     def train_command(self, part: Part, resume: bool) -> list[str]:
-        where = [f"--seed={self.seed}", f"--data_dir={self.data.folder}", f"--output_dir={self.folder}"]
+        where = [f"--seed={self.seed}", f"--data_dir={self.data_dir}", f"--output_dir={self.folder}"]
         days = [f"--train_days={','.join(part.train_days)}"] if self.days_named else []
         return [self.commands[0], *self.training, *where, *days, *(["--resume"] if resume else [])]
 
     def test_command(self, part: Part) -> list[str]:
-        where = [f"--data_dir={self.data.folder}", f"--output_dir={self.folder}", f"--test_day={part.test_day}"]
+        where = [f"--data_dir={self.data_dir}", f"--output_dir={self.folder}", f"--test_day={part.test_day}"]
         return [self.commands[1], *self.evaluation, *where]
-
-
-def parse_training(arguments: Sequence[str], command: str) -> dict[str, Any]:
-    """The training's arguments with their defaults, as JSON would hold them; "others" are those that only the method's
-    own command knows. A mistake ends the program as argparse does: a sentence, exit code 2."""
-    parser = training_parser("")
-    parser.prog = command
-    add_method_options(parser)
-    required = ["--loss_type=", "--data_dir=", "--output_dir="]
-    known, others = parser.parse_known_args([*required, *arguments])
-    return json.loads(json.dumps(vars(known) | {"others": others}, default=str))
-
-
-def divide_batch(arguments: Sequence[str], divisor: int) -> list[str]:
-    """The hyper-parameters with their batch size divided, at least 1."""
-    batch_size = parse_training(arguments, "")["batch_size"]
-    return [*arguments, f"--batch_size={max(1, batch_size // divisor)}"] if divisor > 1 else list(arguments)
-
-
-def identity(arguments: Mapping[str, Any], streaming: bool) -> dict[str, Any]:
-    """What makes a training this one and no other; an untrained cascade depends on few of its arguments."""
-    if not arguments["epochs"]:
-        return {name: arguments[name] for name in ("seed", "epochs", *UNTRAINED_ARGUMENTS)} | {"streaming": streaming}
-    return {name: value for name, value in arguments.items() if name not in _NOT_THE_RUN} | {"streaming": streaming}
-
-
-def optional(name: str) -> bool:
-    """Whether None in an identity stands for the method's own default."""
-    return name in METHOD_OPTIONS
-
-
-def untrained_name(arguments: Mapping[str, Any]) -> str:
-    """The folder of an untrained cascade: the same for all methods, another one for other sizes."""
-    usual = parse_training([], "")
-    differing = [name for name in UNTRAINED_ARGUMENTS if arguments[name] != usual[name]]
-    return "_".join([UNTRAINED, *(f"{name}{str(arguments[name]).replace('/', '-')}" for name in differing)])
-
-
-def schedule(
-    data_dir: Path,
-    train_days: Sequence[str] | None,
-    day: str | None,
-    validation: bool = False,
-    streaming: bool = False,
-) -> tuple[Part, ...]:
-    """The days that train and the day that tests.
-
-    Args:
-        train_days, day: the user's, or None for the main protocol's.
-        validation: the last training day becomes the test day; the test day is not touched.
-        streaming: every day from the second on tests what was trained on all days before it.
-    """
-    days = training_days(data_dir, train_days)
-    if validation:
-        if day is not None:
-            raise InputError(f"--validation tests on the last training day; leave out it or --test_day={day}")
-        if len(days) < 2:
-            raise InputError(f"{data_dir}: --validation wants two training days or more, and there is only {days[0]}")
-        days, tested = days[:-1], days[-1]
-    else:
-        tested = test_day(data_dir, day)
-    if not streaming:
-        return (Part(tuple(days), tested),)
-    if tested in days:
-        raise InputError(f"--test_day={tested} is a training day; in a streaming run it comes after all of them")
-    stream = [*days, tested]
-    return tuple(Part(tuple(stream[:place]), stream[place]) for place in range(1, len(stream)))
-
-
-def read_data(data_dir: Path, days: Mapping[str, tuple[str, int]]) -> Data:
-    """The log in ``data_dir``; ``days`` are its opened days: checksum and number of requests."""
-    return Data(
-        data_dir,
-        recflow.read_origin(data_dir),
-        {day: checksum for day, (checksum, _) in days.items()},
-        {day: requests for day, (_, requests) in days.items()},
-    )
 
 
 def methods_of(argv: Sequence[str]) -> list[Method]:
@@ -193,3 +106,148 @@ def methods_of(argv: Sequence[str]) -> list[Method]:
         else:
             methods[-1] = Method(methods[-1].name, (*methods[-1].arguments, argument))
     return methods
+
+
+def schedule(
+    log: Log, train_days: Sequence[str] | None, day: str | None, validation: bool = False, streaming: bool = False
+) -> tuple[Part, ...]:
+    """The days that train and the day that tests.
+
+    Args:
+        train_days, day: the user's, or None for the main protocol's.
+        validation: the last training day becomes the test day; the test day is not touched.
+        streaming: every day from the second on tests what was trained on all days before it.
+    """
+    days = training_days(log, train_days)
+    if validation:
+        if day is not None:
+            raise InputError(f"--validation tests on the last training day; leave out it or --test_day={day}")
+        if len(days) < 2:
+            raise InputError(f"{log.folder}: --validation wants two training days or more, and there is only {days[0]}")
+        days, tested = days[:-1], days[-1]
+    else:
+        tested = test_day(log, day)
+    if not streaming:
+        return (Part(tuple(days), tested),)
+    stream = [*days, tested]
+    if any(later <= earlier for earlier, later in pairwise(stream)):
+        raise InputError(
+            f"--train_days={','.join(days)} --test_day={tested}: a streaming run takes its days in order, each once, "
+            "and the test day after all of them"
+        )
+    return tuple(Part(tuple(stream[:count]), stream[count]) for count in range(1, len(stream)))
+
+
+def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str]) -> list[Run]:
+    """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
+    of a seed, is among them once.
+
+    Raises InputError when the data or an argument cannot be used, or two runs would share a folder. Caches are built
+    here, before several processes want them.
+    """
+    mode = "_".join(mode for mode in ("validation", "streaming") if getattr(args, mode))
+    variant = "_".join(word for word in (args.variant, mode) if word)
+    shared = _shared_arguments(args)
+    log = open_log(args.data_dir)
+    rows = []
+    first_untrained = None
+    template, opened = _template(args, log, shared)
+    for method in methods:
+        words = [*_divided(args, method), *training, *shared]
+        parsed, loss = _parsed(args, words)
+        trained = [opened[day] for day in template.parts[-1].train_days]
+        config = run_config(SETTINGS[args.setting], parsed, loss, log, template.parts[-1].train_days, trained)
+        steps = parsed.epochs * sum(len(day) // parsed.batch_size for day in trained)
+        untrained = _untrained_name(parsed)
+        first_untrained = first_untrained or untrained
+        # In an --output_dir of the user's, the cascade of the first method's sizes is simply "untrained".
+        folder = UNTRAINED if args.output_dir and untrained == first_untrained else untrained
+        if args.untrained and parsed.epochs:
+            before = config | {"arguments": config["arguments"] | {"epochs": 0}}
+            rows.append((UNTRAINED, folder, mode, before, [*words, "--epochs=0"], 0))
+        rows.append((method.name, method.name, variant, config, words, steps))
+    runs: dict[Path, Run] = {}
+    for seed in args.seeds:
+        for name, row, run_variant, config, words, steps in rows:
+            run = replace(
+                template,
+                name=name,
+                variant=run_variant,
+                folder=_folder(args, row, run_variant) / f"seed{seed}",
+                training=tuple(words),
+                config=config | {"arguments": config["arguments"] | {"seed": seed}},
+                steps=steps,
+            )
+            if first_difference(runs.setdefault(run.folder, run).config, run.config) is not None:
+                raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
+    return list(runs.values())
+
+
+def _shared_arguments(args: argparse.Namespace) -> list[str]:
+    """Those that go to both the training and the evaluation."""
+    given = {name: getattr(args, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
+    shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if args.compile is not None:
+        shared.append("--compile" if args.compile else "--no-compile")
+    return shared
+
+
+def _parsed(args: argparse.Namespace, words: Sequence[str]) -> tuple[argparse.Namespace, Any]:
+    """The arguments as the training command will parse them, and its loss. A mistake ends the program as it would end
+    the command, but before anything is trained."""
+    command = importlib.import_module(args.train)
+    folders = [f"--data_dir={args.data_dir}", f"--output_dir={args.output_dir or args.runs_dir}"]
+    parsed = command.parse_args([*words, *folders])
+    return parsed, command.build_loss(parsed)
+
+
+def _divided(args: argparse.Namespace, method: Method) -> list[str]:
+    """The script's hyper-parameters with their batch size divided, at least 1."""
+    if args.batch_divisor == 1:
+        return list(method.arguments)
+    batch_size = _parsed(args, method.arguments)[0].batch_size
+    return [*method.arguments, f"--batch_size={max(1, batch_size // args.batch_divisor)}"]
+
+
+def _untrained_name(parsed: argparse.Namespace) -> str:
+    """The folder of an untrained cascade: the same for all methods, another one for other sizes."""
+    usual = training_parser("")
+    given = {name: getattr(parsed, name) for name in UNTRAINED_ARGUMENTS}
+    differing = [name for name, value in given.items() if value != usual.get_default(name)]
+    return "_".join([UNTRAINED, *(f"{name}{str(given[name]).replace('/', '-')}" for name in differing)])
+
+
+def _template(args: argparse.Namespace, log: Log, shared: Sequence[str]) -> tuple[Run, dict[str, Any]]:
+    """What all runs of a plan have in common, and its opened days."""
+    parts = schedule(log, args.train_days, args.test_day, args.validation, args.streaming)
+    zone = args.time_zone or DEFAULT_TIME_ZONE
+    cache = Path(args.cache_dir) if args.cache_dir else None
+    days = sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
+    opened = {day: log.open_day(day, SETTINGS[args.setting], cache, zone) for day in days}
+    template = Run(
+        name="",
+        variant="",
+        folder=Path(),
+        data_dir=args.data_dir.absolute(),
+        commands=(args.train, args.evaluate),
+        training=(),
+        evaluation=(*shared, *(["--save_scores"] if args.save_scores else [])),
+        config={},
+        parts=parts,
+        checksums={day: cached.checksum for day, cached in opened.items()},
+        steps=0,
+        streaming=args.streaming,
+        days_named=args.train_days is not None or args.validation or args.streaming,
+        cwd=Path.cwd(),
+    )
+    return template, opened
+
+
+def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
+    """Where the runs of a row lie: in --output_dir itself for the one method of a script."""
+    if args.output_dir is not None and not (args.several or args.by_setting):
+        return args.output_dir.absolute() / (name if name.startswith(UNTRAINED) else "")
+    row = f"{name}_{variant}" if variant else name
+    if args.output_dir is not None:
+        return args.output_dir.absolute() / (args.setting if args.by_setting else "") / row
+    return args.runs_dir.absolute() / args.setting / row / args.data_dir.resolve().name

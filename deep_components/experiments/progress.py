@@ -5,14 +5,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 from tqdm import tqdm
 
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
-from deep_components.runs.checkpoint import STEP_LOG_FILE
+from deep_components.runs.folder import STEP_LOG_FILE
 
 _BAR = "{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
 _TAIL = 4096  # bytes at the end of a step log that hold its last line
@@ -27,18 +25,11 @@ class Progress:
         self._share = {run.folder: _share(run) for run in runs}
         self._open = {run.folder: run for run in runs}
         self._training: dict[Path, str] = {}
-        shown = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=len(runs), initial=sum(self._share.values()), bar_format=_BAR, disable=not shown, leave=False
-        )
-        self._ended = 0
+        shown, done = sys.stderr.isatty(), sum(self._share.values())
+        self._bar = tqdm(total=len(runs), initial=done, bar_format=_BAR, disable=not shown, leave=False)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Take the bar away."""
         self._bar.close()
 
     def look(self) -> None:
@@ -48,22 +39,21 @@ class Progress:
         for folder, run in self._open.items():
             share = _share(run)
             if share > self._share[folder]:
-                self._share[folder] = share
-                self._training[folder] = run.title
+                self._share[folder], self._training[folder] = share, run.title
         self._bar.n = sum(self._share.values())
         self._bar.set_postfix_str("; ".join(self._training.values()), refresh=False)
         self._bar.refresh()
 
     def ended(self, outcome: Outcome) -> None:
         """Report a run that ended."""
-        self._ended += 1
         folder = outcome.run.folder
         if outcome.status == "kept" and not self._bar.disable:  # no time of this session went into it
             self._bar.initial += 1 - self._share[folder]
         self._share[folder] = 1.0
         self._open.pop(folder, None)
         self._training.pop(folder, None)
-        logger.info("[%d/%d] %s: %s", self._ended, len(self._share), outcome.run.title, _sentence(outcome))
+        total = len(self._share)
+        logger.info("[%d/%d] %s: %s", total - len(self._open), total, outcome.run.title, _sentence(outcome))
 
 
 def _sentence(outcome: Outcome) -> str:
@@ -75,18 +65,11 @@ def _sentence(outcome: Outcome) -> str:
 
 
 def _share(run: Run) -> float:
-    """How much of its training a run has done."""
-    step = _last(run.folder / STEP_LOG_FILE).get("step", 0)
-    return min(1.0, step / run.steps) if run.steps else 0.0
-
-
-def _last(path: Path) -> dict[str, Any]:
-    """The last whole line of a step log; {} when there is none yet."""
+    """How much of its training a run has done, by the last whole line of its step log."""
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().decode().split("\n")
-        return json.loads(lines[-2]) if len(lines) > 1 else {}
-    except (OSError, ValueError):
-        return {}
+        with (run.folder / STEP_LOG_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            lines = file.read().split(b"\n")
+        return min(1.0, json.loads(lines[-2])["step"] / run.steps)
+    except (OSError, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError):  # not there yet, or damaged
+        return 0.0

@@ -6,8 +6,7 @@ from statistics import mean
 from typing import Any
 
 from deep_components.errors import InputError
-from deep_components.experiments.records import read_json
-from deep_components.runs.checkpoint import RUN_FILE, STREAMING_FILE
+from deep_components.runs.folder import RUN_FILE, STREAMING_FILE, read_json
 from deep_components.text import aligned
 
 _GIB = 1 << 30

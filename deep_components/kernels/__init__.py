@@ -88,6 +88,8 @@ class Kernels:
             [B, N, L].
         """
         (batch, length, units), num_items = history.shape, items.shape[1]
+        self._expect((history, items, weight, bias), (history.shape, (batch, num_items, units), (units,), (1,)))
+        _expect((mask,), ((batch, length),), torch.bool)
         logits = history.new_empty(batch, num_items, length)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
         arrays = (_address(history), _address(items), _address(weight), _address(bias), _address(mask))
@@ -106,6 +108,9 @@ class Kernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From the gradient [B, N, L] of :meth:`attention_forward`'s logits those of history, items and weight."""
         (batch, length, units), num_items = history.shape, items.shape[1]
+        shapes = (history.shape, (batch, num_items, units), (units,), (batch, num_items, length))
+        self._expect((history, items, weight, grad), shapes)
+        _expect((mask,), ((batch, length),), torch.bool)
         grads = torch.empty_like(history), torch.empty_like(items), history.new_empty(batch, units)
         sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
         arrays = tuple(map(_address, (history, items, weight, mask, grad, *grads)))
@@ -115,6 +120,9 @@ class Kernels:
     def bias_relu(self, x: Tensor, bias: Tensor) -> None:
         """x = ReLU(x + bias) in place; x is [M, H], bias [G, H]: the g-th M / G rows get bias g."""
         rows = len(x)
+        self._expect((x, bias), (x.shape, (len(bias), x.shape[1])))
+        if rows % max(len(bias), 1):
+            raise ValueError(f"{rows} rows cannot be cut into {len(bias)} groups")
         group = rows // len(bias) if len(bias) > 1 else _ROWS_PER_SUM
         if len(bias) == 1:
             bias = bias.expand(-(-rows // group), -1).contiguous()
@@ -124,6 +132,7 @@ class Kernels:
     def relu_backward(self, out: Tensor, grad: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The gradients before ReLU(x + bias) = out: of x [M, H], and of bias [G, H] with G = ``groups``."""
         rows = len(out)
+        self._expect((out, grad), (out.shape, out.shape))
         group = rows // groups if groups > 1 else _ROWS_PER_SUM
         passed, sums = torch.empty_like(out), out.new_empty(-(-rows // group), out.shape[1])
         sizes = tuple(map(ctypes.c_int64, (rows, group, out.shape[1])))
@@ -168,6 +177,11 @@ class Kernels:
             eps: Adam's epsilon.
         """
         out = table.new_empty(len(rows), table.shape[1])
+        self._expect((table, *moments, *rule), (*[table.shape] * 3, *[rule[0].shape] * 2))
+        self._expect(kept, [(len(kept[0]),)] * 2)
+        _expect_rows(rows, last, len(table))
+        if min(len(rule[0]), len(kept[0])) <= now:
+            raise ValueError(f"rules of {len(rule[0])} steps do not reach step {now}")
         self._run(self._library.catch_up, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
             *map(_address, (rows, table, *moments, last)), ctypes.c_int64(now), ctypes.c_int64(rule[0].shape[1]),
             *map(_address, (*rule, *kept)), self._real(lr), self._real(eps), _address(out),
@@ -187,6 +201,8 @@ class Kernels:
         eps: float,
     ) -> None:
         """Adam's step number ``now`` of distinct ``rows`` with gradients [U, d]; else as in :meth:`catch_up`."""
+        self._expect((table, *moments, grad), (*[table.shape] * 3, (len(rows), table.shape[1])))
+        _expect_rows(rows, last, len(table))
         b1, b2 = betas
         numbers = (1 - b1, b2, 1 - b2, (1 - b2**now) ** 0.5, lr / (1 - b1**now), eps)
         self._run(self._library.adam_rows, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
@@ -194,16 +210,42 @@ class Kernels:
             *map(self._real, numbers),
         )  # fmt: skip
 
+    def _expect(self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+        _expect(tensors, shapes, self.dtype)
+
     def _run(self, function: Callable[..., int], *arguments: object) -> None:
         if function(*arguments):
             raise MemoryError("the attention's working memory cannot be allocated")
 
 
+def _expect(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+    """ValueError unless all are contiguous, on the CPU, and of these shapes and this type: the loops trust it."""
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+            raise ValueError(f"{tensor.dtype} {tuple(tensor.shape)} where the kernel takes {dtype} {tuple(shape)}")
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError("the kernels take contiguous tensors on the CPU")
+
+
+def _expect_rows(rows: Tensor, last: Tensor, table_rows: int) -> None:
+    """The same for distinct rows [U] int64 of a table, and the step [rows] int32 that each row was last brought to."""
+    _expect((rows,), ((len(rows),),), torch.int64)
+    _expect((last,), ((table_rows,),), torch.int32)
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < table_rows:
+        raise IndexError("a row is not one of the table's")
+
+
 def _uses_as_c(uses: Sequence[TableUse]) -> tuple[ctypes.c_int64, ctypes.c_int64, Any]:
     """Number of uses, d, and the uses."""
     array = (_Use * len(uses))()
-    for place, use in enumerate(uses):
-        array[place] = _Use(
+    dim = uses[0].table.shape[1]
+    for use in uses:
+        if use.ids.dtype != torch.int64 or use.ids.dim() != 1 or use.values.shape != (len(use.ids), dim):
+            raise ValueError(f"ids {tuple(use.ids.shape)} do not belong to values {tuple(use.values.shape)}")
+        if use.table.shape[1] != dim or not use.table.is_contiguous() or use.values.stride(1) != 1:
+            raise ValueError("tables have rows of one width, and the rows of values are contiguous")
+    for index, use in enumerate(uses):
+        array[index] = _Use(
             *(len(use.ids), len(use.table), use.ids.stride(0), use.values.stride(0), use.padding),
             *(use.ids.data_ptr(), use.table.data_ptr(), use.values.data_ptr()),
         )

@@ -2,7 +2,7 @@
  *
  * Compiled for one number type at a time (-DREAL=float or double) by deep_components/kernels/__init__.py, which is also
  * where the formulas stand. Threads are those of OpenMP: each takes a range first .. last of independent pieces and
- * writes to places that no other writes to, so results do not depend on their number. All arrays are contiguous, rows
+ * writes to memory that no other writes to, so results do not depend on their number. All arrays are contiguous, rows
  * first, unless a stride (in elements) is given. Functions return 0, or what went wrong.
  */
 
@@ -36,13 +36,13 @@ static inline REAL relu(REAL x) { return 0 > x ? 0 : x; } /* NaN stays NaN */
 typedef REAL vec __attribute__((vector_size(32)));
 typedef __typeof__((vec){0} > (vec){0}) mask_vec;
 
-static inline vec load(const REAL *place) {
+static inline vec load(const REAL *from) {
     vec value;
-    memcpy(&value, place, sizeof(value));
+    memcpy(&value, from, sizeof(value));
     return value;
 }
 
-static inline void store(REAL *place, vec value) { memcpy(place, &value, sizeof(value)); }
+static inline void store(REAL *to, vec value) { memcpy(to, &value, sizeof(value)); }
 
 static inline vec where_positive(vec x, REAL value) {
     const mask_vec chosen = x > 0;
@@ -57,15 +57,15 @@ int64_t attention_forward(int64_t requests, int64_t N, int64_t L, int64_t H, con
     IN_PARALLEL {
         MY_RANGE(requests);
         REAL *columns = malloc((H + 1) * L * sizeof(REAL)); /* the valid positions' history, transposed to [H, count] */
-        int64_t *place = malloc(L * sizeof(int64_t));
-        if (!columns || !place) status = OUT_OF_MEMORY;
+        int64_t *position = malloc(L * sizeof(int64_t));
+        if (!columns || !position) status = OUT_OF_MEMORY;
         REAL *restrict sums = columns + H * L;
         for (int64_t b = first; b < last && !status; b++) {
             int64_t count = 0;
             for (int64_t l = 0; l < L; l++)
-                if (mask[b * L + l]) place[count++] = l;
+                if (mask[b * L + l]) position[count++] = l;
             for (int64_t c = 0; c < count; c++)
-                for (int64_t h = 0; h < H; h++) columns[h * count + c] = history[(b * L + place[c]) * H + h];
+                for (int64_t h = 0; h < H; h++) columns[h * count + c] = history[(b * L + position[c]) * H + h];
             for (int64_t n = 0; n < N; n++) {
                 const REAL *restrict item = items + (b * N + n) * H;
                 for (int64_t c = 0; c < count; c++) sums[c] = 0;
@@ -82,11 +82,11 @@ int64_t attention_forward(int64_t requests, int64_t N, int64_t L, int64_t H, con
                     for (int64_t c = 0; c < count; c++) sums[c] += weight[h] * relu(columns[h * count + c] + item[h]);
                 REAL *restrict out = logits + (b * N + n) * L;
                 for (int64_t l = 0; l < L; l++) out[l] = padding;
-                for (int64_t c = 0; c < count; c++) out[place[c]] = sums[c] + *bias;
+                for (int64_t c = 0; c < count; c++) out[position[c]] = sums[c] + *bias;
             }
         }
         free(columns);
-        free(place);
+        free(position);
     }
     return status;
 }
@@ -95,31 +95,32 @@ int64_t attention_forward(int64_t requests, int64_t N, int64_t L, int64_t H, con
  * compiled into its caller, so that everything of the history stays in registers. */
 static inline __attribute__((always_inline)) void pass_on(const int64_t positions, int64_t N, int64_t L, int64_t H,
                                                           const REAL *restrict events, const REAL *restrict items,
-                                                          const REAL *restrict passed, const int64_t *restrict place,
+                                                          const REAL *restrict passed, const int64_t *restrict position,
                                                           REAL *restrict to_events, REAL *restrict to_items) {
     vec event[MOST_POSITIONS], sum[MOST_POSITIONS];
     for (int64_t k = 0; k < positions; k++) {
-        event[k] = load(events + place[k] * H);
+        event[k] = load(events + position[k] * H);
         sum[k] = (vec){0};
     }
     for (int64_t n = 0; n < N; n++) {
         const vec item = load(items + n * H);
         vec to_item = load(to_items + n * H);
         for (int64_t k = 0; k < positions; k++) {
-            const vec value = where_positive(event[k] + item, passed[n * L + place[k]]);
+            const vec value = where_positive(event[k] + item, passed[n * L + position[k]]);
             sum[k] += value;
             to_item += value;
         }
         store(to_items + n * H, to_item);
     }
-    for (int64_t k = 0; k < positions; k++) store(to_events + place[k] * H, sum[k]);
+    for (int64_t k = 0; k < positions; k++) store(to_events + position[k] * H, sum[k]);
 }
 
-/* grad_weight[h] += rows[i,h] * grads[i,h] and grads[i,h] *= weight[h], for the rows that `place` names, all without it. */
-static inline void times_weight(int64_t count, int64_t H, const int64_t *restrict place, const REAL *restrict weight,
+/* grad_weight[h] += rows[i,h] * grads[i,h] and grads[i,h] *= weight[h], for the rows that `position` names, or for all
+ * rows where it is NULL. */
+static inline void times_weight(int64_t count, int64_t H, const int64_t *restrict position, const REAL *restrict weight,
                                 const REAL *restrict rows, REAL *restrict grads, REAL *restrict grad_weight) {
     for (int64_t i = 0; i < count; i++) {
-        const int64_t row = (place ? place[i] : i) * H;
+        const int64_t row = (position ? position[i] : i) * H;
         for (int64_t h = 0; h < H; h++) {
             grad_weight[h] += rows[row + h] * grads[row + h];
             grads[row + h] *= weight[h];
@@ -137,8 +138,8 @@ int64_t attention_backward(int64_t requests, int64_t N, int64_t L, int64_t H, co
     int64_t status = 0;
     IN_PARALLEL {
         MY_RANGE(requests);
-        int64_t *place = malloc(L * sizeof(int64_t));
-        if (!place) status = OUT_OF_MEMORY;
+        int64_t *position = malloc(L * sizeof(int64_t));
+        if (!position) status = OUT_OF_MEMORY;
         memset(grad_history + first * L * H, 0, (last - first) * L * H * sizeof(REAL));
         memset(grad_items + first * N * H, 0, (last - first) * N * H * sizeof(REAL));
         memset(grad_weight + first * H, 0, (last - first) * H * sizeof(REAL));
@@ -149,30 +150,32 @@ int64_t attention_backward(int64_t requests, int64_t N, int64_t L, int64_t H, co
             REAL *restrict to_events = grad_history + b * L * H, *restrict to_items = grad_items + b * N * H;
             int64_t count = 0;
             for (int64_t l = 0; l < L; l++)
-                if (mask[b * L + l]) place[count++] = l;
+                if (mask[b * L + l]) position[count++] = l;
             int64_t c = 0;
             for (; c + MOST_POSITIONS <= count; c += MOST_POSITIONS)
                 for (int64_t h = 0; h < whole; h += LANES)
-                    pass_on(MOST_POSITIONS, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
+                    pass_on(MOST_POSITIONS, N, L, H, events + h, item + h, passed, position + c, to_events + h,
+                            to_items + h);
             for (; c < count; c++)
                 for (int64_t h = 0; h < whole; h += LANES)
-                    pass_on(1, N, L, H, events + h, item + h, passed, place + c, to_events + h, to_items + h);
+                    pass_on(1, N, L, H, events + h, item + h, passed, position + c, to_events + h, to_items + h);
             for (c = 0; whole < H && c < count; c++) /* units that fill no vector */
                 for (int64_t n = 0; n < N; n++)
                     for (int64_t h = whole; h < H; h++) {
-                        const REAL value = events[place[c] * H + h] + item[n * H + h] > 0 ? passed[n * L + place[c]] : 0;
-                        to_events[place[c] * H + h] += value;
+                        const int64_t l = position[c];
+                        const REAL value = events[l * H + h] + item[n * H + h] > 0 ? passed[n * L + l] : 0;
+                        to_events[l * H + h] += value;
                         to_items[n * H + h] += value;
                     }
-            times_weight(count, H, place, weight, events, to_events, grad_weight + b * H);
+            times_weight(count, H, position, weight, events, to_events, grad_weight + b * H);
             times_weight(N, H, NULL, weight, item, to_items, grad_weight + b * H);
         }
-        free(place);
+        free(position);
     }
     return status;
 }
 
-/* x[i, :] = max(x[i, :] + bias[i / group, :], 0), in place; x has rows of `width`. */
+/* x[i, :] = max(x[i, :] + bias[i / group, :], 0), in position; x has rows of `width`. */
 int64_t bias_relu(int64_t groups, int64_t rows, int64_t group, int64_t width, const REAL *restrict bias,
                   REAL *restrict x) {
     int64_t status = 0;

@@ -1,17 +1,15 @@
-"""Kernels shared by the losses: masked reductions, clean inputs, ground truth, and selection probabilities.
+"""Kernels shared by the losses: masked reductions, and pointwise and pairwise terms.
 
 Shapes: B requests, N items; ``mask`` is [B, N] bool, False where the item is missing. A missing item has no influence:
-its score and label may be anything, NaN included, and its gradient is zero.
+its score, label and group may be anything, NaN included, and its gradient is zero.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-EPSILON = 1e-6
 
 
 class Targets(Protocol):
@@ -27,7 +25,7 @@ class Targets(Protocol):
 
     @property
     def group(self) -> Tensor:
-        """[N] int64, 0 = the ground-truth group."""
+        """[B, N] int64, from 0; 0 = the ground-truth group."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -36,7 +34,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-def present(scores: Tensor, mask: Tensor) -> Tensor:
+def without_missing(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores with every missing item's replaced by 0: no NaN or infinity of a missing item goes further."""
     return torch.where(mask, scores, 0)
 
@@ -46,53 +44,10 @@ def num_ground_truth(targets: Targets, limit: int) -> Tensor:
     return (targets.mask & (targets.group == 0)).sum(dim=-1).clamp(max=limit)
 
 
-class Selection(NamedTuple):
-    """How much of each item is among the first k places, and among the others. [B, N] each."""
-
-    top: Tensor
-    rest: Tensor
-
-
-def split_rows(permutation: Tensor, k: Tensor) -> Selection:
-    """Sums of the rows 1..k, and of the later rows, of matrices [B, N, N] (row j = which item is j-th); k is [B]."""
-    rows = torch.arange(permutation.shape[-2], device=permutation.device)
-    in_top = (rows < k.unsqueeze(-1)).to(permutation.dtype).unsqueeze(-2)  # [B, 1, N]
-    return Selection((in_top @ permutation).squeeze(-2), ((1 - in_top) @ permutation).squeeze(-2))
-
-
-def selection_probability(permutation: Tensor, k: Tensor) -> Selection:
-    """Probabilities: top_k(P) = (rows 1..k summed) / (stopgrad(all rows summed) + eps), rest_k(P) likewise.
-
-    Args:
-        permutation: relaxed permutation matrices [B, N, N].
-        k: [B] int64.
-    """
-    top, rest = split_rows(permutation, k)
-    total = permutation.detach().sum(dim=-2) + EPSILON
-    return Selection(top / total, rest / total)
-
-
-def end_to_end_cross_entropy(chosen: Sequence[Selection], target: Selection) -> Tensor:
-    """-log(prod_i top_i + eps) gt - log(1 - prod_i (1 - rest_i) + eps) clamp(1 - gt, 0, 1) for every item. [B, N].
-
-    prod_i top_i is the lower bound of the probability that an item survives every stage i (LCRON, section 4).
-    """
-    survives, never_dropped = torch.ones_like(target.top), torch.ones_like(target.top)
-    for stage in chosen:
-        survives, never_dropped = survives * stage.top, never_dropped * (1 - stage.rest)
-    negative = (1 - target.top).clamp(0, 1)
-    return -(survives + EPSILON).log() * target.top - (1 - never_dropped + EPSILON).log() * negative
-
-
-def mean_of_rows(permutation: Tensor, mask: Tensor, k: int) -> Tensor:
-    """Mean of the rows 1..k of P, of all n rows where fewer than k items are present. [B, N]."""
-    count = mask.sum(dim=-1, keepdim=True).clamp(min=1, max=k)
-    return permutation[:, :k].sum(dim=-2) / count
-
-
-def selection_cross_entropy(predicted: Selection, target: Selection) -> Tensor:
-    """-log(top + eps) gt - log(rest + eps) rest_gt for every item. [B, N]."""
-    return -(predicted.top + EPSILON).log() * target.top - (predicted.rest + EPSILON).log() * target.rest
+def sum_of_terms(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``loss``, the sum of the terms, and the terms themselves, detached."""
+    loss = torch.stack(list(terms.values())).sum()
+    return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
 
 # ---- pointwise -------------------------------------------------------------------------------------------------------
@@ -105,39 +60,42 @@ def ground_truth_bce(scores: Tensor, targets: Targets, visible: Tensor) -> Tenso
         scores: [B, N].
         visible: [B, N] bool, the items that take part; must lie inside ``targets.mask``.
     """
-    positive = (targets.group == 0).to(scores.dtype).expand_as(scores)
-    return masked_mean(
-        F.binary_cross_entropy_with_logits(present(scores, visible), positive, reduction="none"), visible
-    )
+    logits, positive = without_missing(scores, visible), (targets.group == 0).to(scores.dtype)
+    return masked_mean(F.binary_cross_entropy_with_logits(logits, positive, reduction="none"), visible)
 
 
 def squared_error(scores: Tensor, teacher: Tensor, visible: Tensor) -> Tensor:
     """Mean of (stopgrad(teacher) - scores)^2 over ``visible``; scores and teacher are [B, N]."""
-    return masked_mean((present(teacher.detach(), visible) - present(scores, visible)) ** 2, visible)
+    difference = without_missing(teacher.detach(), visible) - without_missing(scores, visible)
+    return masked_mean(difference**2, visible)
 
 
-# ---- selecting -------------------------------------------------------------------------------------------------------
+# ---- top k of the scores ---------------------------------------------------------------------------------------------
 
 
-def best(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """The k best candidates by score, all where there are fewer. [B, N] bool, without gradient."""
-    order = scores.detach().masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(candidates).scatter(-1, order[:, :k], True) & candidates
+def top_k_mask(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Which items are the k best candidates by score; all where there are fewer. [B, N] bool, without gradient."""
+    return torch.zeros_like(candidates).scatter(-1, _descending(scores, candidates)[:, :k], True) & candidates
+
+
+def _descending(scores: Tensor, mask: Tensor) -> Tensor:
+    """Indices that sort the items by score, best first; tied items in the order of their index, missing ones last."""
+    return scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
 def soft_top_k(scores: Tensor, mask: Tensor, k: int, temperature: float) -> Tensor:
     """I(s, k) = sigmoid((s - k-th largest of s) / temperature), the smallest where fewer than k items are present.
 
-    Gradient flows through the threshold too. ``scores`` are those of :func:`present`; a caller that goes on with them
-    lets their gradients add up in one place, which at a temperature of 1e-3 decides float32's last digits.
+    Gradient flows through the threshold too. ``scores`` are those of :func:`without_missing`; a caller that goes on
+    with them has all their gradients summed before the mask, which at a temperature of 1e-3 decides float32's last
+    digits.
 
     Returns:
         [B, N], 0 for missing items.
     """
     ordered = scores.masked_fill(~mask, -torch.inf).sort(dim=-1, descending=True, stable=True).values
-    place = mask.sum(dim=-1, keepdim=True).clamp(max=k) - 1
-    threshold = ordered.gather(-1, place.clamp(min=0))
-    threshold = torch.where(place >= 0, threshold, 0)
+    index = mask.sum(dim=-1, keepdim=True).clamp(max=k) - 1
+    threshold = torch.where(index >= 0, ordered.gather(-1, index.clamp(min=0)), 0)
     return torch.where(mask, ((scores - threshold) / temperature).sigmoid(), 0)
 
 
@@ -147,9 +105,9 @@ def ranking_distillation(student: Tensor, teacher: Tensor, candidates: Tensor, n
     Best and worst are ``num_best`` and ``num_worst`` of the candidates by the teacher (all where there are fewer).
     Mean over the requests that have candidates.
     """
-    clean = present(student, candidates)
-    upper = best(teacher, candidates, num_best)
-    lower = best(-teacher, candidates, num_worst)
+    clean = without_missing(student, candidates)
+    upper = top_k_mask(teacher, candidates, num_best)
+    lower = top_k_mask(-teacher, candidates, num_worst)
     margin = (clean * upper).sum(dim=-1) / upper.sum(dim=-1).clamp(min=1)
     margin = margin - (clean * lower).sum(dim=-1) / lower.sum(dim=-1).clamp(min=1)
     return masked_mean(-F.logsigmoid(margin), candidates.any(dim=-1))
@@ -171,15 +129,17 @@ def pairwise_bce(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
-    """Sum over the groups but the last of the mean of softplus(-(s_m - s_n)), m in the group, n in any later group."""
-    clean, group = present(scores, targets.mask), targets.group
+    """Sum over the groups but the last of the mean of softplus(-(s_m - s_n)), m in the group, n in any later group.
+
+    Each mean is over the group's pairs in the whole batch.
+    """
+    clean, group = without_missing(scores, targets.mask), torch.where(targets.mask, targets.group, 0)
     penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # [B, N, N], of m before n
     ordered = pairs(targets.mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
-    # The mean over the pairs of an item's group stands at each of its places: their sum takes it once a group.
-    same = (group.unsqueeze(-1) == group).to(penalty.dtype)  # [N, N]
-    total = torch.where(ordered, penalty, 0).sum(dim=(0, 2)) @ same  # [N]
-    count = ordered.sum(dim=(0, 2)).to(penalty.dtype) @ same
-    return (total / count.clamp(min=1) / same.sum(dim=-1)).sum()
+    num_pairs = ordered.sum(dim=-1).to(torch.float64)  # [B, N], of each item with those of later groups
+    group_pairs = torch.bincount(group.flatten(), weights=num_pairs.flatten())[group]  # [B, N], of the item's group
+    total = torch.where(ordered, penalty, 0).sum(dim=-1)
+    return (total / group_pairs.to(total.dtype).clamp(min=1)).sum()
 
 
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
@@ -190,43 +150,30 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     and the smaller is at most ``cutoff``, else 0 (LambdaLoss, Wang et al., CIKM 2018); v = |d_m - d_n| with d = D(r) up
     to ``cutoff``, else 0.
     """
-    mask, clean = targets.mask, present(scores, targets.mask)
+    mask, clean = targets.mask, without_missing(scores, targets.mask)
     labels = torch.where(mask, targets.labels, 0)
-    both = pairs(mask)
     with torch.no_grad():
-        rank = _ranks(clean, mask).to(clean.dtype)
-        # Missing labels last: they are 0 and meet no discount of their own.
-        ideal = labels.masked_fill(~mask, torch.iinfo(labels.dtype).min).sort(dim=-1, descending=True).values
-        place = torch.arange(1, mask.shape[-1] + 1, device=mask.device).to(clean.dtype)
-        in_place = place <= mask.sum(dim=-1, keepdim=True)
-        ideal_dcg = (torch.where(in_place, ideal, 0) * _discount(place)).sum(dim=-1, keepdim=True)
-        gain = labels / torch.where(ideal_dcg == 0, 1, ideal_dcg)
+        rank = (_descending(clean, mask).argsort(dim=-1) + 1).to(clean.dtype)
+        gain = labels / _ideal_dcg(labels, mask, clean.dtype)
         distance = (rank.unsqueeze(-1) - rank.unsqueeze(-2)).abs()  # [B, N, N]
         near = (distance > 0) & (torch.minimum(rank.unsqueeze(-1), rank.unsqueeze(-2)) <= cutoff)
         step = (_discount(distance.clamp(min=1)) - _discount(distance.clamp(min=1) + 1)).abs()
         discount = torch.where(rank <= cutoff, _discount(rank), 0)
         weight = 0.2 * torch.where(near, step, 0) + 0.8 * (discount.unsqueeze(-1) - discount.unsqueeze(-2)).abs()
         weight = weight * (gain.unsqueeze(-1) - gain.unsqueeze(-2)).abs()
-    per_request = torch.where(both, weight * pairwise_bce(clean, labels), 0).sum(dim=(-1, -2))
+    per_request = torch.where(pairs(mask), weight * pairwise_bce(clean, labels), 0).sum(dim=(-1, -2))
     return masked_mean(per_request, mask.any(dim=-1))
 
 
-def _discount(place: Tensor) -> Tensor:
+def _ideal_dcg(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_j D(j) y_(j) of the present items, 1 where that is 0. [B, 1]."""
+    ordered = labels.masked_fill(~mask, torch.iinfo(labels.dtype).min).sort(dim=-1, descending=True).values
+    rank = torch.arange(1, mask.shape[-1] + 1, device=mask.device).to(dtype)
+    there = rank <= mask.sum(dim=-1, keepdim=True)
+    total = (torch.where(there, ordered, 0) * _discount(rank)).sum(dim=-1, keepdim=True)
+    return torch.where(total == 0, 1, total)
+
+
+def _discount(rank: Tensor) -> Tensor:
     """D(x) = 1 / ln(x + 1)."""
-    return 1 / (place + 1).log()
-
-
-def _ranks(scores: Tensor, mask: Tensor) -> Tensor:
-    """Rank of each item by score, from 1; tied items in order of place; missing items last."""
-    order = scores.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    return order.argsort(dim=-1) + 1
-
-
-# ---- sorting ---------------------------------------------------------------------------------------------------------
-
-
-def sorting_cross_entropy(permutation: Tensor, label_rows: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the n * n entries of present rows and items of -log(P + eps) Y; P and Y are [B, N, N]."""
-    rows = torch.arange(mask.shape[-1], device=mask.device) < mask.sum(dim=-1, keepdim=True)
-    entries = rows.unsqueeze(-1) & mask.unsqueeze(-2)
-    return masked_mean(-(permutation + EPSILON).log() * label_rows, entries)
+    return 1 / (rank + 1).log()

@@ -1,50 +1,39 @@
-"""The stage models of the cascades: DSSM retrieves, MLP pre-ranks, DIN ranks."""
+"""The stage models: embedded features -> scores. They know widths from the schema, and neither tables nor optimizers.
+
+A model of one's own is a ``torch.nn.Module`` with ``__init__(self, schema, emb_dim, nn_units)`` and
+``forward(self, features: EmbeddedFeatures) -> Tensor`` of scores [B, N], under a name in MODELS (docs/cascades.md).
+"""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from deep_components.cascade import Cascade
-from deep_components.kernels import Kernels
+from deep_components.errors import InputError
 from deep_components.models.din import DIN
 from deep_components.models.dssm import DSSM
 from deep_components.models.mlp import MLP
-from deep_components.tables.embedding import FieldEmbedding
-from deep_components.tables.id_set import IdSet
+from deep_components.schema import Schema
 
-MODEL_OF_STAGE: dict[str, type[DSSM] | type[MLP] | type[DIN]] = {"retrieval": DSSM, "prerank": MLP, "rank": DIN}
+MODELS: dict[str, Callable[[Schema, int, int], nn.Module]] = {"dssm": DSSM, "mlp": MLP, "din": DIN}
 
 
 def build_models(
-    cascade: Cascade,
-    vocabulary: Mapping[str, int],
-    emb_dim: int,
-    nn_units: int,
-    seed: int | None,
-    ids: Mapping[str, IdSet] | None = None,
+    cascade: Cascade, schema: Schema, emb_dim: int, nn_units: int, seed: int | None
 ) -> dict[str, nn.Module]:
-    """A freshly initialised model for every stage, in the cascade's order.
+    """A freshly initialised model for every stage, in serving order.
 
-    A stage's initial parameters depend on (seed, stage name) alone; the CPU's global generator is left as it was. With
-    ``seed=None`` tables are left without values, for models that are about to be loaded. ``ids`` are those of compacted
-    tables (:class:`FieldEmbedding`).
+    A stage's initial parameters depend on (seed, stage name) alone; the CPU's global generator is left as it was.
+
+    Raises InputError when a stage names a model that is not in MODELS.
     """
     models: dict[str, nn.Module] = {}
-    for stage in cascade.stage_names:
+    for stage in cascade.stages:
+        if stage.model not in MODELS:
+            raise InputError(f"stage {stage.name}: model {stage.model!r} is none of {', '.join(MODELS)}")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:7], "little"))
-            model = MODEL_OF_STAGE[stage](vocabulary, emb_dim, nn_units, ids)
-        if seed is not None:
-            model.embedding.initialise(seed, stage)
-        models[stage] = model
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{stage.name}".encode()).digest()[:7], "little"))
+            models[stage.name] = MODELS[stage.model](schema, emb_dim, nn_units)
     return models
-
-
-def use_kernels(models: Mapping[str, nn.Module], kernels: Kernels | None) -> None:
-    """Have the models use compiled kernels, or with None PyTorch's operators. Tables and inputs must be on a CPU."""
-    for model in models.values():
-        for module in model.modules():
-            if isinstance(module, FieldEmbedding):
-                module.kernels = kernels

@@ -1,17 +1,16 @@
 """DIN, the ranking stage: attention of each item over the user's history (Zhou et al., KDD 2018)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deep_components.batch import Features
+from deep_components.batch import EmbeddedFeatures
 from deep_components.kernels import Kernels
 from deep_components.models.tower import run_tower, tower
-from deep_components.tables.embedding import FieldEmbedding
-from deep_components.tables.id_set import IdSet
+from deep_components.schema import SIDES, Schema
 
 ATTENTION_UNITS = 80
 PADDING_LOGIT = -(2.0**30) + 1.0
@@ -22,58 +21,65 @@ _CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 
 class DIN(nn.Module):
-    """score = tower(user side, interest, item): interest is the attention-weighted sum of the history.
+    """score = tower(request, interest, item): interest is the attention-weighted sum of the history.
 
-    The attention logit of history position l for an item is Linear(80 -> 1)(ReLU(Linear(10d -> 80)(history_l, item's
-    first five fields))); padding positions get -2^30 + 1 before the softmax over all L positions. The tower is
-    [21d -> u -> u -> u/4 -> 1] with u = ``nn_units``.
+    The attention logit of history position l for an item is Linear(80 -> 1)(ReLU(Linear(-> 80)(history_l, the item's
+    fields that the history has too))); padding positions get -2^30 + 1 before the softmax over all L positions. The
+    tower is [input -> u -> u -> u/4 -> 1] with u = ``nn_units``. Arguments as those of
+    :class:`deep_components.models.dssm.DSSM`.
     """
 
-    def __init__(
-        self,
-        vocabulary: Mapping[str, int],
-        emb_dim: int = 8,
-        nn_units: int = 128,
-        ids: Mapping[str, IdSet] | None = None,
-    ) -> None:
+    def __init__(self, schema: Schema, emb_dim: int = 8, nn_units: int = 128) -> None:
         super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
-        self.behaviour_width = 5 * emb_dim
-        self.attention = tower([2 * self.behaviour_width, ATTENTION_UNITS, 1])
-        self.tower = tower([21 * emb_dim, nn_units, nn_units, nn_units // 4, 1])
+        request, history, item = (schema.width(side, emb_dim) for side in SIDES)
+        columns = schema.slices("item", emb_dim)
+        shared = [columns[field.name] for field in schema.side("history") if field.name in columns]
+        matched = [index for column in shared for index in range(column.start, column.stop)]
+        self.history_width = history
+        self.attention = tower([history + len(matched), ATTENTION_UNITS, 1])
+        self.tower = tower([request + history + item, nn_units, nn_units, nn_units // 4, 1])
+        # Where in an item's embedding the inputs of the attention lie; no state, so no part of checkpoints.
+        self.register_buffer("matched", torch.tensor(matched, dtype=torch.long), persistent=False)
+        self.matched: Tensor
+        self.leading = matched == list(range(len(matched)))
+        self.kernels: Kernels | None = None
 
-    def forward(self, features: Features) -> Tensor:
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
         """Scores [B, N]."""
-        embedded = self.embedding(features)
-        interest = self.interest(embedded.history, features.history_mask, embedded.items)  # [B, N, 5d]
-        own = torch.cat([interest, embedded.items], dim=-1)
-        return run_tower(self.tower, own, self.embedding.kernels, shared=embedded.user).squeeze(-1)
+        interest = self.interest(features.history, features.history_mask, features.item)
+        own = torch.cat([interest, features.item], dim=-1)
+        return run_tower(self.tower, own, self.kernels, shared=features.request).squeeze(-1)
 
     def interest(self, history: Tensor, history_mask: Tensor, items: Tensor) -> Tensor:
         """Attention-weighted history per item.
 
         Args:
-            history: [B, L, 5d].
+            history: [B, L, H].
             history_mask: [B, L] bool.
-            items: [B, N, 8d]; the first five fields take part.
+            items: [B, N, I]; the fields that the history has too take part.
 
         Returns:
-            [B, N, 5d].
+            [B, N, H].
         """
         inner, outer = cast(nn.Linear, self.attention[0]), cast(nn.Linear, self.attention[2])
-        width = self.behaviour_width
-        history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, H]
-        # Weights of 0 for the items' other fields: slicing the items would cost more, most of it in the backward pass.
-        item_part = F.linear(items, F.pad(inner.weight[:, width:], (0, items.shape[-1] - width)))  # [B, N, H]
+        width = self.history_width
+        history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, 80]
+        item_part = F.linear(items, self._over_items(inner.weight[:, width:], items.shape[-1]))  # [B, N, 80]
         weight = outer.weight.squeeze(0)
         history_part, item_part = history_part.to(weight.dtype), item_part.to(weight.dtype)  # autocast's may be shorter
-        kernels = self.embedding.kernels
-        if kernels is not None:
-            logits = _CompiledLogits.apply(kernels, history_part, item_part, weight, outer.bias, history_mask)
+        if self.kernels is not None:
+            logits = _CompiledLogits.apply(self.kernels, history_part, item_part, weight, outer.bias, history_mask)
         else:
             logits = attention_logits(history_part, item_part, weight) + outer.bias  # [B, N, L]
             logits = logits.masked_fill(~history_mask.unsqueeze(1), PADDING_LOGIT)
         return logits.softmax(dim=-1) @ history
+
+    def _over_items(self, weight: Tensor, width: int) -> Tensor:
+        """The attention's weight [80, matched] as one for whole items [80, I], 0 for the other fields: slicing the
+        items would cost more, most of it in the backward pass."""
+        if self.leading:
+            return F.pad(weight, (0, width - weight.shape[1]))
+        return weight.new_zeros(len(weight), width).index_copy(1, self.matched, weight)
 
 
 def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) -> Tensor:

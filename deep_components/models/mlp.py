@@ -1,33 +1,28 @@
-"""MLP, the pre-ranking stage: one tower over user, mean history and item."""
-
-from collections.abc import Mapping
+"""MLP, the pre-ranking stage: one tower over request, mean history and item."""
 
 import torch
 from torch import Tensor, nn
 
-from deep_components.batch import Features
-from deep_components.models.tower import run_tower, tower
-from deep_components.tables.embedding import FieldEmbedding, mean_history
-from deep_components.tables.id_set import IdSet
+from deep_components.batch import EmbeddedFeatures
+from deep_components.kernels import Kernels
+from deep_components.models.tower import mean_history, run_tower, tower
+from deep_components.schema import SIDES, Schema
 
 
 class MLP(nn.Module):
-    """score = tower(user side, mean history, item), [21d -> u -> u/2 -> u/4 -> 1] with u = ``nn_units``."""
+    """score = tower(request, mean history, item), [input -> u -> u/2 -> u/4 -> 1] with u = ``nn_units``.
 
-    def __init__(
-        self,
-        vocabulary: Mapping[str, int],
-        emb_dim: int = 8,
-        nn_units: int = 128,
-        ids: Mapping[str, IdSet] | None = None,
-    ) -> None:
+    Arguments as those of :class:`deep_components.models.dssm.DSSM`.
+    """
+
+    def __init__(self, schema: Schema, emb_dim: int = 8, nn_units: int = 128) -> None:
         super().__init__()
-        self.embedding = FieldEmbedding(vocabulary, emb_dim, ids)
-        self.tower = tower([21 * emb_dim, nn_units, nn_units // 2, nn_units // 4, 1])
+        width = sum(schema.width(side, emb_dim) for side in SIDES)
+        self.tower = tower([width, nn_units, nn_units // 2, nn_units // 4, 1])
+        self.kernels: Kernels | None = None
 
-    def forward(self, features: Features) -> Tensor:
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
         """Scores [B, N]."""
-        embedded = self.embedding(features)
-        history = mean_history(embedded.history, features.history_mask)
-        request = torch.cat([embedded.user, history], dim=-1)  # [B, 13d]
-        return run_tower(self.tower, embedded.items, self.embedding.kernels, shared=request).squeeze(-1)
+        history = mean_history(features.history, features.history_mask)
+        request = torch.cat([features.request, history], dim=-1)
+        return run_tower(self.tower, features.item, self.kernels, shared=request).squeeze(-1)

@@ -30,10 +30,10 @@ def run_tower(layers: nn.Sequential, inputs: Tensor, kernels: Kernels | None, sh
     """
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     hidden = inputs
-    for place, layer in enumerate(linear[:-1]):
+    for index, layer in enumerate(linear[:-1]):
         weight: Tensor = layer.weight
         bias: Tensor = layer.bias
-        if shared is not None and place == 0:
+        if shared is not None and index == 0:
             width = shared.shape[-1]
             weight, bias = weight[:, width:], F.linear(shared, weight[:, :width], bias)
         hidden = _linear_relu(hidden, weight, bias, kernels)
@@ -68,3 +68,19 @@ class _CompiledLinearReLU(torch.autograd.Function):
         inputs, weight, out = ctx.saved_tensors
         passed, grad_bias = ctx.kernels.relu_backward(out, grad.contiguous(), ctx.groups)
         return None, passed @ weight, passed.t() @ inputs, grad_bias
+
+
+def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:
+    """Sum of all L history embeddings divided by max(number of events, 1).
+
+    Padding positions take part in the sum: they look up row 0, which is zero in every table but category_one's.
+
+    Args:
+        history: [B, L, W].
+        history_mask: [B, L] bool.
+
+    Returns:
+        [B, W].
+    """
+    events = history_mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [B, 1]
+    return history.sum(dim=1) / events.to(history.dtype)

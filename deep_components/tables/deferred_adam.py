@@ -13,8 +13,7 @@ every step t, gives F(t; v) = sum_n W_n(t) / (sqrt(v) + eps G_n(t)), with 6 node
 """
 
 from collections.abc import Mapping
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,113 +77,119 @@ class DriftRule:
         return total * vectors[:, 0, :] ** 2, scale * (1 - values) / (1 + values)
 
 
-@cache
-def _drift_rule(betas: tuple[float, float], decays: tuple[float, float]) -> DriftRule:
-    """Fitted once a process: it depends on nothing else."""
-    return DriftRule(betas, decays)
-
-
 class DeferredAdam:
-    """Adam (no weight decay, constant lr) over embedding tables, equal to dense torch.optim.Adam.
+    """Adam (no weight decay, constant lr) over one embedding table, equal to dense torch.optim.Adam.
 
-    A step reads the rows it needs by :meth:`gather`, which brings them up to date, computes their gradients, and hands
-    them to :meth:`step`. :meth:`flush` brings whole tables up to date, before anything else reads them. Tables may lie
+    A step reads the rows it needs by :meth:`gather`, which brings them up to date, and hands their gradients to
+    :meth:`step`. :meth:`flush` brings the whole table up to date, before anything else reads it. The table may lie
     elsewhere than the computation: in host memory, say, while only a batch's rows travel to a GPU.
 
     Args:
-        tables: name -> parameter [rows, d].
+        table: parameter [rows, d].
         lr: learning rate.
         betas: decay of the two moments.
         eps: Adam's epsilon.
-        kernels: compiled loops for tables of their type on a CPU.
+        kernels: compiled loops for a table of their type on a CPU.
+
+    Attributes:
+        steps: made so far.
+        first, second: Adam's moments [rows, d].
+        last: [rows] int32, the step that each row was last brought to.
     """
 
     def __init__(
         self,
-        tables: Mapping[str, nn.Parameter],
+        table: nn.Parameter,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         kernels: Kernels | None = None,
     ) -> None:
-        self.tables, self.lr, self.betas, self.eps, self.kernels = dict(tables), lr, betas, eps, kernels
+        self.table, self.lr, self.betas, self.eps, self.kernels = table, lr, betas, eps, kernels
         self.steps = 0
-        self.first = {name: torch.zeros_like(table) for name, table in self.tables.items()}
-        self.second = {name: torch.zeros_like(table) for name, table in self.tables.items()}
-        self.last = {
-            name: torch.zeros(len(table), dtype=torch.int32, device=table.device) for name, table in self.tables.items()
-        }
-        self._fitted: dict[tuple[torch.dtype, torch.device], _Fitted] = {}
+        self.first, self.second = torch.zeros_like(table), torch.zeros_like(table)
+        self.last = torch.zeros(len(table), dtype=torch.int32, device=table.device)
 
     @torch.no_grad()
-    def gather(self, name: str, rows: Tensor) -> Tensor:
-        """Bring the given distinct rows [U] int64 of a table to the current step; their values [U, d]."""
-        table, last = self.tables[name], self.last[name]
-        rows = rows.to(table.device, non_blocking=True)
-        fitted, moments = self._rule(table), (self.first[name], self.second[name])
+    def gather(self, rows: Tensor) -> Tensor:
+        """Bring the given distinct rows [U] int64 to the current step; their values [U, d]."""
+        rows = rows.to(self.table.device, non_blocking=True)
+        fitted, moments = _fitted(self.table, self.betas, self.steps), (self.first, self.second)
         if self.kernels is not None:
             rule, kept = (fitted.weights, fitted.nodes), (fitted.kept_first, fitted.kept_second)
-            return self.kernels.catch_up(rows, table.detach(), moments, last, self.steps, rule, kept, self.lr, self.eps)
-        since = last[rows].long()
+            return self.kernels.catch_up(
+                rows, self.table.detach(), moments, self.last, self.steps, rule, kept, self.lr, self.eps
+            )
+        since = self.last[rows].long()
         k = self.steps - since
-        m, v = moments[0][rows], moments[1][rows]
+        m, v = self.first[rows], self.second[rows]
         kept_first, kept_second = (kept[k].unsqueeze(-1) for kept in (fitted.kept_first, fitted.kept_second))
         root = v.sqrt()
         before = _rule_sum(fitted.weights[since], fitted.nodes[since], root, self.eps)
         after = _rule_sum(fitted.weights[self.steps], fitted.nodes[self.steps], root * kept_second.sqrt(), self.eps)
         drift = self.lr * m * (before - kept_first * after)
-        values = table[rows] - torch.where(k.unsqueeze(-1) > 0, drift, 0)
-        table[rows] = values
-        moments[0][rows], moments[1][rows] = m * kept_first, v * kept_second
-        last[rows] = self.steps
+        values = self.table[rows] - torch.where(k.unsqueeze(-1) > 0, drift, 0)
+        self.table[rows] = values
+        self.first[rows], self.second[rows] = m * kept_first, v * kept_second
+        self.last[rows] = self.steps
         return values
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """One Adam step. ``gradients``: table -> rows [U] that :meth:`gather` has brought up to date, and their
-        gradients [U, d]; every other row is left to its momentum."""
+    def step(self, rows: Tensor, gradient: Tensor) -> None:
+        """One Adam step: rows [U] that :meth:`gather` has brought up to date, and their gradients [U, d]; every other
+        row is left to its momentum."""
         self.steps += 1
         b1, b2 = self.betas
-        for name, (rows, gradient) in gradients.items():
-            table, moments = self.tables[name], (self.first[name], self.second[name])
-            rows, gradient = rows.to(table.device, non_blocking=True), gradient.to(table.device)
-            if self.kernels is not None:
-                self.kernels.adam_rows(
-                    rows, table.detach(), moments, self.last[name], self.steps, gradient.contiguous(), self.lr,
-                    self.betas, self.eps,
-                )  # fmt: skip
-                continue
-            m = moments[0][rows].lerp_(gradient, 1 - b1)
-            v = moments[1][rows].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
-            denominator = (v.sqrt() / (1 - b2**self.steps) ** 0.5).add_(self.eps)
-            table[rows] -= m / denominator * (self.lr / (1 - b1**self.steps))
-            moments[0][rows], moments[1][rows] = m, v
-            self.last[name][rows] = self.steps
+        rows, gradient = rows.to(self.table.device, non_blocking=True), gradient.to(self.table.device)
+        if self.kernels is not None:
+            self.kernels.adam_rows(
+                rows, self.table.detach(), (self.first, self.second), self.last, self.steps, gradient.contiguous(),
+                self.lr, self.betas, self.eps,
+            )  # fmt: skip
+            return
+        m = self.first[rows].lerp_(gradient, 1 - b1)
+        v = self.second[rows].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        denominator = (v.sqrt() / (1 - b2**self.steps) ** 0.5).add_(self.eps)
+        self.table[rows] -= m / denominator * (self.lr / (1 - b1**self.steps))
+        self.first[rows], self.second[rows] = m, v
+        self.last[rows] = self.steps
 
     def flush(self, rows_at_a_time: int = 1 << 18) -> None:
-        """Bring every row of every table to the current step."""
-        for name, table in self.tables.items():
-            for start in range(0, len(table), rows_at_a_time):
-                self.gather(name, torch.arange(start, min(start + rows_at_a_time, len(table)), device=table.device))
+        """Bring every row to the current step."""
+        for start in range(0, len(self.table), rows_at_a_time):
+            stop = min(start + rows_at_a_time, len(self.table))
+            self.gather(torch.arange(start, stop, device=self.table.device))
 
-    def _decays(self, dtype: torch.dtype) -> tuple[float, float]:
-        """What a moment is multiplied by in a step without gradient, as arithmetic of that type does it."""
-        b1, b2 = self.betas
-        if dtype == torch.float64:
-            return b1, b2
-        return 1 - float(np.float32(1 - b1)), float(np.float32(b2))
+    def state(self) -> dict[str, Tensor]:
+        """Moments under torch.optim.Adam's names, and where the rows stand."""
+        step = torch.tensor(float(self.steps))
+        return {"step": step, "exp_avg": self.first, "exp_avg_sq": self.second, "last": self.last}
 
-    def _rule(self, table: Tensor) -> "_Fitted":
-        """What the drift up to the current step needs, in the table's type and place."""
-        decays = self._decays(table.dtype)
-        rule = _drift_rule(self.betas, decays)
-        key = (table.dtype, table.device)
-        if key not in self._fitted or len(self._fitted[key].weights) <= self.steps:
-            rule.extend(self.steps + 1)
-            steps = np.arange(len(rule.weights))
-            parts = (rule.weights, rule.nodes, decays[0] ** steps, decays[1] ** steps)
-            self._fitted[key] = _Fitted(*(torch.from_numpy(part).to(table) for part in parts))
-        return self._fitted[key]
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
+        """The reverse of :meth:`state`, or of the state of a dense torch.optim.Adam, which brings all rows to one step.
+
+        Args:
+            state: the saved tensors.
+            rows: [saved rows] int64, the rows that the saved ones have in this table; None when all, in their order.
+
+        Raises:
+            ValueError: the state cannot be that of this table.
+        """
+        self.steps = int(state["step"])
+        index = slice(None) if rows is None else rows.to(self.table.device)
+        last = state["last"] if "last" in state else torch.full((len(state["exp_avg"]),), self.steps)
+        if len(last) and not 0 <= int(last.min()) <= int(last.max()) <= self.steps:
+            raise ValueError("last names steps that were never made")
+        self.last.fill_(self.steps)
+        for target, saved in ((self.first, state["exp_avg"]), (self.second, state["exp_avg_sq"]), (self.last, last)):
+            target[index] = saved.to(target)
+
+
+def _decays(betas: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """What a moment is multiplied by in a step without gradient, as arithmetic of that type does it."""
+    b1, b2 = betas
+    return (b1, b2) if dtype == torch.float64 else (1 - float(np.float32(1 - b1)), float(np.float32(b2)))
 
 
 class _Fitted(NamedTuple):
@@ -194,6 +199,23 @@ class _Fitted(NamedTuple):
     nodes: Tensor
     kept_first: Tensor
     kept_second: Tensor
+
+
+_rules: dict[tuple[float, ...], DriftRule] = {}  # fitted once a process: a rule depends on nothing else
+_on_device: dict[tuple[Any, ...], _Fitted] = {}
+
+
+def _fitted(table: Tensor, betas: tuple[float, float], steps: int) -> _Fitted:
+    """What the drift up to step number ``steps`` needs, in the table's type and on its device."""
+    decays = _decays(betas, table.dtype)
+    rule = _rules.setdefault((*betas, *decays), DriftRule(betas, decays))
+    key = (*betas, table.dtype, table.device)
+    if key not in _on_device or len(_on_device[key].weights) <= steps:
+        rule.extend(steps + 1)
+        powers = np.arange(len(rule.weights))
+        parts = (rule.weights, rule.nodes, decays[0] ** powers, decays[1] ** powers)
+        _on_device[key] = _Fitted(*(torch.from_numpy(part).to(table) for part in parts))
+    return _on_device[key]
 
 
 def _rule_sum(weights: Tensor, nodes: Tensor, root: Tensor, eps: float) -> Tensor:

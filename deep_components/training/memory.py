@@ -1,15 +1,13 @@
 """How much memory a training will need, and whether there is so much."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from deep_components.errors import InputError
-from deep_components.tables.embedding import FieldEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -21,19 +19,13 @@ _WORTH_SAYING = 1 << 30
 ROOT = Path("/")
 
 
-def table_bytes(models: Mapping[str, nn.Module], gathered: tuple[str, ...], itemsize: int) -> tuple[int, int]:
-    """Bytes of the tables with Adam's state: (those of ``gathered`` fields, the others, which also have a dense
-    gradient)."""
-    sparse = dense = 0
-    for model in models.values():
-        embedding = model.get_submodule("embedding")
-        assert isinstance(embedding, FieldEmbedding)
-        for field, rows in embedding.rows.items():
-            numbers = rows * embedding.dim * itemsize
-            if field in gathered:
-                sparse += 3 * numbers + 4 * rows  # value, two moments; the step a row was brought to
-            else:
-                dense += 4 * numbers
+def table_bytes(rows: Mapping[str, int], dim: int, pulled: Collection[str], itemsize: int) -> tuple[int, int]:
+    """Bytes of a stage's tables with Adam's state: (``pulled`` ones, the others, which also have a dense gradient).
+
+    ``rows`` are those of each table, ``dim`` is the embedding dimension.
+    """
+    sparse = sum(rows[table] * (3 * dim * itemsize + 4) for table in pulled)  # value, two moments; its last step
+    dense = sum(4 * count * dim * itemsize for table, count in rows.items() if table not in pulled)
     return sparse, dense
 
 

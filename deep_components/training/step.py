@@ -6,39 +6,40 @@ stage, and methods that train each stage by its own step are the sum of their lo
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from deep_components.batch import CascadeBatch
+from deep_components.batch import CascadeBatch, SlotFeatures
 from deep_components.errors import InputError
 from deep_components.kernels import Kernels
-from deep_components.models import use_kernels
 from deep_components.tables.deferred_adam import DeferredAdam
-from deep_components.tables.embedding import FieldEmbedding
 from deep_components.tables.id_set import IdSet
-from deep_components.tables.rows import BatchRows
+from deep_components.tables.lookup import TableLookup
+from deep_components.tables.sparse_adam import SparseAdam
+from deep_components.tables.store import EmbeddingStore
 
-ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
+ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim's names of Adam's two moments
 
 
 class Trainer:
-    """Stage models, a loss and their optimizer; one call of :meth:`step` per batch.
+    """Stage models, their embedding stores, a loss and its optimizers; one call of :meth:`step` per batch.
 
     Args:
         models: stage -> model, in serving order.
+        stores: stage -> its embedding tables, on their devices.
         loss: the method; its parameters train too.
         lr: learning rate.
         optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
             dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
         large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
-        kernels: compiled loops for models on a CPU.
+        kernels: compiled loops for models and tables on a CPU.
         autocast: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
         skip_nonfinite: leave out steps whose loss or gradient is not finite; the device is waited for.
 
@@ -49,6 +50,7 @@ class Trainer:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
+        stores: Mapping[str, EmbeddingStore],
         loss: nn.Module,
         lr: float,
         optimizer: str = "deferred_adam",
@@ -57,118 +59,94 @@ class Trainer:
         autocast: torch.dtype | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        self.models, self.loss, self.autocast, self.skip_nonfinite = models, loss, autocast, skip_nonfinite
-        parts = {**models, "loss": loss}
-        self.parameters = {
-            f"{part}/{name}": p for part, module in parts.items() for name, p in module.named_parameters()
-        }
-        self.embeddings = {
-            stage: cast(FieldEmbedding, model.get_submodule("embedding")) for stage, model in models.items()
-        }
-        first = next(iter(self.embeddings.values()))
-        self.ids: Mapping[str, IdSet] = first.ids
-        self.gathered_fields = gathered_fields(first.rows, optimizer, large_table)
-        paddings = {field: first.padding_row(field) for field in first.rows}
-        self.prepare = BatchRows(self.ids, {field: first.rows[field] for field in self.gathered_fields}, paddings)
-        tables = {f"{stage}/embedding.{field}" for stage in models for field in self.gathered_fields}
-        gathered = {name: p for name, p in self.parameters.items() if name in tables}
-        dense = [p for name, p in self.parameters.items() if name not in tables]
+        self.models, self.stores, self.loss = models, stores, loss
+        self.autocast, self.skip_nonfinite = autocast, skip_nonfinite
+        first = next(iter(stores.values()))
+        self.pulled = pulled_tables(first.rows, optimizer, large_table)
+        self.prepare = TableLookup(first.schema, first.ids, {table: first.rows[table] for table in self.pulled})
+        self.parameters = {f"{stage}/{name}": p for stage in models for name, p in self._stage_parameters(stage)}
+        self.parameters |= {f"loss/{name}": p for name, p in loss.named_parameters()}
+        pulled = {f"{stage}/embedding.{table}" for stage in models for table in self.pulled}
+        dense = [p for name, p in self.parameters.items() if name not in pulled]
         self.device, self.dtype = dense[0].device, dense[0].dtype
-        use_kernels(models, kernels if self.device.type == "cpu" else None)
-        on_cpu = all(table.device.type == "cpu" for table in gathered.values())
-        adam: dict[str, Any] = {"lr": lr, "betas": ADAM_BETAS, "eps": ADAM_EPSILON}
-        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(dense, **adam)]
-        self.deferred: DeferredAdam | None = None
-        if optimizer == "deferred_adam":
-            self.deferred = DeferredAdam(gathered, **adam, kernels=kernels if on_cpu else None)
-        elif gathered:
-            self.optimizers.append(torch.optim.SparseAdam(list(gathered.values()), **adam))
+        use_kernels(models, stores, kernels if self.device.type == "cpu" else None)
+        self.dense_optimizer = torch.optim.Adam(dense, lr=lr, **ADAM)
+        for store in stores.values():
+            for table in self.pulled:
+                parameter = store.tables[table]
+                compiled = kernels if parameter.device.type == "cpu" else None
+                store.optimizers[table] = (
+                    SparseAdam(parameter, lr, **ADAM)
+                    if optimizer == "sparse_adam"
+                    else DeferredAdam(parameter, lr, **ADAM, kernels=compiled)
+                )
 
-    def step(self, batch: CascadeBatch) -> dict[str, Tensor]:
+    def step(self, batch: CascadeBatch[SlotFeatures]) -> dict[str, Tensor]:
         """One optimizer step; returns the loss, its terms and ``gradient_norm.<stage>``, detached and still on the
-        device. ``batch`` names the tables' rows, as after ``prepare`` or ``prepare.distinct_rows``."""
-        if self.gathered_fields and not batch.distinct:
-            batch = self.prepare.distinct_rows(batch)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        with record_function("step.gather"):  # names that a profiler shows, benchmarks/step.py among them
-            self._gather(batch)
+        device. ``batch`` comes from ``prepare``."""
+        self.dense_optimizer.zero_grad(set_to_none=True)
+        with record_function("step.pull"):  # names that a profiler shows, benchmarks/step.py among them
+            pulled = {stage: self._pull(store, batch.features.rows) for stage, store in self.stores.items()}
         with (
             record_function("step.forward"),
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
         ):
-            scores = [model(batch.features) for model in self.models.values()]
+            scores = {
+                stage: model(self.stores[stage].embed(batch.features, pulled[stage])).to(self.dtype)
+                for stage, model in self.models.items()
+            }
         with record_function("step.loss"):
-            terms = self.loss(*(score.to(self.dtype) for score in scores), batch.targets)
+            terms = self.loss(scores, batch.targets)
         with record_function("step.backward"):
             terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
-        values |= {f"gradient_norm.{stage}": self._gradient_norm(stage) for stage in self.models}
+        values |= {f"gradient_norm.{stage}": self._gradient_norm(stage, pulled[stage]) for stage in self.models}
         if self.skip_nonfinite and not all(value.isfinite() for value in values.values()):
             return values
         with record_function("step.optimizer"):
-            self._update(batch)
+            for stage, store in self.stores.items():
+                for table, rows in batch.features.rows.items():
+                    gradient = pulled[stage][table].grad
+                    store.push(table, rows, torch.zeros_like(pulled[stage][table]) if gradient is None else gradient)
+            self.dense_optimizer.step()
         return values
 
-    def _gather(self, batch: CascadeBatch) -> None:
-        """Have the models look up the batch's distinct rows of the gathered fields, up to date, as leaves."""
-        for stage, embedding in self.embeddings.items():
-            embedding.gathered = {}
-            for field in self.gathered_fields:
-                rows = batch.distinct[field]
-                if self.deferred is not None:
-                    values = self.deferred.gather(f"{stage}/embedding.{field}", rows)
-                else:
-                    values = embedding.get_parameter(field).detach()[rows.to(self.device)]
-                embedding.gathered[field] = values.to(self.device, non_blocking=True).requires_grad_()
+    def _stage_parameters(self, stage: str) -> list[tuple[str, nn.Parameter]]:
+        """A stage's parameters under their names in checkpoints, tables first."""
+        tables = [(f"embedding.{table}", parameter) for table, parameter in self.stores[stage].tables.items()]
+        return [*tables, *self.models[stage].named_parameters()]
 
-    def _gradient_norm(self, stage: str) -> Tensor:
+    def _pull(self, store: EmbeddingStore, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values of the batch's distinct rows, as leaves of the step's graph."""
+        return {
+            table: store.pull(table, distinct).to(self.device, non_blocking=True).requires_grad_()
+            for table, distinct in rows.items()
+        }
+
+    def _gradient_norm(self, stage: str, pulled: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of the loss's gradient with respect to all parameters of the stage."""
-        own = [p.grad for p in self.models[stage].parameters() if p.grad is not None]
-        own += [values.grad for values in self.embeddings[stage].gathered.values() if values.grad is not None]
-        return torch.stack(torch._foreach_norm(own)).norm() if own else torch.zeros((), device=self.device)
-
-    def _update(self, batch: CascadeBatch) -> None:
-        gradients = {}
-        for stage, embedding in self.embeddings.items():
-            for field, values in embedding.gathered.items():
-                rows = batch.distinct[field]
-                gradient = torch.zeros_like(values) if values.grad is None else values.grad
-                gradients[f"{stage}/embedding.{field}"] = rows, gradient
-            embedding.gathered = {}
-        if self.deferred is None:
-            for name, (rows, gradient) in gradients.items():
-                places = rows.to(gradient.device).unsqueeze(0)
-                table = self.parameters[name]
-                table.grad = torch.sparse_coo_tensor(places, gradient, table.shape, check_invariants=False)
-        else:
-            self.deferred.step(gradients)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        parameters = [*(p for _, p in self._stage_parameters(stage)), *pulled.values()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros((), device=self.device)
 
     def flush(self) -> None:
         """Bring all tables up to date: parameters are then those of dense Adam."""
-        for embedding in self.embeddings.values():
-            embedding.gathered = {}
-        if self.deferred is not None:
-            self.deferred.flush()
+        for store in self.stores.values():
+            store.flush()
+
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
         """All that training goes on from, bit for bit, as named tensors: parameters, optimizer state, the ids of
         compacted tables, and the state of PyTorch's generators."""
         state = {f"parameter/{name}": value.detach() for name, value in self.parameters.items()}
-        state |= {f"ids/{field}": torch.from_numpy(known.ids()) for field, known in self.ids.items()}
+        state |= {f"ids/{table}": torch.from_numpy(known.ids()) for table, known in self.prepare.ids.items()}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        for optimizer in self.optimizers:
-            for parameter, entries in optimizer.state.items():
-                for key, value in entries.items():
-                    state[f"{key}/{names[id(parameter)]}"] = torch.as_tensor(value)
-        if self.deferred is not None:
-            for name in self.deferred.tables:
-                moments = (self.deferred.first[name], self.deferred.second[name])
-                state |= {f"{key}/{name}": value for key, value in zip(_MOMENTS, moments, strict=True)}
-                state[f"last/{name}"] = self.deferred.last[name]
-            state["deferred_steps"] = torch.tensor(self.deferred.steps)
+        for parameter, entries in self.dense_optimizer.state.items():
+            state |= {f"{key}/{names[id(parameter)]}": torch.as_tensor(value) for key, value in entries.items()}
+        for stage, store in self.stores.items():
+            for table, optimizer in store.optimizers.items():
+                state |= {f"{key}/{stage}/embedding.{table}": value for key, value in optimizer.state().items()}
         state["generator/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             state["generator/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -182,24 +160,10 @@ class Trainer:
         """
         for name, parameter in self.parameters.items():
             self._copy(parameter, state, f"parameter/{name}", name)
-        steps = int(state.get("deferred_steps", torch.tensor(0)))
-        for optimizer in self.optimizers:
-            self._restore_optimizer(optimizer, state)
-        if self.deferred is not None:
-            self.deferred.steps = steps
-            for name, table in self.deferred.tables.items():
-                counted = state.get(f"step/{name}")  # the table was small enough for a dense step before
-                self.deferred.steps = int(counted) if counted is not None else steps
-                if f"exp_avg/{name}" not in state:
-                    continue  # no step has been made
-                self.deferred.last[name].fill_(self.deferred.steps)
-                for key, moment in zip(_MOMENTS, (self.deferred.first[name], self.deferred.second[name]), strict=True):
-                    self._copy(moment, state, f"{key}/{name}", name)
-                if f"last/{name}" in state:
-                    self._copy(self.deferred.last[name], state, f"last/{name}", name)
-                last = self.deferred.last[name]
-                if len(table) and not 0 <= int(last.min()) <= int(last.max()) <= self.deferred.steps:
-                    raise InputError(f"the saved state does not fit: last/{name} names steps never made; train again")
+        self._restore_dense_optimizer(state)
+        for stage, store in self.stores.items():
+            for table in store.optimizers:
+                self._restore_table(stage, table, state)
         try:
             torch.set_rng_state(state["generator/cpu"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -209,33 +173,56 @@ class Trainer:
         if self.device.type == "cuda" and "generator/cuda" in state:
             torch.cuda.set_rng_state(state["generator/cuda"], self.device)
 
-    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
+    def _restore_dense_optimizer(self, state: Mapping[str, Tensor]) -> None:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        dense = isinstance(optimizer, torch.optim.Adam)
-        for parameter in optimizer.param_groups[0]["params"]:
+        for parameter in self.dense_optimizer.param_groups[0]["params"]:
             name = names[id(parameter)]
             if f"step/{name}" not in state:
                 continue
-            # Adam counts its steps in a CPU tensor, SparseAdam in a number.
-            count = state[f"step/{name}"]
-            entries: dict[str, Any] = {"step": count.clone() if dense else int(count)}
+            entries: dict[str, Any] = {"step": state[f"step/{name}"].clone()}
             for key in _MOMENTS:
                 entries[key] = torch.zeros_like(parameter)
                 self._copy(entries[key], state, f"{key}/{name}", name)
-            optimizer.state[parameter] = entries
+            self.dense_optimizer.state[parameter] = entries
+
+    def _restore_table(self, stage: str, table: str, state: Mapping[str, Tensor]) -> None:
+        name = f"{stage}/embedding.{table}"
+        own = {key: state[f"{key}/{name}"] for key in ("step", *_MOMENTS, "last") if f"{key}/{name}" in state}
+        if not own:
+            return  # no step has been made
+        try:
+            known = state.get(f"ids/{table}")
+            rows = None
+            if known is not None and table in self.prepare.ids:
+                rows = saved_rows(self.prepare.ids[table], known, len(own["exp_avg"]))
+                if rows is None:
+                    raise ValueError("its ids are not those of this log")
+            self.stores[stage].optimizers[table].restore(own, rows)
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise InputError(f"the saved state does not fit: {name}: {error}; train again") from error
 
     def _copy(self, target: Tensor, state: Mapping[str, Tensor], key: str, name: str) -> None:
         """Copy a saved tensor; that of a compacted table row by row."""
-        saved, field = state.get(key), name.rpartition("embedding.")[2]
-        known = state.get(f"ids/{field}") if "embedding." in name else None
-        if saved is not None and known is not None and field in self.ids:
-            rows = saved_rows(self.ids[field], known, len(saved))
+        saved, table = state.get(key), name.rpartition("embedding.")[2]
+        known = state.get(f"ids/{table}") if "embedding." in name else None
+        if saved is not None and known is not None and table in self.prepare.ids:
+            rows = saved_rows(self.prepare.ids[table], known, len(saved))
             if rows is not None and saved.shape[1:] == target.shape[1:]:
                 target[rows.to(target.device)] = saved.to(target)
                 return
         if saved is None or saved.shape != target.shape:
             raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
         target.copy_(saved)
+
+
+def use_kernels(models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], kernels: Kernels | None) -> None:
+    """Have models and stores use compiled loops, or with None PyTorch's operators. All must be on a CPU."""
+    for store in stores.values():
+        store.kernels = kernels
+    for model in models.values():
+        for module in model.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:
@@ -246,7 +233,7 @@ def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:
     return torch.from_numpy(known.rows(ids)) if np.all(known.contains(ids)) else None
 
 
-def gathered_fields(rows: Mapping[str, int], optimizer: str, large_table: int = LARGE_TABLE) -> tuple[str, ...]:
-    """The fields of whose tables a step reads and moves the batch's distinct rows alone."""
+def pulled_tables(rows: Mapping[str, int], optimizer: str, large_table: int = LARGE_TABLE) -> tuple[str, ...]:
+    """The tables of which a step reads and moves the batch's distinct rows alone; ``rows`` are those of each table."""
     limit = {"deferred_adam": large_table, "sparse_adam": 0}.get(optimizer, math.inf)
-    return tuple(sorted(field for field, count in rows.items() if count >= limit))
+    return tuple(sorted(table for table, count in rows.items() if count >= limit))

@@ -46,29 +46,21 @@ def random_log(requests: int = 12, seed: int = 0) -> DayLog:
     }
     fields |= {name: ids(name, requests) for name in ("user_id", "device_id", "age", "gender", "province")}
     size = GROUP_SIZE * len(GROUP_NAMES)
-    items = np.stack(
-        [
-            rng.integers(-1_000_000_000, MIDNIGHT, (requests, size))
-            if name == "upload_timestamp"
-            else ids(name, requests, size)
-            if name in COUNTS
-            else rng.integers(0, 2, (requests, size))
-            for name in ITEM_COLUMNS
-        ],
-        axis=2,
-    )
+
+    def item_column(name: str) -> np.ndarray:
+        if name == "upload_timestamp":
+            return rng.integers(-1_000_000_000, MIDNIGHT, (requests, size))
+        return ids(name, requests, size) if name in COUNTS else rng.integers(0, 2, (requests, size))
+
+    def event_column(name: str) -> np.ndarray:
+        shape = (requests, recflow.HISTORY_LENGTH)
+        return ids(name, *shape) if name in COUNTS else rng.integers(1, MIDNIGHT, shape)
+
+    items = np.stack([item_column(name) for name in ITEM_COLUMNS], axis=2)
     for row in items:
         row[:, 0] = rng.choice(np.arange(1, COUNTS["video_id"]), size, replace=False)
         row[GROUP_SIZE : GROUP_SIZE + 2, 0] = COUNTS["video_id"], 0  # of rank_neg, which both cascades have
-    history = np.stack(
-        [
-            ids(name, requests, recflow.HISTORY_LENGTH)
-            if name in COUNTS
-            else rng.integers(1, MIDNIGHT, (requests, recflow.HISTORY_LENGTH))
-            for name in HISTORY_COLUMNS
-        ],
-        axis=2,
-    )
+    history = np.stack([event_column(name) for name in HISTORY_COLUMNS], axis=2)
     padding = rng.integers(0, recflow.HISTORY_LENGTH + 1, requests)
     padding[-1] = recflow.HISTORY_LENGTH
     padding[0] = 0

@@ -1,6 +1,7 @@
 """Evaluation: every request once, the tables' names, and nothing half-written when something is wrong."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deep_components import run_test2
-from deep_components.cascade import TWO_STAGE
+from deep_components.arguments import evaluation_parser
+from deep_components.cascade import THREE_STAGE, TWO_STAGE
+from deep_components.checkpoint import load_trained
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers.recflow import LOG_COLUMN
-from deep_components.dataset.importers.recflow_files import read_id_counts
+from deep_components.dataset.columnar import DayCache
+from deep_components.dataset.log import open_log
 from deep_components.evaluation import day as evaluation
 from deep_components.models import build_models
-from deep_components.runs import checkpoint
+from deep_components.reporting.paper import TABLES
+from deep_components.tables.store import EmbeddingStore, build_stores
 from tests.helpers import (
     DAYS,
     REQUESTS_PER_DAY,
@@ -79,8 +82,8 @@ def refused(log: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: st
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_the_keys_are_those_of_the_papers_tables(log: Path, run: Path, golden: Path) -> None:
-    with (golden.parent / "paper_tables.csv").open() as file:
+def test_the_keys_are_those_of_the_papers_tables(log: Path, run: Path) -> None:
+    with TABLES.open() as file:
         tables = {row["metric"] for row in csv.DictReader(file) if row["setting"] == TWO_STAGE.name}
     results = evaluate(log, run)
     assert tables == {name for name in results if "@" in name}
@@ -106,7 +109,7 @@ def test_scores_npz(log: Path, run: Path) -> None:
     assert {name: scores[name].shape for name in ("labels", "mask", *STAGES)} == dict.fromkeys(
         ("labels", "mask", *STAGES), shape
     )
-    day = open_day(log, DAYS[-1], TWO_STAGE).batch(np.arange(REQUESTS_PER_DAY))  # in file order
+    day = open_log(log).open_day(DAYS[-1], TWO_STAGE).batch(np.arange(REQUESTS_PER_DAY))  # in file order
     assert np.array_equal(scores["request_id"], day.request_id.numpy())
     assert np.array_equal(scores["labels"], day.targets.labels.numpy())
     assert np.array_equal(scores["mask"], day.targets.mask.numpy())
@@ -238,7 +241,7 @@ def test_requests_without_ground_truth(
     without: list[int], log: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are left out of recall, and counted."""
-    scores = evaluation.score_day(models_of(log, run), last_day(log), 40, torch.device("cpu"))
+    scores = evaluation.score_day(*models_of(log, run), last_day(log), 40, torch.device("cpu"))
     scored = {name: values.clone() for name, values in scores.items()}
     scored["mask"][without, :10] = False
     monkeypatch.setattr(evaluation, "score_day", lambda *_: scored)
@@ -252,16 +255,15 @@ def test_requests_without_ground_truth(
     assert np.flatnonzero(np.isnan(per_request_of(run)["joint_recall@10@20"])).tolist() == without
 
 
-def models_of(log: Path, run: Path) -> dict[str, nn.Module]:
-    counts = read_id_counts(log)
-    vocabulary = {field: counts[column] for field, column in LOG_COLUMN.items()}
-    models = build_models(TWO_STAGE, vocabulary, emb_dim=4, nn_units=16, seed=30)
-    checkpoint.load_models(run, models)
-    return models
+def models_of(log: Path, run: Path) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore]]:
+    schema = open_log(log).schema
+    models, stores = build_models(TWO_STAGE, schema, 4, 16, None), build_stores(TWO_STAGE, schema, 4, None)
+    load_trained(run, models, stores)
+    return models, stores
 
 
 def last_day(log: Path) -> DayCache:
-    return open_day(log, DAYS[-1], TWO_STAGE, history_length=5)
+    return open_log(log).open_day(DAYS[-1], TWO_STAGE, history_length=5)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -292,16 +294,16 @@ def change_config(run: Path, **changes: object) -> None:
 
 
 def test_another_setting(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change_config(run, setting="three_stage")
+    change_config(run, setting="three_stage", cascade=THREE_STAGE.to_json())
     assert "a three_stage run" in refused(log, run, capsys)
 
 
-@pytest.mark.parametrize("change", [{"arguments": {}}, {"arguments": None}, {"id_counts": None}], ids=str)
-def test_a_config_that_lacks_fields(
-    change: dict[str, object], log: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    change_config(run, **change)
-    refused(log, run, capsys)
+def test_another_cascade(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its command is run_test, which takes the run's own."""
+    change_config(run, cascade=dataclasses.replace(TWO_STAGE, num_relevant=5).to_json())
+    assert "another cascade than two_stage" in refused(log, run, capsys)
+    args = evaluation_parser("").parse_args(evaluation_arguments(log, run))
+    assert "joint_recall@5@20" in evaluation.evaluate_cascade(args)
 
 
 def test_a_config_of_little(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

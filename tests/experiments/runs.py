@@ -14,22 +14,34 @@ CHECKSUMS = {day: f"sum of {day}" for day in DAYS}
 
 def fake_run(folder: Path, seed: int = 30, streaming: bool = False, **arguments: Any) -> Any:
     """A run on DAYS in folder/seed<seed>; ``arguments`` are the training's, e.g. lr=13 for one that fails."""
-    from deep_components.experiments.plan import Data, Part, Run, identity, parse_training
+    from deep_components.experiments.plan import Part, Run
 
-    words = [f"--{name}={value}" for name, value in arguments.items()]
-    parts = tuple(Part(DAYS[:place], DAYS[place]) for place in range(1 if streaming else len(DAYS) - 1, len(DAYS)))
+    parts = tuple(Part(DAYS[:count], DAYS[count]) for count in range(1 if streaming else len(DAYS) - 1, len(DAYS)))
+    known: dict[str, Any] = {
+        "seed": seed,
+        "epochs": 1,
+        "lr": 0.01,
+        "loss_type": "lcron",
+        "batch_size": 1024,
+    } | arguments
     return Run(
         name="mine",
         variant="streaming" if streaming else "",
-        setting="two_stage",
-        seed=seed,
         folder=folder / f"seed{seed}",
+        data_dir=folder,
         commands=("tests.experiments.fake_training", "tests.experiments.fake_evaluation"),
-        training=tuple(words),
+        training=tuple(f"--{name}={value}" for name, value in arguments.items()),
         evaluation=(),
-        identity=identity(parse_training([*words, f"--seed={seed}"], ""), streaming),
+        config={
+            "setting": "two_stage",
+            "data": "simulated",
+            "arguments": known,
+            "train_days": list(parts[-1].train_days),
+            "data_checksums": {day: CHECKSUMS[day] for day in parts[-1].train_days},
+        },
         parts=parts,
-        data=Data(folder, "simulated", CHECKSUMS, dict.fromkeys(DAYS, 1024)),
+        checksums=CHECKSUMS,
+        steps=3 * known["epochs"],
         streaming=streaming,
         days_named=True,
         cwd=folder,
@@ -40,7 +52,8 @@ def on_days(run: Any, *parts: tuple[tuple[str, ...], str]) -> Any:
     """The run with other days: (training days, test day)."""
     from deep_components.experiments.plan import Part
 
-    return replace(run, parts=tuple(Part(*part) for part in parts))
+    days = list(parts[-1][0])
+    return replace(run, parts=tuple(Part(*part) for part in parts), config=dict(run.config) | {"train_days": days})
 
 
 def calls(run: Any) -> list[list[str]]:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def train(run: Run, steps: int) -> None:
 def test_the_bar_counts_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = terminal(monkeypatch)
     runs = [fake_run(tmp_path, 30), fake_run(tmp_path, 31)]
-    with Progress(runs) as progress:
+    with closing(Progress(runs)) as progress:
         progress.look()
         assert "0.0/2 runs" in screen.getvalue()
         train(runs[1], 2)
@@ -53,7 +54,7 @@ def test_steps_made_before_are_there_at_the_start(tmp_path: Path, monkeypatch: p
     screen = terminal(monkeypatch)
     run = fake_run(tmp_path)
     train(run, 1)
-    with Progress([run]) as progress:
+    with closing(Progress([run])) as progress:
         progress.look()
         assert "33%" in screen.getvalue().rpartition("\r")[2]
 
@@ -63,7 +64,7 @@ def test_a_line_for_each_run_that_ends(
 ) -> None:
     runs = [fake_run(tmp_path, seed) for seed in (30, 31, 32)]
     outcomes = [("finished", ""), ("kept", ""), ("failed", "lower --lr")]
-    with caplog.at_level(logging.INFO), Progress(runs) as progress:
+    with caplog.at_level(logging.INFO), closing(Progress(runs)) as progress:
         for run, (status, error) in zip(runs, outcomes, strict=True):
             progress.ended(Outcome(run, status, error=error))
             progress.look()

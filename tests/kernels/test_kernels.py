@@ -195,23 +195,22 @@ def optimizers(dtype: torch.dtype, dim: int, rows: int = 12) -> list[DeferredAda
     """Without and with compiled loops, on equal tables."""
     start = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0)).to(dtype)
     return [
-        DeferredAdam({"t": torch.nn.Parameter(start.clone())}, LR, BETAS, EPS, kernels)
-        for kernels in (None, compiled(dtype))
+        DeferredAdam(torch.nn.Parameter(start.clone()), LR, BETAS, EPS, kernels) for kernels in (None, compiled(dtype))
     ]
 
 
 def run_steps(optimizer: DeferredAdam, dim: int, steps: int, seed: int) -> None:
     """Steps with gradients of some rows; between them, steps without any."""
     generator = torch.Generator().manual_seed(seed)
-    table = optimizer.tables["t"]
+    table = optimizer.table
     for _ in range(steps):
         rows = torch.randperm(len(table), generator=generator)[: int(torch.randint(1, 6, (), generator=generator))]
-        values = optimizer.gather("t", rows)
+        values = optimizer.gather(rows)
         assert torch.equal(values, table[rows])
         gradient = torch.randn(len(rows), dim, generator=generator).to(table.dtype)
-        optimizer.step({"t": (rows, gradient * 10.0 ** torch.randint(-8, 2, (len(rows), 1), generator=generator))})
+        optimizer.step(rows, gradient * 10.0 ** torch.randint(-8, 2, (len(rows), 1), generator=generator))
         for _ in range(int(torch.randint(0, 4, (), generator=generator))):
-            optimizer.step({})
+            optimizer.step(rows[:0], gradient[:0])
 
 
 @settings(some, max_examples=8)
@@ -222,10 +221,10 @@ def test_deferred_adam_is_that_of_pytorch_s_operators(dtype: torch.dtype, dim: i
         run_steps(optimizer, dim, 12, seed)
         optimizer.flush()
     plain, ours = pair
-    torch.testing.assert_close(ours.tables["t"], plain.tables["t"], **TOLERANCE[dtype])
-    torch.testing.assert_close(ours.first["t"], plain.first["t"], **TOLERANCE[dtype])
-    torch.testing.assert_close(ours.second["t"], plain.second["t"], **TOLERANCE[dtype])
-    assert torch.equal(ours.last["t"], plain.last["t"]) and (ours.last["t"] == ours.steps).all()
+    torch.testing.assert_close(ours.table, plain.table, **TOLERANCE[dtype])
+    torch.testing.assert_close(ours.first, plain.first, **TOLERANCE[dtype])
+    torch.testing.assert_close(ours.second, plain.second, **TOLERANCE[dtype])
+    assert torch.equal(ours.last, plain.last) and (ours.last == ours.steps).all()
 
 
 @every_dtype
@@ -236,20 +235,47 @@ def test_deferred_adam_does_not_depend_on_the_number_of_threads(dtype: torch.dty
         with threads(count):
             run_steps(optimizer, 3, 10, seed=1)
             optimizer.flush()
-        results.append((optimizer.tables["t"], optimizer.first["t"], optimizer.second["t"], optimizer.last["t"]))
+        results.append((optimizer.table, optimizer.first, optimizer.second, optimizer.last))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @every_dtype
 def test_deferred_adam_hides_no_nan(dtype: torch.dtype) -> None:
     optimizer, rows = optimizers(dtype, 2)[1], torch.tensor([3, 4])
-    optimizer.gather("t", rows)
-    optimizer.step({"t": (rows, torch.tensor([[float("nan"), 1.0], [1.0, 1.0]], dtype=dtype))})
-    optimizer.step({})
+    optimizer.gather(rows)
+    optimizer.step(rows, torch.tensor([[float("nan"), 1.0], [1.0, 1.0]], dtype=dtype))
+    optimizer.step(rows[:0], torch.zeros(0, 2, dtype=dtype))
     optimizer.flush()
-    table = optimizer.tables["t"]
+    table = optimizer.table
     assert table[3].isnan().tolist() == [True, False] and not table[4].isnan().any()
     assert table.isnan().sum() == 1
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    """The loops would read and write beyond the shorter one."""
+    kernels, history, items = compiled(torch.float32), torch.zeros(2, 3, 4), torch.zeros(2, 5, 4)
+    good: dict[str, Any] = {"weight": torch.zeros(4), "bias": torch.zeros(1), "mask": torch.ones(2, 3).bool()}
+    kernels.attention_forward(history, items, **good, padding=0.0)
+    bad = {"weight": torch.zeros(3), "bias": torch.zeros(2), "mask": torch.ones(2, 2).bool()}
+    for name, value in (*bad.items(), ("weight", torch.zeros(4).double()), ("weight", torch.zeros(8)[::2])):
+        with pytest.raises(ValueError):
+            kernels.attention_forward(history, items, **(good | {name: value}), padding=0.0)
+    with pytest.raises(ValueError):
+        kernels.attention_backward(history, items, torch.zeros(4), good["mask"], torch.zeros(2, 5, 2))
+    with pytest.raises(ValueError):
+        kernels.bias_relu(torch.zeros(5, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError):
+        kernels.relu_backward(torch.zeros(5, 4), torch.zeros(4, 4), 1)
+    table = torch.zeros(9, 4)
+    for ids, values in ((torch.zeros(3).long(), torch.zeros(2, 4)), (torch.zeros(3).int(), torch.zeros(3, 4))):
+        with pytest.raises(ValueError):
+            kernels.gather([TableUse(table, ids, values, 0)])
+    optimizer = optimizers(torch.float32, 3)[1]
+    for rows in (torch.tensor([12]), torch.tensor([-1])):
+        with pytest.raises(IndexError):
+            optimizer.gather(rows)
+    with pytest.raises(ValueError):
+        optimizer.step(torch.tensor([1, 2]), torch.zeros(1, 3))
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------

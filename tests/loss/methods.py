@@ -1,25 +1,31 @@
-"""What the tests of the losses share: a loss of either setting, batches, one step with its gradients."""
+"""What the tests of the losses share: a loss of any setting, batches, one step with its gradients."""
 
 import argparse
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from deep_components import run_train2, run_train3
+from deep_components.arguments import METHOD_OPTIONS
 from deep_components.batch import Targets
+from deep_components.cascade import THREE_STAGE, TWO_STAGE
 from tests.loss import reference
 
-SETTINGS = {"two_stage": run_train2, "three_stage": run_train3}
-NUM_GROUPS = {"two_stage": 4, "three_stage": 5}
+# A longer cascade, of the three-stage command: a loss takes any number of stages.
+RANK = THREE_STAGE.stages[-1]
+LAST = (replace(RANK, exposed_groups=3), replace(RANK, name="rerank", keep=15))
+FOUR_STAGE = replace(THREE_STAGE, stages=(*THREE_STAGE.stages[:2], *LAST), name="four_stage")
+CASCADES = {cascade.name: cascade for cascade in (TWO_STAGE, THREE_STAGE, FOUR_STAGE)}
+COMMANDS = {"two_stage": run_train2, "three_stage": run_train3, "four_stage": run_train3}
+NUM_GROUPS = {name: len(cascade.groups) for name, cascade in CASCADES.items()}
 STAGES = reference.STAGES
-OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
-WEIGHTS = {"end_to_end": 1.1, "retrieval": 0.9, "prerank": 1.05, "rank": 1.3}
+WEIGHTS = {"end_to_end": 1.1, "retrieval": 0.9, "prerank": 1.05, "rank": 1.3, "rerank": 0.8}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The options given in the flags."""
         args = vars(parse(self.setting, *self.flags.split()))
-        return {name: args[name] for name in OPTIONS if args[name] is not None}
+        return {name: args[name] for name in METHOD_OPTIONS if args[name] is not None}
 
     def build(self) -> nn.Module:
         """The loss as training builds it, its weights at 1."""
@@ -63,13 +69,14 @@ class Method:
 
 def build(setting: str, *flags: str) -> nn.Module:
     """The loss as training builds it from these arguments."""
-    return SETTINGS[setting].build_loss(copy(parse(setting, *flags)))
+    with mock.patch.object(COMMANDS[setting], "CASCADE", CASCADES[setting]):
+        return COMMANDS[setting].build_loss(parse(setting, *flags))
 
 
 @cache
 def parse(setting: str, *flags: str) -> argparse.Namespace:
     """The arguments of a training run. Not to be changed: parsed once, as the parser takes longer than a loss."""
-    return SETTINGS[setting].parse_args([*flags, "--data_dir=D", "--output_dir=O"])
+    return COMMANDS[setting].parse_args([*flags, "--data_dir=D", "--output_dir=O"])
 
 
 def set_weights(loss: nn.Module, weights: dict[str, float]) -> nn.Module:
@@ -103,7 +110,7 @@ class Batch:
         def of(tensor: Tensor) -> Tensor:
             return tensor[requests][:, items]
 
-        targets = Targets(of(self.targets.labels), of(self.targets.mask), self.targets.group[items])
+        targets = Targets(**{name: of(tensor) for name, tensor in vars(self.targets).items()})
         return Batch({stage: of(scores) for stage, scores in self.scores.items()}, targets)
 
     def requests(self, still: "Batch") -> list[reference.Request]:
@@ -116,7 +123,7 @@ class Batch:
                         scores={stage: scores[row, mask].tolist() for stage, scores in self.scores.items()},
                         still={stage: scores[row, mask].tolist() for stage, scores in still.scores.items()},
                         labels=self.targets.labels[row, mask].tolist(),
-                        group=self.targets.group[mask].tolist(),
+                        group=self.targets.group[row, mask].tolist(),
                     )
                 )
         return chosen
@@ -132,13 +139,14 @@ def make_batch(
     ties: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Batch:
-    """A random batch: each item there with probability ``present``, groups of any size, labels from 0 to 29.
+    """A random batch: each item there with probability ``present``, each request with groups of its own sizes, labels
+    from 0 to 29.
 
     ``ties``: scores and labels with many ties; else both are distinct within a request.
     """
     rng = np.random.default_rng(seed)
     shape = (num_requests, num_items)
-    group = np.sort(rng.integers(NUM_GROUPS[setting], size=num_items))
+    group = np.sort(rng.integers(NUM_GROUPS[setting], size=shape))
     labels = np.argsort(rng.random(shape)) if not ties else rng.integers(min(num_items, 30), size=shape)
     scores = {stage: rng.normal(scale=scale, size=shape) for stage in STAGES[setting]}
     if ties:
@@ -155,8 +163,8 @@ def serving_batch(setting: str, seed: int = 0, num_requests: int = 2, dtype: tor
     """A batch of complete requests as RecFlow has them: groups of ten, the labels of the specification's section 2."""
     batch = make_batch(setting, seed, num_requests, 10 * NUM_GROUPS[setting], dtype=dtype)
     group = torch.arange(NUM_GROUPS[setting]).repeat_interleave(10)
-    first_dropped = {"two_stage": 30 - 23, "three_stage": 30 - 22}[setting]
-    labels = (first_dropped + 1 - group).expand(num_requests, -1).clone()
+    group, first_dropped = group.expand(num_requests, -1), 30 - 23 if setting == "two_stage" else 30 - 22
+    labels = first_dropped + 1 - group
     labels[:, :10] = 29 - torch.from_numpy(np.random.default_rng(seed).random((num_requests, 20)).argsort()[:, :10])
     return batch.replace(labels=labels, group=group)
 
@@ -178,7 +186,7 @@ def step(loss: nn.Module, batch: Batch) -> Step:
     """One forward and one backward pass on copies of the scores; every score and weight must get a gradient."""
     leaves = {stage: scores.clone().requires_grad_() for stage, scores in batch.scores.items()}
     loss.zero_grad()
-    terms = loss(*leaves.values(), batch.targets)
+    terms = loss(leaves, batch.targets)
     terms["loss"].backward()
     parameters = {name.removeprefix("weight."): parameter for name, parameter in loss.named_parameters()}
     return Step(terms, _gradients(leaves), _gradients(parameters))

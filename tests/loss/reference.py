@@ -13,9 +13,19 @@ from typing import Any
 import numpy as np
 
 EPSILON = 1e-6
-STAGES = {"two_stage": ("retrieval", "rank"), "three_stage": ("retrieval", "prerank", "rank")}
-KEPT = {"two_stage": {"retrieval": 30, "rank": 20}, "three_stage": {"retrieval": 40, "prerank": 30, "rank": 20}}
-GROUPS_SEEN = {"two_stage": {"rank": 2}, "three_stage": {"rank": 2, "prerank": 4}}  # bce; retrieval sees all
+KEPT = {
+    "two_stage": {"retrieval": 30, "rank": 20},
+    "three_stage": {"retrieval": 40, "prerank": 30, "rank": 20},
+    "four_stage": {"retrieval": 40, "prerank": 30, "rank": 20, "rerank": 15},
+}
+STAGES = {setting: tuple(kept) for setting, kept in KEPT.items()}
+GROUPS_SEEN = {  # bce; retrieval sees all
+    "two_stage": {"rank": 2},
+    "three_stage": {"rank": 2, "prerank": 4},
+    "four_stage": {"rerank": 2, "rank": 3, "prerank": 4},
+}
+ICC_WEIGHTS = {"two_stage": (1, 1), "three_stage": (1, 2, 4), "four_stage": (1, 2, 4, 8)}
+ICC_CUTS = {"two_stage": (30, 30), "three_stage": (40, 30, 30), "four_stage": (40, 30, 20, 20)}
 NUM_RELEVANT = 10
 
 
@@ -136,15 +146,13 @@ def icc(requests: Requests, setting: str, weights: Weights) -> Terms:
 
     values = []
     for request in requests:
-        s = {stage: np.array(scores) for stage, scores in request.scores.items()}
-        if setting == "two_stage":
-            a, b = inside(s["retrieval"].tolist(), 30), inside(s["rank"].tolist(), 30)
-            expected = (1 - a) * s["retrieval"] + a * b * s["rank"]
-        else:
-            a, b = inside(s["retrieval"].tolist(), 40), inside(s["prerank"].tolist(), 30)
-            c = inside(s["rank"].tolist(), 30)
-            expected = (1 - a) * s["retrieval"] + 2 * a * (1 - b) * s["prerank"] + 4 * a * b * c * s["rank"]
-        e, y = expected.tolist(), request.labels
+        s = [np.array(request.scores[stage]) for stage in STAGES[setting]]
+        kept = [inside(scores.tolist(), cut) for scores, cut in zip(s, ICC_CUTS[setting], strict=True)]
+        # (1-a) s_retrieval + w_2 a (1-b) s_prerank + ... + w_T a b c ... s_last
+        leaves = [1 - share for share in kept[:-1]] + [kept[-1]]
+        reaches = [math.prod(kept[:i], start=np.ones(len(request))) for i in range(len(s))]
+        parts = zip(ICC_WEIGHTS[setting], reaches, leaves, s, strict=True)
+        e, y = sum(weight * reach * leave * scores for weight, reach, leave, scores in parts).tolist(), request.labels
         for m in range(len(request)):
             for n in range(len(request)):
                 values.append(bce_of_logit(e[m] - e[n], y[m] > y[n]) if m < n else 0.0)
@@ -176,21 +184,14 @@ def rankflow(requests: Requests, setting: str, weights: Weights) -> Terms:
         add(f"order.{student}", [-math.log(sigmoid(margin))])
 
     for request in requests:
-        everything = range(len(request))
-        add_bce(request, "retrieval", everything)
-        if setting == "two_stage":
-            retrieved = best(request.still["retrieval"], everything, 30)
-            add_bce(request, "rank", retrieved)
-            add_mse(request, "rank", "retrieval", retrieved)
-        else:
-            retrieved = best(request.still["retrieval"], everything, 40)
-            preranked = best(request.still["prerank"], sorted(retrieved), 30)
-            add_bce(request, "prerank", retrieved)
-            add_mse(request, "prerank", "retrieval", retrieved)
-            add_order(request, "prerank", "retrieval", sorted(retrieved), 30)
-            add_bce(request, "rank", preranked)
-            add_mse(request, "rank", "prerank", preranked)
-            add_order(request, "rank", "prerank", sorted(preranked), 20)
+        reached, before = list(range(len(request))), None
+        for stage, quota in KEPT[setting].items():
+            add_bce(request, stage, reached)
+            if before is not None:
+                add_mse(request, stage, before, reached)
+                if setting != "two_stage":
+                    add_order(request, stage, before, reached, quota)
+            reached, before = sorted(best(request.still[stage], reached, quota)), stage
     terms = {name: mean(of_name) for name, of_name in values.items()}
     return terms | {"loss": sum(terms.values())}
 
@@ -269,7 +270,7 @@ def lcron(
     label_ties: str | None = None,
     end_to_end_quotas: Sequence[int] | None = None,
 ) -> Terms:
-    label_ties = label_ties or ("repeated" if setting == "three_stage" else "shared")
+    label_ties = label_ties or ("shared" if setting == "two_stage" else "repeated")
     end_to_end: list[float] = []
     single: dict[str, list[float]] = {stage: [] for stage in STAGES[setting]}
     for request in requests:

@@ -8,30 +8,22 @@ from torch import Tensor
 
 from deep_components.batch import Targets
 from deep_components.loss.functional import (
-    EPSILON,
-    Selection,
-    best,
-    end_to_end_cross_entropy,
     ground_truth_bce,
     groupwise_ranknet,
     lambda_loss,
     masked_mean,
-    mean_of_rows,
     num_ground_truth,
     pairs,
     pairwise_bce,
-    present,
     ranking_distillation,
-    selection_cross_entropy,
-    selection_probability,
     soft_top_k,
-    sorting_cross_entropy,
-    split_rows,
     squared_error,
+    sum_of_terms,
+    top_k_mask,
+    without_missing,
 )
 
 NAN = float("nan")
-PERMUTATION = [[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.2, 0.3, 0.5]]  # columns sum to 1.1, 1.0, 0.9
 
 
 def floats(values: object) -> Tensor:
@@ -42,12 +34,8 @@ def bools(values: list[list[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.bool)
 
 
-def make_targets(group: list[int], mask: list[list[int]], labels: list[list[int]] | None = None) -> Targets:
-    return Targets(
-        labels=torch.tensor(labels) if labels else torch.zeros(len(mask), len(group), dtype=torch.int64),
-        mask=bools(mask),
-        group=torch.tensor(group),
-    )
+def make_targets(group: list[list[int]], mask: list[list[int]], labels: list[list[int]] | None = None) -> Targets:
+    return Targets(labels=torch.tensor(labels or group), mask=bools(mask), group=torch.tensor(group))
 
 
 def gradient(value: Tensor, leaf: Tensor) -> list[list[float]]:
@@ -77,82 +65,43 @@ def test_masked_mean_counts_a_mask_that_it_broadcasts() -> None:
     assert masked_mean(floats([[1, 2], [3, 4]]), torch.tensor([True, False])).item() == 2
 
 
-def test_present_replaces_missing_scores() -> None:
+def test_without_missing_replaces_missing_scores() -> None:
     scores = floats([[1, NAN, -math.inf]]).requires_grad_()
-    clean = present(scores, bools([[1, 0, 0]]))
+    clean = without_missing(scores, bools([[1, 0, 0]]))
     assert clean.tolist() == [[1, 0, 0]]
     assert gradient(clean.sum(), scores) == [[1, 0, 0]]
 
 
 def test_num_ground_truth_counts_present_items_up_to_the_limit() -> None:
-    targets = make_targets([0, 0, 0, 1], [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]])
-    assert num_ground_truth(targets, 10).tolist() == [3, 2, 0]
-    assert num_ground_truth(targets, 2).tolist() == [2, 2, 0]
+    targets = make_targets([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], [[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]])
+    assert num_ground_truth(targets, 10).tolist() == [3, 2, 1]
+    assert num_ground_truth(targets, 2).tolist() == [2, 2, 1]
 
 
-# ---- selecting -------------------------------------------------------------------------------------------------------
+def test_sum_of_terms_keeps_the_terms_without_gradient() -> None:
+    one, two = floats(1.5).requires_grad_(), floats(2.5)
+    terms = sum_of_terms({"one": one, "two": two})
+    assert {name: (term.item(), term.requires_grad) for name, term in terms.items()} == {
+        "loss": (4, True), "one": (1.5, False), "two": (2.5, False)
+    }  # fmt: skip
 
 
-def test_split_rows_of_every_k() -> None:
-    permutation = floats([PERMUTATION] * 5)
-    top, rest = split_rows(permutation, torch.tensor([0, 1, 2, 3, 9]))
-    torch.testing.assert_close(top, floats([[0, 0, 0], [0.7, 0.2, 0.1], [0.9, 0.7, 0.4], [1.1, 1, 0.9], [1.1, 1, 0.9]]))
-    torch.testing.assert_close(rest, floats([[1.1, 1, 0.9], [0.4, 0.8, 0.8], [0.2, 0.3, 0.5], [0, 0, 0], [0, 0, 0]]))
+# ---- top k of the scores ---------------------------------------------------------------------------------------------
 
 
-def test_selection_probability_divides_by_the_columns_without_their_gradient() -> None:
-    permutation = floats([PERMUTATION]).requires_grad_()
-    chosen = selection_probability(permutation, torch.tensor([1]))
-    total = [1.1 + EPSILON, 1 + EPSILON, 0.9 + EPSILON]
-    torch.testing.assert_close(chosen.top, floats([[0.7 / total[0], 0.2 / total[1], 0.1 / total[2]]]))
-    torch.testing.assert_close(chosen.rest, floats([[0.4 / total[0], 0.8 / total[1], 0.8 / total[2]]]))
-    (grad,) = torch.autograd.grad(chosen.top.sum(), permutation)
-    torch.testing.assert_close(grad[0, 0], 1 / floats(total))
-    assert (grad[0, 1:] == 0).all()
-
-
-def test_epsilon_is_that_of_the_specification() -> None:
-    assert EPSILON == 1e-6
-
-
-def test_mean_of_rows_takes_the_rows_there_are() -> None:
-    permutation, mask = floats([PERMUTATION]), bools([[1, 1, 1]])
-    torch.testing.assert_close(mean_of_rows(permutation, mask, 2), floats([[0.45, 0.35, 0.2]]))
-    torch.testing.assert_close(mean_of_rows(permutation, mask, 30), floats([[1.1 / 3, 1 / 3, 0.9 / 3]]))
-    two_of_three = floats([[[0.6, 0, 0.4], [0.4, 0, 0.6], [0, 0, 0]]])
-    torch.testing.assert_close(mean_of_rows(two_of_three, bools([[1, 0, 1]]), 30), floats([[0.5, 0, 0.5]]))
-    assert mean_of_rows(torch.zeros(1, 3, 3), bools([[0, 0, 0]]), 2).tolist() == [[0, 0, 0]]
-
-
-def test_selection_cross_entropy() -> None:
-    predicted, target = Selection(floats([[0.8]]), floats([[0.3]])), Selection(floats([[0.25]]), floats([[7.0]]))
-    expected = -0.25 * math.log(0.8 + 1e-6) - 7 * math.log(0.3 + 1e-6)
-    assert selection_cross_entropy(predicted, target).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_selection_cross_entropy_of_an_impossible_choice_is_finite() -> None:
-    zero, one = floats([[0.0]]), floats([[1.0]])
-    assert selection_cross_entropy(Selection(zero, one), Selection(one, zero)).item() == pytest.approx(-math.log(1e-6))
-
-
-@pytest.mark.parametrize(("gt", "negative"), [(0.0, 1.0), (0.25, 0.75), (1.0, 0.0), (3.0, 0.0)])
-def test_end_to_end_cross_entropy(gt: float, negative: float) -> None:
-    stages = [Selection(floats([[0.8]]), floats([[0.3]])), Selection(floats([[0.5]]), floats([[0.6]]))]
-    survives, dropped = 0.8 * 0.5, 1 - (1 - 0.3) * (1 - 0.6)
-    expected = -gt * math.log(survives + 1e-6) - negative * math.log(dropped + 1e-6)
-    result = end_to_end_cross_entropy(stages, Selection(floats([[gt]]), floats([[9.0]])))
-    assert result.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_best_takes_candidates_only_and_all_where_there_are_fewer() -> None:
+def test_top_k_mask_takes_candidates_only_and_all_where_there_are_fewer() -> None:
     scores, candidates = floats([[5, NAN, 3, 4], [1, 2, 3, 4]]), bools([[1, 0, 1, 1], [0, 1, 0, 0]])
-    assert best(scores, candidates, 2).tolist() == [[True, False, False, True], [False, True, False, False]]
-    assert torch.equal(best(scores, candidates, 30), candidates)
-    assert not best(scores, candidates & False, 2).any()
+    assert top_k_mask(scores, candidates, 2).tolist() == [[True, False, False, True], [False, True, False, False]]
+    assert torch.equal(top_k_mask(scores, candidates, 30), candidates)
+    assert not top_k_mask(scores, candidates & False, 2).any()
 
 
-def test_best_of_equal_scores_are_the_first() -> None:
-    assert best(torch.zeros(1, 40), torch.ones(1, 40, dtype=torch.bool), 3)[0].nonzero().flatten().tolist() == [0, 1, 2]
+def test_top_k_mask_of_equal_scores_are_the_first() -> None:
+    assert top_k_mask(torch.zeros(1, 40), torch.ones(1, 40, dtype=torch.bool), 3)[0].nonzero().flatten().tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_soft_top_k_by_hand() -> None:
@@ -192,9 +141,9 @@ def test_missing_items_do_not_choose_the_threshold_among_equal_scores(num_missin
 
 
 def test_ground_truth_bce_is_a_mean_over_the_visible_items() -> None:
-    targets = make_targets([0, 1, 1], [[1, 1, 1], [1, 1, 0]])
+    targets = make_targets([[0, 1, 1], [1, 0, 0]], [[1, 1, 1], [1, 1, 0]])
     scores, visible = floats([[2, -1, NAN], [0.5, NAN, NAN]]), bools([[1, 1, 0], [1, 0, 0]])
-    expected = (softplus(-2) + softplus(-1) + softplus(-0.5)) / 3
+    expected = (softplus(-2) + softplus(-1) + softplus(0.5)) / 3
     assert ground_truth_bce(scores, targets, visible).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -240,21 +189,22 @@ def test_pairwise_bce_by_hand() -> None:
 
 def test_groupwise_ranknet_by_hand() -> None:
     # Groups 0: {5}, 1: {1, 2}, 2: {4}. Means over the pairs of each group but the last.
-    targets = make_targets([0, 1, 1, 2], [[1, 1, 1, 1]])
+    targets = make_targets([[0, 1, 1, 2]], [[1, 1, 1, 1]])
     first = (softplus(1 - 5) + softplus(2 - 5) + softplus(4 - 5)) / 3
     second = (softplus(4 - 1) + softplus(4 - 2)) / 2
     assert groupwise_ranknet(floats([[5, 1, 2, 4]]), targets).item() == pytest.approx(first + second, rel=1e-12)
 
 
 def test_groupwise_ranknet_pools_the_pairs_of_a_group_over_the_batch() -> None:
-    targets = make_targets([0, 1, 1], [[1, 1, 1], [1, 0, 1]])
-    expected = (softplus(1 - 5) + softplus(2 - 5) + softplus(3 - 0)) / 3
-    assert groupwise_ranknet(floats([[5, 1, 2], [0, NAN, 3]]), targets).item() == pytest.approx(expected, rel=1e-12)
+    # The second request's items are of other groups, its missing item of none.
+    targets = make_targets([[0, 1, 1], [2, -1, 0]], [[1, 1, 1], [1, 0, 1]])
+    expected = (softplus(1 - 5) + softplus(2 - 5) + softplus(3 - 4)) / 3
+    assert groupwise_ranknet(floats([[5, 1, 2], [3, NAN, 4]]), targets).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_groupwise_ranknet_of_one_group_is_zero() -> None:
     scores = floats([[1, 2]]).requires_grad_()
-    loss = groupwise_ranknet(scores, make_targets([0, 0], [[1, 1]]))
+    loss = groupwise_ranknet(scores, make_targets([[0, 0]], [[1, 1]]))
     assert loss.item() == 0
     assert gradient(loss, scores) == [[0, 0]]
 
@@ -269,7 +219,7 @@ def test_lambda_loss_by_hand() -> None:
     u, v = discount(1) - discount(2), discount(1) - discount(2)
     w = (3 - 1) / ideal * (0.2 * u + 0.8 * v)
     expected = w * (softplus(-(1 - 2)) + softplus(2 - 1))  # both orders of the pair
-    targets = make_targets([0, 1], [[1, 1]], [[3, 1]])
+    targets = make_targets([[0, 1]], [[1, 1]], [[3, 1]])
     assert lambda_loss(floats([[1, 2]]), targets, 30).item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -280,38 +230,18 @@ def test_lambda_loss_beyond_the_cutoff() -> None:
     one_three = (2 / ideal) * (0.2 * (discount(2) - discount(3)) + 0.8 * discount(1))
     scores = (3.0, 2.0, 1.0)
     expected = 2 * one_two * softplus(scores[0] - scores[1]) + 2 * one_three * softplus(scores[0] - scores[2])
-    targets = make_targets([0, 0, 1], [[1, 1, 1]], [list(y)])
+    targets = make_targets([[0, 0, 1]], [[1, 1, 1]], [list(y)])
     assert lambda_loss(floats([scores]), targets, 1).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_lambda_loss_is_a_mean_over_requests_with_items() -> None:
-    one = make_targets([0, 1], [[1, 1]], [[3, 1]])
-    three = make_targets([0, 1], [[1, 1], [0, 0], [1, 0]], [[3, 1], [3, 1], [3, 1]])
+    one = make_targets([[0, 1]], [[1, 1]], [[3, 1]])
+    three = make_targets([[0, 1]] * 3, [[1, 1], [0, 0], [1, 0]], [[3, 1], [3, 1], [3, 1]])
     alone = lambda_loss(floats([[1, 2]]), one, 30).item()
     # The second request is empty and does not count; the third has no pair and counts as 0.
     assert lambda_loss(floats([[1, 2], [NAN, NAN], [1, NAN]]), three, 30).item() == pytest.approx(alone / 2, rel=1e-12)
 
 
 def test_lambda_loss_without_any_gain_is_zero() -> None:
-    targets = make_targets([0, 1], [[1, 1]], [[0, 0]])
+    targets = make_targets([[0, 1]], [[1, 1]], [[0, 0]])
     assert lambda_loss(floats([[1, 2]]), targets, 30).item() == 0
-
-
-# ---- sorting ---------------------------------------------------------------------------------------------------------
-
-
-def test_sorting_cross_entropy_is_a_mean_over_the_entries_of_the_present() -> None:
-    label_rows = floats([[[0, 1, 0], [1, 0, 0], [0, 0, 1]]])
-    expected = -(math.log(0.2 + 1e-6) + math.log(0.2 + 1e-6) + math.log(0.5 + 1e-6)) / 9
-    result = sorting_cross_entropy(floats([PERMUTATION]), label_rows, bools([[1, 1, 1]]))
-    assert result.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_sorting_cross_entropy_of_two_of_three_items_divides_by_four() -> None:
-    permutation, label_rows = (
-        floats([[[0.6, 0, 0.4], [0.4, 0, 0.6], [0, 0, 0]]]),
-        floats([[[0, 0, 1], [1, 0, 0], [0, 0, 0]]]),
-    )
-    expected = -2 * math.log(0.4 + 1e-6) / 4
-    result = sorting_cross_entropy(permutation, label_rows, bools([[1, 0, 1]]))
-    assert result.item() == pytest.approx(expected, rel=1e-12)

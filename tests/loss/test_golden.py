@@ -1,4 +1,4 @@
-"""The losses against the paper authors' code: values, gradients, gradients of the weights (../shared/golden)."""
+"""The losses against the paper authors' code: values, gradients, gradients of the weights (tests/golden)."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ class Golden:
         labels = torch.from_numpy(self._file[f"{self._case}/labels"])
         mask = torch.from_numpy(self._file[f"{self._case}/mask"]).bool()
         scores = {s: torch.from_numpy(self._file[f"{self._case}/logits/{s}"]) for s in STAGES[self.setting]}
-        return Batch(scores, Targets(labels, mask, torch.arange(labels.shape[-1]) // 10))
+        return Batch(scores, Targets(labels, mask, (torch.arange(labels.shape[-1]) // 10).expand_as(labels)))
 
     @property
     def weights(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What the methods' options do, which of them are refused, and that every script's hyper-parameters are accepted."""
 
+import json
 import math
 import re
 import shlex
@@ -7,16 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deep_components.arguments import METHOD_OPTIONS, hyper_parameters, recorded_arguments
 from deep_components.errors import InputError
-from deep_components.loss.sorting import SORTING_OPERATORS, label_permutation, neural_sort
-from tests.loss.methods import NUM_GROUPS, SETTINGS, STAGES, WEIGHTS, Batch, build, serving_batch, set_weights, step
+from tests.loss.methods import (
+    COMMANDS,
+    NUM_GROUPS,
+    STAGES,
+    WEIGHTS,
+    Batch,
+    build,
+    parse,
+    serving_batch,
+    set_weights,
+    step,
+)
 from tests.loss.methods import weights_of as weights_in
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("arf", "arf_v2", "bce", "fs_lambdaloss", "fs_ranknet", "icc", "lcron", "rankflow", "sorting")
-each_setting = pytest.mark.parametrize("setting", STAGES)
+SETTINGS = ("two_stage", "three_stage")
+each_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
 def lcron(setting: str, *flags: str) -> nn.Module:
@@ -94,77 +107,7 @@ def test_weighting_paper_is_equation_13(setting: str) -> None:
     assert result.weight_grads["end_to_end"].item() == same(slope)
 
 
-@each_setting
-def test_weighting_paper_goes_with_either_half(setting: str) -> None:
-    batch = serving_batch(setting)
-    single, end_to_end = single_and_end_to_end(setting, batch)
-    alpha = WEIGHTS["end_to_end"]
-    only_end_to_end = lcron(setting, "--weighting=paper", "--terms=end_to_end")
-    assert weights_in(only_end_to_end).keys() == {"end_to_end"}
-    assert value(only_end_to_end, batch) == same(end_to_end / (2 * alpha**2) + math.log2(alpha))
-    only_single = lcron(setting, "--weighting=paper", "--terms=single")
-    assert weights_in(only_single).keys() == set(STAGES[setting])
-    expected = sum(s / (2 * WEIGHTS[stage] ** 2) + math.log2(WEIGHTS[stage]) for stage, s in single.items())
-    assert value(only_single, batch) == same(expected)
-
-
-# ---- what goes into the terms ----------------------------------------------------------------------------------------
-
-
-def rows_of_labels(batch: Batch, label_ties: str) -> Tensor:
-    rows = label_permutation(batch.targets.labels, batch.targets.mask, torch.float64)
-    return (rows > 1e-3).double() if label_ties == "repeated" else rows
-
-
-def truth(batch: Batch, label_ties: str) -> tuple[Tensor, Tensor]:
-    """gt and rest: rows 1..10 and the others, summed."""
-    rows = rows_of_labels(batch, label_ties)
-    return rows[:, :10].sum(dim=1), rows[:, 10:].sum(dim=1)
-
-
-def top_and_rest(permutation: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    total = permutation.sum(dim=1) + 1e-6
-    return permutation[:, :k].sum(dim=1) / total, permutation[:, k:].sum(dim=1) / total
-
-
-def end_to_end_term(permutations: list[Tensor], quotas: list[int], batch: Batch, label_ties: str) -> float:
-    gt, _ = truth(batch, label_ties)
-    survives, never_dropped = torch.ones_like(gt), torch.ones_like(gt)
-    for permutation, quota in zip(permutations, quotas, strict=True):
-        top, rest = top_and_rest(permutation, quota)
-        survives, never_dropped = survives * top, never_dropped * (1 - rest)
-    values = -(survives + 1e-6).log() * gt - (1 - never_dropped + 1e-6).log() * (1 - gt).clamp(0, 1)
-    return values.mean().item()
-
-
-def single_term(permutation: Tensor, batch: Batch, label_ties: str) -> float:
-    (gt, not_gt), (top, rest) = truth(batch, label_ties), top_and_rest(permutation, 10)
-    return (-(top + 1e-6).log() * gt - (rest + 1e-6).log() * not_gt).mean().item()
-
-
-@each_setting
-@pytest.mark.parametrize("label_ties", ["shared", "repeated"])
-@pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
-@pytest.mark.parametrize("tau", [1.0, 50.0, 1000.0])
-def test_sort_tau_and_label_ties(setting: str, label_ties: str, sort: str, tau: float) -> None:
-    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
-    terms = step(lcron(setting, f"--sort={sort}", f"--tau={tau}", f"--label_ties={label_ties}"), batch).terms
-    permutations = {stage: operator(scores, batch.targets.mask, tau) for stage, scores in batch.scores.items()}
-    for stage, permutation in permutations.items():
-        assert terms[stage].item() == same(single_term(permutation, batch, label_ties))
-    expected = end_to_end_term(list(permutations.values()), [10] * len(permutations), batch, label_ties)
-    assert terms["end_to_end"].item() == same(expected)
-
-
-@each_setting
-def test_repeated_ties_weigh_each_of_ten_tied_negatives_ten_times(setting: str) -> None:
-    batch = serving_batch(setting)
-    gt, rest = truth(batch, "repeated")
-    assert gt[:, :10].unique().tolist() == [1]
-    assert rest[:, 10:].unique().tolist() == [10]
-    shared_gt, shared_rest = truth(batch, "shared")
-    torch.testing.assert_close(shared_gt, gt)
-    torch.testing.assert_close(10 * shared_rest, rest)
+# ---- defaults -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("setting", "default"), [("two_stage", "shared"), ("three_stage", "repeated")])
@@ -173,20 +116,6 @@ def test_ties_are_repeated_by_default_in_three_stages_only(setting: str, default
     assert value(lcron(setting), batch) == value(lcron(setting, f"--label_ties={default}"), batch)
     other = {"shared": "repeated", "repeated": "shared"}[default]
     assert value(lcron(setting), batch) != value(lcron(setting, f"--label_ties={other}"), batch)
-
-
-@pytest.mark.parametrize(
-    ("setting", "quotas"), [("two_stage", [30, 20]), ("two_stage", [12, 40]), ("three_stage", [40, 30, 20])]
-)
-def test_end_to_end_quotas_replace_k_in_the_end_to_end_term_only(setting: str, quotas: list[int]) -> None:
-    batch, flag = serving_batch(setting), "--end_to_end_quotas=" + ",".join(map(str, quotas))
-    terms = step(lcron(setting, flag), batch).terms
-    permutations = [neural_sort(scores, batch.targets.mask, 50.0) for scores in batch.scores.values()]
-    ties = "repeated" if setting == "three_stage" else "shared"
-    assert terms["end_to_end"].item() == same(end_to_end_term(permutations, quotas, batch, ties))
-    single, end_to_end = single_and_end_to_end(setting, batch)
-    assert {stage: terms[stage].item() for stage in single} == same(single)  # type: ignore[arg-type]
-    assert terms["end_to_end"].item() != same(end_to_end)
 
 
 @each_setting
@@ -200,16 +129,42 @@ def test_default_temperatures(setting: str, name: str, tau: float) -> None:
     assert default == given != other
 
 
+# ---- what a run records ----------------------------------------------------------------------------------------------
+
+
 @each_setting
-@pytest.mark.parametrize("sort", ["neural_sort", "soft_sort"])
-def test_sorting_alone(setting: str, sort: str) -> None:
-    batch, operator = serving_batch(setting), SORTING_OPERATORS[sort]
-    terms = step(build(setting, "--loss_type=sorting", f"--sort={sort}", "--tau=2"), batch).terms
-    labels = rows_of_labels(batch, "shared")
-    for stage, scores in batch.scores.items():
-        expected = (-(operator(scores, batch.targets.mask, 2.0) + 1e-6).log() * labels).mean().item()
-        assert terms[stage].item() == same(expected)
-    assert terms["loss"].item() == same(sum(terms[stage].item() for stage in STAGES[setting]))
+@pytest.mark.parametrize("name", METHODS)
+def test_building_a_loss_leaves_the_arguments_alone(setting: str, name: str) -> None:
+    args = parse(setting, f"--loss_type={name}")
+    before = dict(vars(args))
+    COMMANDS[setting].build_loss(args)
+    assert vars(args) == before
+
+
+def test_hyper_parameters_are_what_the_method_was_built_with() -> None:
+    assert hyper_parameters(build("three_stage", "--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3,2")) == {
+        "tau": 2.0, "sort": "neural_sort", "terms": "both", "single_weight": None, "weighting": "original",
+        "label_ties": "repeated", "end_to_end_quotas": {"retrieval": 4, "prerank": 3, "rank": 2}, "num_relevant": 10,
+    }  # fmt: skip
+    assert hyper_parameters(build("two_stage", "--loss_type=icc"))["weights"] == {"retrieval": 1, "rank": 1}
+    assert list(hyper_parameters(build("three_stage", "--loss_type=icc"))["weights"].values()) == [1, 2, 4]
+    assert not hyper_parameters(build("two_stage", "--loss_type=rankflow"))["order_distillation"]
+
+
+@each_setting
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_arguments_are_those_given_and_the_defaults_of_the_method(setting: str, name: str) -> None:
+    args = parse(setting, f"--loss_type={name}")
+    recorded = recorded_arguments(args, build(setting, f"--loss_type={name}"))
+    chosen = {option for option, value in recorded.items() if value is not None and vars(args)[option] is None}
+    assert chosen & set(METHOD_OPTIONS) == set(TAKES[name]) - {"single_weight", "end_to_end_quotas"}
+    json.dumps({option: recorded[option] for option in METHOD_OPTIONS})
+
+
+def test_recorded_arguments_keep_what_was_given() -> None:
+    flags = ("--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3")
+    recorded = recorded_arguments(parse("two_stage", *flags), build("two_stage", *flags))
+    assert (recorded["tau"], recorded["end_to_end_quotas"]) == (2, [4, 3])
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -317,7 +272,7 @@ def test_a_value_out_of_range_is_refused_at_the_command_line(
 
 SCRIPTS = [
     script
-    for setting in STAGES
+    for setting in SETTINGS
     for script in sorted((ROOT / setting).glob("*.sh"))
     if script.name not in ("run.sh", "all.sh")
 ]
@@ -337,7 +292,7 @@ def test_a_script_parses_builds_and_trains(script: Path) -> None:
     name, arguments = script_arguments(script)
     assert name == script.stem
     assert all(argument.startswith("--") and "=" in argument for argument in arguments)
-    args = SETTINGS[setting].parse_args([*arguments, "--data_dir=D", "--output_dir=O"])
+    args = COMMANDS[setting].parse_args([*arguments, "--data_dir=D", "--output_dir=O"])
     assert (args.lr, args.batch_size) == (0.01, 1024)  # spec, section 5
     assert step(build(setting, *arguments), serving_batch(setting, dtype=torch.float32)).loss.isfinite()
 

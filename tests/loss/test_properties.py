@@ -1,4 +1,4 @@
-"""The property matrix: what holds for every loss and variant, in both settings.
+"""The property matrix: what holds for every loss and variant, in two, three and four stages.
 
 A new loss adds one line to ``VARIANTS`` (and its formula to ``reference.METHODS``).
 """
@@ -38,11 +38,11 @@ VARIANTS = (
     "--loss_type=sorting",
     "--loss_type=sorting --sort=soft_sort --tau=1",
 )
-QUOTAS = {"two_stage": ("30,20", "4,2"), "three_stage": ("40,30,20", "6,4,2")}
+QUOTAS = {"two_stage": ("30,20", "4,2"), "three_stage": ("40,30,20", "6,4,2"), "four_stage": ("6,4,3,2",)}
 MATRIX = [Method(setting, flags) for setting in STAGES for flags in VARIANTS] + [
     Method(setting, f"--loss_type=lcron --end_to_end_quotas={quotas}")
-    for setting, both in QUOTAS.items()
-    for quotas in both
+    for setting, choices in QUOTAS.items()
+    for quotas in choices
 ]
 every_loss = pytest.mark.parametrize("method", MATRIX, ids=str)
 few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
@@ -138,10 +138,11 @@ def test_gradients_are_the_derivatives_of_the_reference(method: Method) -> None:
 
 JUNK = (float("nan"), float("inf"), -float("inf"), 1e300, -1e300, 1e-300)
 JUNK_LABELS = (2**63 - 1, -(2**63), 0, 30)
+JUNK_GROUPS = (2**62, -1, 0, 1)
 
 
 def with_junk(batch: Batch, seed: int) -> Batch:
-    """The same batch with other scores and labels at its missing items."""
+    """The same batch with other scores, labels and groups at its missing items."""
     random, missing = torch.Generator().manual_seed(seed), ~batch.targets.mask
 
     def spoilt(values: Tensor, junk: tuple[float, ...]) -> Tensor:
@@ -149,13 +150,14 @@ def with_junk(batch: Batch, seed: int) -> Batch:
         return torch.where(missing, torch.tensor(junk, dtype=values.dtype)[chosen], values)
 
     scores = {stage: spoilt(values, JUNK) for stage, values in batch.scores.items()}
-    return batch.replace(scores, labels=spoilt(batch.targets.labels, JUNK_LABELS))
+    labels, group = spoilt(batch.targets.labels, JUNK_LABELS), spoilt(batch.targets.group, JUNK_GROUPS)
+    return batch.replace(scores, labels=labels, group=group)
 
 
 @every_loss
 @given(options=batch_options(present=0.6))
 @few
-def test_what_stands_at_a_missing_item_does_not_matter(method: Method, options: dict[str, Any]) -> None:
+def test_the_values_of_a_missing_item_do_not_matter(method: Method, options: dict[str, Any]) -> None:
     batch, loss = make_batch(method.setting, **options), method.build_weighted()
     clean, spoilt = step(loss, batch), step(loss, with_junk(batch, options["seed"]))
     torch.testing.assert_close(spoilt.terms, clean.terms, rtol=0, atol=0)
@@ -241,7 +243,7 @@ def test_extreme_scores_stay_finite(method: Method, present: float) -> None:
     extreme["rank"] = torch.where(batch.scores["rank"].abs() < 0.5, 1e4 * batch.scores["rank"], extreme["rank"])
     alike = {stage: 1e4 + scores for stage, scores in batch.scores.items()}
     opposed = {
-        stage: torch.full_like(scores, 1e4 * (-1) ** place) for place, (stage, scores) in enumerate(alike.items())
+        stage: torch.full_like(scores, 1e4 * (-1) ** index) for index, (stage, scores) in enumerate(alike.items())
     }
     wrong_way = {stage: torch.linspace(-1e4, 1e4, scores.shape[1]).expand_as(scores) for stage, scores in alike.items()}
     for scores in (extreme, alike, opposed, wrong_way):
@@ -278,7 +280,7 @@ def test_inputs_are_not_changed(method: Method) -> None:
     inputs = {**batch.scores, **vars(batch.targets)}
     copied, weights = {name: values.clone() for name, values in inputs.items()}, weights_of(loss)
     step(loss, batch)
-    loss(*batch.scores.values(), batch.targets)
+    loss(batch.scores, batch.targets)
     for name, values in inputs.items():
         assert torch.equal(values, copied[name]), name
     assert weights_of(loss) == weights
@@ -301,7 +303,7 @@ def test_weights_are_named_by_stage_start_at_one_and_are_reported(method: Method
         f"weight.{name}": 1.0 for name in names
     }
     weighted = method.build_weighted()
-    terms = weighted(*make_batch(method.setting).scores.values(), make_batch(method.setting).targets)
+    terms = step(weighted, make_batch(method.setting)).terms
     reported = {name: float(term) for name, term in terms.items() if name.startswith("weight.")}
     assert reported == {f"weight.{name}": value for name, value in weights_of(weighted).items()}
 

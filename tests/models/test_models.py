@@ -1,83 +1,81 @@
 """The models against slow, obvious re-statements of their formulas, and what they promise about shapes and seeds."""
 
-import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from deep_components.batch import HISTORY_FIELDS, ITEM_FIELDS, PADDING_INDEX, REQUEST_FIELDS, Features
-from deep_components.cascade import THREE_STAGE, TWO_STAGE
+from deep_components.batch import EmbeddedFeatures
+from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade, Stage
+from deep_components.errors import InputError
 from deep_components.kernels import load_kernels
-from deep_components.models import DIN, DSSM, MLP, build_models, use_kernels
-from deep_components.models.din import PADDING_LOGIT, attention_logits
-from deep_components.tables.embedding import ID_FIELDS, TIME_ROWS, FieldEmbedding, initial_rows
+from deep_components.models import MODELS, build_models
+from deep_components.models.din import DIN, PADDING_LOGIT, attention_logits
+from deep_components.models.dssm import DSSM
+from deep_components.models.mlp import MLP
+from deep_components.schema import Schema
+from tests.schemas import RECFLOW, SCHEMAS
 
-VOCABULARY = dict.fromkeys(ID_FIELDS, 20)
 DIM, UNITS = 4, 16
+every_schema = pytest.mark.parametrize("schema", SCHEMAS.values(), ids=list(SCHEMAS))
+every_model = pytest.mark.parametrize("kind", MODELS.values(), ids=list(MODELS))
 
 
-def random_features(batch: int, num_items: int, length: int, seed: int = 0) -> Features:
-    generator = torch.Generator().manual_seed(seed)
+def embedded(schema: Schema, batch: int = 3, num_items: int = 5, length: int = 6) -> EmbeddedFeatures:
+    """Random embeddings; histories of 0 to ``length`` events, the padding positions too hold numbers."""
+    generator = torch.Generator().manual_seed(0)
 
-    def ids(*shape: int, high: int = 8) -> Tensor:
-        return torch.randint(1, high, shape, generator=generator)
+    def normal(side: str, *shape: int) -> Tensor:
+        return torch.randn(*shape, schema.width(side, DIM), generator=generator, dtype=torch.float64)
 
-    history_mask = torch.arange(length) >= length - torch.randint(0, length + 1, (batch, 1), generator=generator)
-    return Features(
-        **{field: ids(batch) for field in REQUEST_FIELDS},
-        history=ids(batch, length, len(HISTORY_FIELDS)) * history_mask.unsqueeze(-1),
-        history_mask=history_mask,
-        items=ids(batch, num_items, len(ITEM_FIELDS)),
+    events = torch.tensor([[length], [length // 2], [0]]).repeat(batch, 1)[:batch]
+    return EmbeddedFeatures(
+        normal("request", batch),
+        normal("history", batch, length),
+        normal("item", batch, num_items),
+        torch.arange(length) >= length - events,
     )
 
 
-def initialised(kind: type[DSSM] | type[MLP] | type[DIN], seed: int = 0) -> DSSM | MLP | DIN:
-    torch.manual_seed(seed)
-    model = kind(VOCABULARY, DIM, UNITS).double()
-    model.embedding.initialise(seed, "stage")
-    return model
+def made(kind: Callable[[Schema, int, int], nn.Module], schema: Schema) -> Any:
+    torch.manual_seed(0)
+    return kind(schema, DIM, UNITS).double()
 
 
-def table(model: DSSM | MLP | DIN, field: str, index: Tensor) -> Tensor:
-    return model.embedding.get_parameter(field)[index]
+def written_out(model: nn.Module, schema: Schema, features: EmbeddedFeatures, request: int, item: int) -> Tensor:
+    """The formula of the model's docstring, for one request and item."""
+    mask, history = features.history_mask[request], features.history[request]
+    user, one_item = features.request[request], features.item[request, item]
+    mean = history.sum(dim=0) / max(int(mask.sum()), 1)
+    if isinstance(model, DSSM):
+        score: Tensor = model.user_tower(torch.cat([user, mean])) @ model.item_tower(one_item)
+        return score
+    if isinstance(model, MLP):
+        return model.tower(torch.cat([user, mean, one_item])).squeeze()
+    assert isinstance(model, DIN)
+    columns = schema.slices("item", DIM)
+    matched = torch.cat([one_item[columns[f.name]] for f in schema.side("history") if f.name in columns])
+    logits = model.attention(torch.cat([history, matched.expand(len(history), -1)], dim=-1)).squeeze(-1)
+    interest = logits.masked_fill(~mask, PADDING_LOGIT).softmax(dim=0) @ history
+    return model.tower(torch.cat([user, interest, one_item])).squeeze()
 
 
-def sides(model: DSSM | MLP | DIN, features: Features, request: int, item: int) -> tuple[Tensor, Tensor, Tensor]:
-    """User side [8d], history [L, 5d] and item [8d] of one (request, item), field by field."""
-    user = torch.cat([table(model, field, getattr(features, field)[request]) for field in REQUEST_FIELDS])
-    history = torch.cat(
-        [table(model, field, features.history[request, :, place]) for place, field in enumerate(HISTORY_FIELDS)], dim=-1
-    )
-    one_item = torch.cat(
-        [table(model, field, features.items[request, item, place]) for place, field in enumerate(ITEM_FIELDS)]
-    )
-    return user, history, one_item
-
-
+@every_schema
+@every_model
 @pytest.mark.parametrize("compiled", [False, True], ids=["pytorch", "compiled"])
-@pytest.mark.parametrize("kind", [DSSM, MLP, DIN])
-def test_scores_equal_the_formula_written_out(kind: type[DSSM] | type[MLP] | type[DIN], compiled: bool) -> None:
-    model, features = initialised(kind), random_features(batch=3, num_items=5, length=6)
-    use_kernels({"stage": model}, load_kernels(torch.float64) if compiled else None)
+def test_scores_equal_the_formula_written_out(
+    kind: Callable[[Schema, int, int], nn.Module], schema: Schema, compiled: bool
+) -> None:
+    model, features = made(kind, schema), embedded(schema)
+    model.kernels = load_kernels(torch.float64) if compiled else None
     scores = model(features)
     assert scores.shape == (3, 5)
     for request in range(3):
         for item in range(5):
-            user, history, one_item = sides(model, features, request, item)
-            events = max(int(features.history_mask[request].sum()), 1)
-            mean = history.sum(dim=0) / events
-            if isinstance(model, DSSM):
-                expected = model.user_tower(torch.cat([user, mean])) @ model.item_tower(one_item)
-            elif isinstance(model, MLP):
-                expected = model.tower(torch.cat([user, mean, one_item])).squeeze()
-            else:
-                inputs = torch.cat([history, one_item[: 5 * DIM].expand(len(history), -1)], dim=-1)
-                logits = model.attention(inputs).squeeze(-1)
-                logits[~features.history_mask[request]] = PADDING_LOGIT
-                interest = logits.softmax(dim=0) @ history
-                expected = model.tower(torch.cat([user, interest, one_item])).squeeze()
+            expected = written_out(model, schema, features, request, item)
             torch.testing.assert_close(scores[request, item], expected)
 
 
@@ -94,95 +92,54 @@ def test_attention_logits_have_the_gradients_of_the_plain_form(chunk: int, monke
     torch.testing.assert_close(torch.autograd.grad(attention_logits(*parts), parts, upstream), expected)
 
 
-def test_padding_positions_of_the_history_do_not_attract_attention() -> None:
-    model, features = initialised(DIN), random_features(batch=4, num_items=3, length=6)
-    assert isinstance(model, DIN)
-    embedded = model.embedding(features)
-    interest = model.interest(embedded.history, features.history_mask, embedded.items)
-    changed = embedded.history.masked_fill(~features.history_mask.unsqueeze(-1), 123.0)
-    has_history = features.history_mask.any(dim=-1)
-    assert has_history.any()
-    again = model.interest(changed, features.history_mask, embedded.items)
-    torch.testing.assert_close(interest[has_history], again[has_history])
+@every_schema
+def test_padding_positions_of_the_history_do_not_attract_attention(schema: Schema) -> None:
+    model, features = made(DIN, schema), embedded(schema)
+    changed = features.history.masked_fill(~features.history_mask.unsqueeze(-1), 123.0)
+    with_history = features.history_mask.any(dim=-1)
+    interest, again = (model.interest(h, features.history_mask, features.item) for h in (features.history, changed))
+    torch.testing.assert_close(interest[with_history], again[with_history])
 
 
-def test_padding_rows_are_zero_and_stay_without_gradient() -> None:
-    model = initialised(DSSM)
-    features = random_features(batch=2, num_items=3, length=4)
-    items = features.items.clone()
-    items[:, 0] = 0
-    items[:, 0, ITEM_FIELDS.index("category_one")] = PADDING_INDEX["category_one"]
-    padded = Features(**(vars(features) | {"items": items}))
-    model(padded).sum().backward()
-    for field in model.embedding.rows:
-        parameter, padding = model.embedding.get_parameter(field), PADDING_INDEX.get(field, 0)
-        assert parameter.grad is not None
-        assert not parameter[padding].any() and not parameter.grad[padding].any(), field
-
-
-def test_history_padding_looks_up_row_0_of_category_one_which_is_trained() -> None:
-    model = initialised(DSSM)
-    features = random_features(batch=2, num_items=3, length=4)
-    blank = Features(
-        **(vars(features) | {"history": features.history * 0, "history_mask": torch.zeros(2, 4, dtype=torch.bool)})
-    )
-    model(blank).sum().backward()
-    gradient = model.embedding.get_parameter("category_one").grad
-    assert gradient is not None and gradient[0].any()
-
-
-def test_tables_have_the_rows_of_the_specification() -> None:
-    embedding = FieldEmbedding(VOCABULARY, DIM)
-    assert {name: tuple(parameter.shape) for name, parameter in embedding.named_parameters()} == {
-        **dict.fromkeys(ID_FIELDS, (22, DIM)),
-        **{field: (rows, DIM) for field, rows in TIME_ROWS.items()},
-    }
-
-
-def test_initial_rows_are_standard_normal_and_depend_on_their_key_alone() -> None:
-    ids = np.arange(20_000)
-    rows = initial_rows(30, "rank.video", ids, 8)
-    # 160,000 numbers: the mean's standard error is 0.0025, the standard deviation's 0.0018.
-    assert abs(rows.mean().item()) < 0.0125 and abs(rows.std().item() - 1) < 0.009
-    assert abs(((rows.abs() < 1).double().mean().item()) - math.erf(math.sqrt(0.5))) < 0.006
-    assert abs(torch.corrcoef(rows.T).fill_diagonal_(0)).max() < 0.035
-    picked = np.array([19_999, 3, 77])
-    torch.testing.assert_close(initial_rows(30, "rank.video", picked, 8), rows[picked], rtol=0, atol=0)
-    for other in (initial_rows(31, "rank.video", ids, 8), initial_rows(30, "rank.author", ids, 8)):
-        assert abs((other * rows).mean().item()) < 0.0125
+def test_the_towers_have_the_widths_of_the_specification() -> None:
+    """13d = 8d + 5d, 8d, 21d = 8d + 5d + 8d and 10d = 5d + 5d for RecFlow."""
+    models = build_models(THREE_STAGE, RECFLOW, emb_dim=8, nn_units=128, seed=0)
+    widths = {name: tuple(p.shape)[::-1] for m in models.values() for name, p in m.named_parameters() if p.ndim == 2}
+    assert widths["user_tower.0.weight"] == (13 * 8, 128) and widths["item_tower.0.weight"] == (8 * 8, 128)
+    assert widths["tower.0.weight"] == (21 * 8, 128) and widths["attention.0.weight"] == (10 * 8, 80)
 
 
 def test_building_models_is_a_function_of_the_seed_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = build_models(TWO_STAGE, VOCABULARY, DIM, UNITS, seed=30)
+    first = build_models(TWO_STAGE, RECFLOW, DIM, UNITS, seed=30)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    again = build_models(THREE_STAGE, VOCABULARY, DIM, UNITS, seed=30)
-    other = build_models(TWO_STAGE, VOCABULARY, DIM, UNITS, seed=31)
+    again = build_models(THREE_STAGE, RECFLOW, DIM, UNITS, seed=30)
+    other = build_models(TWO_STAGE, RECFLOW, DIM, UNITS, seed=31)
     assert list(again) == ["retrieval", "prerank", "rank"]
     for stage, model in first.items():
-        assert_same_parameters(model, again[stage], same=True)
-        assert_same_parameters(model, other[stage], same=False)
+        for one, same, different in zip(
+            model.parameters(), again[stage].parameters(), other[stage].parameters(), strict=True
+        ):
+            assert torch.equal(one, same) and not torch.equal(one, different)
 
 
-def assert_same_parameters(one: nn.Module, other: nn.Module, same: bool) -> None:
-    for (name, left), (_, right) in zip(one.named_parameters(), other.named_parameters(), strict=True):
-        assert torch.equal(left, right) == same, name
+def test_a_model_that_does_not_exist() -> None:
+    stages = (Stage("retrieval", 3, "dsm"), Stage("rank", 2, "din"))
+    cascade = Cascade(stages=stages, groups=TWO_STAGE.groups)
+    with pytest.raises(InputError, match=r"stage retrieval: model 'dsm' is none of dssm, mlp, din"):
+        build_models(cascade, RECFLOW, DIM, UNITS, seed=0)
 
 
-def test_stages_start_from_different_values() -> None:
-    models = build_models(THREE_STAGE, VOCABULARY, DIM, UNITS, seed=30)
-    videos = [model.get_parameter("embedding.video") for model in models.values()]
-    assert not torch.equal(videos[0], videos[1]) and not torch.equal(videos[1], videos[2])
-
-
-@pytest.mark.parametrize("kind", [DSSM, MLP, DIN])
-def test_a_model_scores_requests_and_items_independently(kind: type[DSSM] | type[MLP] | type[DIN]) -> None:
-    model, features = initialised(kind), random_features(batch=4, num_items=6, length=5)
+@every_schema
+@every_model
+def test_a_model_scores_requests_and_items_independently(
+    kind: Callable[[Schema, int, int], nn.Module], schema: Schema
+) -> None:
+    model, features = made(kind, schema), embedded(schema)
     scores = model(features)
-    order = torch.tensor([3, 1, 5, 0, 2, 4])
-    shuffled = Features(**(vars(features) | {"items": features.items[:, order]}))
-    torch.testing.assert_close(model(shuffled), scores[:, order])
-    half = Features(**{name: value[2:] for name, value in vars(features).items()})
-    torch.testing.assert_close(model(half), scores[2:])
+    order = torch.tensor([3, 1, 0, 2, 4])
+    torch.testing.assert_close(model(replace(features, item=features.item[:, order])), scores[:, order])
+    half = EmbeddedFeatures(**{name: value[1:] for name, value in vars(features).items()})
+    torch.testing.assert_close(model(half), scores[1:])

@@ -31,15 +31,15 @@ class Pair:
         start = torch.from_numpy(np.random.default_rng(1).standard_normal((ROWS, DIM))).to(dtype)
         self.dense, self.table = nn.Parameter(start.clone()), nn.Parameter(start.clone())
         self.adam = torch.optim.Adam([self.dense], lr=LR)
-        self.deferred = DeferredAdam({"table": self.table}, lr=LR, kernels=load_kernels(dtype) if compiled else None)
+        self.deferred = DeferredAdam(self.table, lr=LR, kernels=load_kernels(dtype) if compiled else None)
 
     def step(self, rows: Tensor, values: Tensor) -> None:
         self.dense.grad = torch.zeros_like(self.dense).index_add(0, rows, values)
         self.adam.step()
-        distinct, places = rows.unique(return_inverse=True)
-        read = self.deferred.gather("table", distinct)
+        distinct, slots = rows.unique(return_inverse=True)
+        read = self.deferred.gather(distinct)
         assert torch.equal(read, self.table[distinct])
-        self.deferred.step({"table": (distinct, torch.zeros_like(read).index_add(0, places, values))})
+        self.deferred.step(distinct, torch.zeros_like(read).index_add(0, slots, values))
 
     def error(self) -> float:
         self.deferred.flush()
@@ -56,7 +56,7 @@ def test_the_parameters_are_those_of_dense_adam(dtype: torch.dtype, compiled: bo
             assert pair.error() < TOLERANCE[dtype]
     state = pair.adam.state[pair.dense]
     scale = state["exp_avg"].abs().max()
-    assert (state["exp_avg"] - pair.deferred.first["table"]).abs().max() < 1e-6 * scale
+    assert (state["exp_avg"] - pair.deferred.first).abs().max() < 1e-6 * scale
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -68,7 +68,7 @@ def test_a_row_read_after_a_long_time_is_where_dense_adam_has_it(compiled: bool)
     for _ in range(700):
         pair.step(other, torch.ones(1, DIM, dtype=torch.float64))
     assert torch.equal(pair.table[5], before)  # not yet
-    pair.deferred.gather("table", one)
+    pair.deferred.gather(one)
     torch.testing.assert_close(pair.table[5], pair.dense[5], rtol=0, atol=1e-9)
     assert (pair.table[5] - before).abs().min() > 1e-3  # the drift is many times the first step
 
@@ -91,3 +91,35 @@ def test_the_rule_gives_the_sum_for_every_second_moment(decay: float) -> None:
         for root in 10.0 ** np.linspace(-16, 4, 60):
             exact = (mu / (root + 1e-8 * g)).sum()
             assert (rule.weights[t] / (root + 1e-8 * rule.nodes[t])).sum() == pytest.approx(exact, rel=5e-8)
+
+
+@pytest.mark.parametrize("saved_by", ["deferred", "dense"])
+def test_a_restored_optimizer_goes_on_as_before_with_more_rows(saved_by: str) -> None:
+    """The state of some rows goes into a table that has others too."""
+    pair = Pair(torch.float64)
+    steps = list(gradients(40, torch.float64))
+    for rows, values in steps[:20]:
+        pair.step(rows, values)
+    pair.deferred.flush()
+    larger = nn.Parameter(torch.zeros(ROWS + 5, DIM, dtype=torch.float64))
+    index = torch.arange(ROWS) + 5
+    with torch.no_grad():
+        larger[index] = pair.table
+    restored = DeferredAdam(larger, lr=LR)
+    state = pair.adam.state[pair.dense] if saved_by == "dense" else pair.deferred.state()
+    restored.restore(state, index)
+    for rows, values in steps[20:]:
+        pair.step(rows, values)
+        distinct, slots = rows.unique(return_inverse=True)
+        restored.gather(distinct + 5)
+        restored.step(distinct + 5, torch.zeros(len(distinct), DIM, dtype=torch.float64).index_add(0, slots, values))
+    restored.flush()
+    torch.testing.assert_close(larger[5:], pair.dense, rtol=0, atol=1e-7)
+    assert not larger[:5].any()
+
+
+def test_a_state_that_cannot_be() -> None:
+    pair = Pair(torch.float64)
+    state = pair.deferred.state() | {"last": torch.full((ROWS,), 3)}
+    with pytest.raises(ValueError, match="steps that were never made"):
+        pair.deferred.restore(state)

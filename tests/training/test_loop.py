@@ -15,19 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deep_components import run_train2
-from deep_components.arguments import METHOD_OPTIONS, training_parser
+from deep_components.arguments import METHOD_OPTIONS, hyper_parameters, recorded_arguments, training_parser
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import DayCache, open_day
-from deep_components.dataset.importers.recflow import LOG_COLUMN
-from deep_components.dataset.importers.recflow_files import read_id_counts
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
-from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.files import as_json
+from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
-from deep_components.runs.checkpoint import load_state
-from deep_components.training import loop as training
+from deep_components.runs.folder import STATE_FILE
+from deep_components.runs.state import load_state
+from deep_components.tables.store import EmbeddingStore, build_stores
 from deep_components.training import memory
 from deep_components.training.step import Trainer
 from tests.helpers import (
@@ -48,7 +49,6 @@ from tests.helpers import (
 )
 
 MODEL_FILES = tuple(f"{stage}.safetensors" for stage in STAGES)
-STATE_FILE = "training_state.safetensors"
 STEPS_PER_DAY = REQUESTS_PER_DAY // BATCH_SIZE
 
 
@@ -237,14 +237,14 @@ def test_resuming_with_other_arguments_is_refused(flag: str, log: Path, baseline
 
 
 def test_resuming_on_other_data_is_refused(baseline: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(InputError, match=r"--resume: .*id counts"):
+    with pytest.raises(InputError, match=r"--resume: .* another schema"):
         train(small_log(tmp_path_factory, users=31), baseline, "--resume")
 
 
 def test_resuming_on_days_of_other_content_is_refused(other_log: Path, log: Path, baseline: Path) -> None:
     """The same counts of ids, but other requests."""
-    assert read_id_counts(other_log) == read_id_counts(log)
-    with pytest.raises(InputError, match=rf"--resume: .* another day {DAYS[0]} "):
+    assert open_log(other_log).schema == open_log(log).schema
+    with pytest.raises(InputError, match=rf"--resume: .* another day {DAYS[0]};"):
         train(other_log, baseline, "--resume")
 
 
@@ -268,7 +268,7 @@ def test_resumed_though_interrupted_before_the_first_save(
     interrupt(2)
     assert run_command(run_train2.main, training_arguments(log, tmp_path)) == 130
     interrupt(0)
-    with pytest.raises(InputError, match=r"--resume: .*--seed=30, not 31"):
+    with pytest.raises(InputError, match=r"--resume: .* seed=30, not 31"):
         train(log, tmp_path, "--resume", "--seed=31")
     with caplog.at_level("INFO"):
         train(log, tmp_path, "--resume")
@@ -284,15 +284,35 @@ def test_a_damaged_state(log: Path, tmp_path: Path) -> None:
         train(log, tmp_path, "--resume")
 
 
+def test_a_damaged_step_log_does_not_hinder(
+    log: Path, baseline: Path, tmp_path: Path, interrupt: Callable[[int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing but curves and times is taken from it."""
+    interrupt(4)
+    assert run_command(run_train2.main, training_arguments(log, tmp_path)) == 130
+    path = tmp_path / "train.jsonl"
+    content = bytearray(path.read_bytes())
+    content[3] ^= 128
+    path.write_bytes(content)
+    interrupt(0)
+    train(log, tmp_path, "--resume")
+    assert same_parameters(tmp_path, baseline)
+    assert "train.jsonl: 1 of 2 steps are damaged or missing" in caplog.text
+    assert logged_steps(tmp_path) == logged_steps(baseline)[1:]
+
+
 # ---- started again, or from another run ------------------------------------------------------------------------------
 
 
 def test_epochs_0_writes_the_untrained_cascade(log: Path, tmp_path: Path) -> None:
     run = train(log, tmp_path, "--epochs=0", "--seed=5")
-    models = build_models(TWO_STAGE, vocabulary(log), emb_dim=4, nn_units=16, seed=5)
+    schema = open_log(log).schema
+    models, stores = build_models(TWO_STAGE, schema, 4, 16, seed=5), build_stores(TWO_STAGE, schema, 4, seed=5)
     for stage, model in models.items():
+        expected = {f"embedding.{table}": values for table, values in stores[stage].tables.items()} | model.state_dict()
         written = load_file(run / f"{stage}.safetensors")
-        assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
+        assert written.keys() == expected.keys()
+        assert all(torch.equal(written[name], value) for name, value in expected.items())
     assert logged_steps(run) == []
     assert config(run)["arguments"]["epochs"] == 0
     cost = json.loads((run / "training.json").read_text())
@@ -398,10 +418,13 @@ def test_the_loss_falls(log: Path, tmp_path: Path) -> None:
 def test_the_config_holds_every_argument(log: Path, baseline: Path) -> None:
     written = config(baseline)
     args = run_train2.parse_args(training_arguments(log, baseline))
-    run_train2.build_loss(args)
-    expected = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    loss = run_train2.build_loss(args)
+    expected = as_json(recorded_arguments(args, loss))
     assert written["arguments"] == expected
-    assert written["setting"] == "two_stage"
+    assert (written["setting"], written["cascade"]) == ("two_stage", as_json(TWO_STAGE.to_json()))
+    schema = open_log(log).schema
+    assert (written["schema"], written["schema_checksum"]) == (schema.to_json(), schema.checksum)
+    assert written["loss"] == as_json(hyper_parameters(loss)) and written["loss"]["tau"] == 50
     assert written["train_days"] == list(DAYS[:2])
     assert written["versions"].keys() >= {"python", "torch", "numpy"}
     assert written["versions"]["torch"] == torch.__version__
@@ -638,17 +661,18 @@ def test_flag_compact_from(optimizer: str, log: Path, tmp_path: Path) -> None:
     compact = train(log, tmp_path / "compact", *arguments, "--compact_from=1")
     assert without_norms(compact) == without_norms(whole)
     names = {name for name in parameters(compact) if "/ids." in name}
-    assert names == {f"{stage}/ids.{field}" for stage in STAGES for field in LOG_COLUMN}
+    tables = open_log(log).schema.tables
+    assert names == {f"{stage}/ids.{table}" for stage in STAGES for table in tables}
     ours, theirs = parameters(compact), parameters(whole)
-    days = [open_day(log, day, TWO_STAGE) for day in DAYS[:2]]
+    days = [open_log(log).open_day(day, TWO_STAGE) for day in DAYS[:2]]
     for stage in STAGES:
         videos = ours[f"{stage}/ids.video"]
-        named = [np.unique(day.columns[f"{part}.video"]) for day in days for part in ("items", "history")]
+        named = [np.unique(day.columns[f"{part}.video"]) for day in days for part in ("item", "history")]
         assert np.array_equal(videos, np.unique(np.concatenate([[0], *named])))
         assert len(videos) < len(theirs[f"{stage}/embedding.video"])
-        for field in LOG_COLUMN:
-            rows = theirs[f"{stage}/embedding.{field}"][ours[f"{stage}/ids.{field}"]]
-            assert np.array_equal(ours[f"{stage}/embedding.{field}"], rows)
+        for table in tables:
+            rows = theirs[f"{stage}/embedding.{table}"][ours[f"{stage}/ids.{table}"]]
+            assert np.array_equal(ours[f"{stage}/embedding.{table}"], rows)
     with np.load(evaluated_scores(log, compact)) as one, np.load(evaluated_scores(log, whole)) as other:
         assert all(np.array_equal(one[name], other[name]) for name in one.files)
 
@@ -662,13 +686,6 @@ def test_flag_table_memory(log: Path, baseline: Path, tmp_path: Path) -> None:
     host = train(log, tmp_path, "--table_memory=host")
     assert same_parameters(host, baseline)  # on a CPU both are the same memory
     assert config(host)["arguments"]["table_memory"] == "host"
-
-
-def test_tables_in_host_memory_stay_there(log: Path) -> None:
-    model = fresh(log)[0]["rank"]
-    training._to_device(model, torch.device("meta"), torch.float32, ["video", "author"])
-    places = {name: parameter.device.type for name, parameter in model.named_parameters()}
-    assert {name for name, place in places.items() if place == "cpu"} == {"embedding.video", "embedding.author"}
 
 
 def test_flag_day_on_device(log: Path, baseline: Path, tmp_path: Path) -> None:
@@ -715,11 +732,6 @@ def test_too_little_memory_is_said_before_it_is_taken(
 # ---- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def vocabulary(log: Path) -> dict[str, int]:
-    counts = read_id_counts(log)
-    return {field: counts[column] for field, column in LOG_COLUMN.items()}
-
-
 class HandMadeAdam:
     """Adam (Kingma and Ba, ICLR 2015) as published; every element moves in every step, whatever its gradient."""
 
@@ -741,34 +753,37 @@ class HandMadeAdam:
             parameter.grad = None
 
 
-def fresh(log: Path) -> tuple[dict[str, nn.Module], LCRON]:
-    models = build_models(TWO_STAGE, vocabulary(log), emb_dim=4, nn_units=16, seed=30)
-    loss = LCRON(TWO_STAGE.num_relevant)
+def fresh(log: Path) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], LCRON]:
+    schema = open_log(log).schema
+    models, stores = build_models(TWO_STAGE, schema, 4, 16, seed=30), build_stores(TWO_STAGE, schema, 4, seed=30)
+    loss = LCRON(TWO_STAGE.stage_names, TWO_STAGE.num_relevant)
     for module in (*models.values(), loss):
         module.double()
-    return models, loss
+    for store in stores.values():
+        store.to(torch.device("cpu"), torch.float64)
+    return models, stores, loss
 
 
 @pytest.fixture
 def day(log: Path) -> DayCache:
-    return open_day(log, DAYS[0], TWO_STAGE, history_length=5)
+    return open_log(log).open_day(DAYS[0], TWO_STAGE, history_length=5)
 
 
 def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
-    several = list(batches(day, np.arange(REQUESTS_PER_DAY), 10, torch.device("cpu")))
-    models, loss = fresh(log)
-    trainer = Trainer(models, loss, lr=0.01)
-    by_hand_models, by_hand_loss = fresh(log)
+    trainer = Trainer(*fresh(log), lr=0.01)
+    several = list(batches(day, np.arange(REQUESTS_PER_DAY), 10, torch.device("cpu"), trainer.prepare))
+    models, stores, loss = fresh(log)
     adam = HandMadeAdam(lr=0.01)
-    named = {f"{stage}/{n}": p for stage, model in by_hand_models.items() for n, p in model.named_parameters()}
-    named |= {f"loss/{name}": parameter for name, parameter in by_hand_loss.named_parameters()}
+    named = {f"{stage}/embedding.{table}": p for stage, store in stores.items() for table, p in store.tables.items()}
+    named |= {f"{stage}/{n}": p for stage, model in models.items() for n, p in model.named_parameters()}
+    named |= {f"loss/{name}": parameter for name, parameter in loss.named_parameters()}
     assert named.keys() == trainer.parameters.keys()
     history = []
     for batch in several:
         terms = trainer.step(batch)
         assert not any(term.requires_grad for term in terms.values())
-        retrieval, rank = (model(batch.features) for model in by_hand_models.values())
-        expected = by_hand_loss(retrieval, rank, batch.targets)
+        scores = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
+        expected = loss(scores, batch.targets)
         expected["loss"].backward()
         adam.step(named)
         torch.testing.assert_close(terms["loss"], expected["loss"].detach(), rtol=1e-9, atol=0)
@@ -777,7 +792,7 @@ def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
         torch.testing.assert_close(parameter, named[name], rtol=1e-7, atol=1e-9, msg=name)
 
     # A user of the first batch alone keeps moving; one that never came does not move.
-    users = [set(batch.features.user.tolist()) for batch in several]
+    users = [set(batch.features.request["user"].tolist()) for batch in several]
     once = sorted(users[0] - set.union(*users[1:]))
     never = sorted(set(range(len(history[0]))) - set.union(*users))
     assert once and never
@@ -786,26 +801,28 @@ def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
         assert torch.equal(before[never], after[never])
 
 
-def run_steps(trainer: Trainer, day: DayCache, places: range) -> list[float]:
-    return [trainer.step(day.batch(np.arange(place, place + 10)))["loss"].item() for place in places]
+def run_steps(trainer: Trainer, day: DayCache, starts: range) -> list[float]:
+    prepared = (trainer.prepare(day.batch(np.arange(start, start + 10))) for start in starts)
+    return [trainer.step(batch)["loss"].item() for batch in prepared]
 
 
 def test_deferred_tables_give_the_parameters_of_dense_adam(log: Path, day: DayCache) -> None:
     dense, deferred = (Trainer(*fresh(log), lr=0.01, optimizer=o, large_table=0) for o in ("adam", "deferred_adam"))
-    places = range(0, REQUESTS_PER_DAY, 10)
+    starts = range(0, REQUESTS_PER_DAY, 10)
     for _ in range(3):
-        assert run_steps(deferred, day, places) == pytest.approx(run_steps(dense, day, places), rel=1e-7)
-    assert deferred.gathered_fields and not dense.gathered_fields
+        assert run_steps(deferred, day, starts) == pytest.approx(run_steps(dense, day, starts), rel=1e-7)
+    assert deferred.pulled and not dense.pulled
     deferred.flush()
     for name, parameter in deferred.parameters.items():
         torch.testing.assert_close(parameter, dense.parameters[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_only_large_tables_are_deferred(log: Path) -> None:
-    rows = max(vocabulary(log).values()) + 2
-    largest = {field for field, count in vocabulary(log).items() if count + 2 == rows}
-    assert Trainer(*fresh(log), lr=0.01, large_table=rows).gathered_fields == tuple(sorted(largest))
-    assert not Trainer(*fresh(log), lr=0.01, large_table=rows + 1).gathered_fields
+    sizes = {name: table.size for name, table in open_log(log).schema.tables.items()}
+    rows = max(sizes.values())
+    largest = tuple(sorted(name for name, size in sizes.items() if size == rows))
+    assert Trainer(*fresh(log), lr=0.01, large_table=rows).pulled == largest
+    assert not Trainer(*fresh(log), lr=0.01, large_table=rows + 1).pulled
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "deferred_adam", "sparse_adam"])
@@ -838,8 +855,8 @@ def test_the_weights_of_the_loss_are_trained(log: Path, baseline: Path) -> None:
 
 
 def test_the_state_restores_the_course(log: Path, day: DayCache) -> None:
-    first, second, third = list(batches(day, np.arange(30), 10, torch.device("cpu")))
     one = Trainer(*fresh(log), lr=0.01)
+    first, second, third = list(batches(day, np.arange(30), 10, torch.device("cpu"), one.prepare))
     one.step(first)
     one.step(second)
     saved = {name: value.clone() for name, value in one.state().items()}
@@ -861,15 +878,15 @@ def test_a_state_that_does_not_fit(log: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "said"),
     [
-        ("generator/cpu", None),
-        ("generator/cpu", torch.zeros(3)),
-        ("last/rank/embedding.video", torch.tensor(99)),
-        ("last/rank/embedding.video", torch.tensor(-1)),
+        ("generator/cpu", None, "generator/cpu"),
+        ("generator/cpu", torch.zeros(3), "generator/cpu"),
+        ("last/rank/embedding.video", torch.tensor(99), "rank/embedding.video: last"),
+        ("last/rank/embedding.video", torch.tensor(-1), "rank/embedding.video: last"),
     ],
 )
-def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, log: Path, day: DayCache) -> None:
+def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, said: str, log: Path, day: DayCache) -> None:
     """A step never made would have the compiled loops read beyond the rules' end."""
     trainer = Trainer(*fresh(log), lr=0.01, large_table=0)
     run_steps(trainer, day, range(0, 20, 10))
@@ -878,5 +895,5 @@ def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, log: Path,
         del state[name]
     else:
         state[name] = value if value.ndim else torch.full_like(state[name], int(value))
-    with pytest.raises(InputError, match=rf"the saved state does not fit: {name}"):
+    with pytest.raises(InputError, match=f"the saved state does not fit: {said}"):
         trainer.restore(state)

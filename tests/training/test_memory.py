@@ -10,18 +10,19 @@ import torch
 from hypothesis import given, settings
 
 from deep_components.arguments import DTYPES
-from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
-from deep_components.dataset.columnar import open_day
+from deep_components.cascade import TWO_STAGE
+from deep_components.dataset.log import open_log
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.errors import InputError
-from deep_components.loss.two_stage.lcron import LCRON
+from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
-from deep_components.tables.embedding import ID_FIELDS, FieldEmbedding
+from deep_components.schema import RECFLOW_IDS, recflow_schema
+from deep_components.tables.store import build_stores
 from deep_components.training import memory
 from deep_components.training.memory import available, check_memory, step_bytes, table_bytes
-from deep_components.training.step import Trainer, gathered_fields
+from deep_components.training.step import Trainer, pulled_tables
 from tests.helpers import DAYS, training_arguments
-from tests.tables.test_rows import random_batch
+from tests.schemas import random_batch
 
 pytestmark = pytest.mark.usefixtures("short_rules")
 CPU, GIB = torch.device("cpu"), 1 << 30
@@ -30,20 +31,16 @@ CPU, GIB = torch.device("cpu"), 1 << 30
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def held_bytes(trainer: Trainer, gathered: bool) -> int:
-    """Bytes of the tables, their dense gradients and Adam's state, of the gathered fields or the others."""
+def held_bytes(trainer: Trainer, stage: str, pulled: bool) -> int:
+    """Bytes of a stage's tables, their dense gradients and Adam's state; of the pulled tables or the others."""
     total = 0
-    for name, parameter in trainer.parameters.items():
-        if "/embedding." not in name or (name.rpartition(".")[2] in trainer.gathered_fields) != gathered:
+    for name, parameter in trainer.stores[stage].tables.items():
+        if (name in trainer.pulled) != pulled:
             continue
-        tensors = [parameter, parameter.grad]
-        for optimizer in trainer.optimizers:
-            state = optimizer.state.get(parameter, {})
-            tensors += [value for key, value in state.items() if key != "step"]
-        if trainer.deferred is not None and name in trainer.deferred.tables:
-            of = trainer.deferred
-            tensors += [of.first[name], of.second[name], of.last[name]]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        state = trainer.stores[stage].optimizers[name].state() if pulled else trainer.dense_optimizer.state[parameter]
+        tensors = [parameter, *(value for key, value in state.items() if key != "step")]
+        tensors += [] if parameter.grad is None else [parameter.grad]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total
 
 
@@ -52,40 +49,37 @@ def held_bytes(trainer: Trainer, gathered: bool) -> int:
     dim=st.sampled_from([1, 3, 8]),
     large_table=st.sampled_from([0, 40, 1000]),
     dtype=st.sampled_from(list(DTYPES.values())),
-    counts=st.lists(st.integers(8, 90), min_size=len(ID_FIELDS), max_size=len(ID_FIELDS)),
+    counts=st.lists(st.integers(8, 90), min_size=len(RECFLOW_IDS), max_size=len(RECFLOW_IDS)),
 )
-def test_tables_take_what_a_training_holds(
-    dim: int, large_table: int, dtype: torch.dtype, counts: list[int]
-) -> None:  # fmt: skip
-    vocabulary = dict(zip(ID_FIELDS, counts, strict=True))
-    models = build_models(TWO_STAGE, vocabulary, dim, 8, seed=0)
-    loss = LCRON(TWO_STAGE.num_relevant)
+def test_tables_take_what_a_training_holds(dim: int, large_table: int, dtype: torch.dtype, counts: list[int]) -> None:
+    schema = recflow_schema(dict(zip(RECFLOW_IDS, counts, strict=True)))
+    models, stores = build_models(TWO_STAGE, schema, dim, 8, seed=0), build_stores(TWO_STAGE, schema, dim, seed=0)
+    loss = LCRON(TWO_STAGE.stage_names, TWO_STAGE.num_relevant)
     for module in (*models.values(), loss):
         module.to(dtype)
-    trainer = Trainer(models, loss, lr=0.01, large_table=large_table)
-    trainer.step(random_batch(0, requests=2, num_items=TWO_STAGE.num_items, length=3, rows=8))
-    sparse, dense = table_bytes(models, trainer.gathered_fields, dtype.itemsize)
-    assert (sparse, dense) == (held_bytes(trainer, gathered=True), held_bytes(trainer, gathered=False))
+    for store in stores.values():
+        store.to(CPU, dtype)
+    trainer = Trainer(models, stores, loss, lr=0.01, large_table=large_table)
+    trainer.step(trainer.prepare(random_batch(schema, 2, TWO_STAGE.num_items, 3, limit=8)))
+    rows = {name: table.size for name, table in schema.tables.items()}
+    held = tuple(held_bytes(trainer, "rank", pulled) for pulled in (True, False))
+    assert table_bytes(rows, dim, trainer.pulled, dtype.itemsize) == held
 
 
-@pytest.mark.parametrize("cascade", [TWO_STAGE, THREE_STAGE], ids=lambda cascade: cascade.name)
-def test_the_paper_s_tables_take_what_the_specification_says(cascade: Cascade) -> None:
+def test_the_paper_s_tables_take_what_the_specification_says() -> None:
     """Dense tables of 82.2 and 33.5 million rows: 14.8 GB a stage. Nothing of it is allocated."""
-    vocabulary = dict.fromkeys(ID_FIELDS, 50) | {"video": 82_200_000, "author": 33_500_000}
-    with torch.device("meta"):
-        models = build_models(cascade, vocabulary, 8, 128, None)
-    assert table_bytes(models, (), 4)[1] / len(cascade.stages) == pytest.approx(14.8e9, rel=0.01)
-    embedding = next(iter(models.values())).get_submodule("embedding")
-    assert isinstance(embedding, FieldEmbedding)
-    gathered = gathered_fields(embedding.rows, "deferred_adam")
-    assert gathered == ("author", "video")
-    assert table_bytes(models, gathered, 4)[0] / len(cascade.stages) == (82_200_002 + 33_500_002) * (3 * 8 + 1) * 4
+    schema = recflow_schema(dict.fromkeys(RECFLOW_IDS, 50) | {"video": 82_200_000, "author": 33_500_000})
+    rows = {name: table.size for name, table in schema.tables.items()}
+    assert table_bytes(rows, 8, (), 4)[1] == pytest.approx(14.8e9, rel=0.01)
+    pulled = pulled_tables(rows, "deferred_adam")
+    assert pulled == ("author", "video")
+    assert table_bytes(rows, 8, pulled, 4)[0] == (82_200_002 + 33_500_002) * (3 * 8 + 1) * 4
 
 
 def test_a_step_takes_more_with_everything_that_makes_it_larger() -> None:
     small = (1024, 40, 50, 128, 2, 4)
-    for place in range(len(small)):
-        larger = tuple(2 * value if k == place else value for k, value in enumerate(small))
+    for index in range(len(small)):
+        larger = tuple(2 * value if k == index else value for k, value in enumerate(small))
         assert step_bytes(*small) < step_bytes(*larger) <= 2 * step_bytes(*small)
 
 
@@ -229,7 +223,7 @@ def test_a_day_of_ten_times_the_requests_does_not_take_more_memory(tmp_path: Pat
     for requests in (2000, 20000):
         log = tmp_path / str(requests)
         simulate(log, SimulationSettings(days=DAYS[:1], requests_per_day=requests, users=50, videos=200, authors=20))
-        day = open_day(log, DAYS[0], TWO_STAGE)
+        day = open_log(log).open_day(DAYS[0], TWO_STAGE)
         sizes.append(sum(column.nbytes for column in day.columns.values()))
         arguments = training_arguments(log, tmp_path / f"run{requests}", f"--train_days={DAYS[0]}", "--batch_size=32")
         command = [sys.executable, "-c", _TRAINS, *arguments]

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from deep_components import run_train2
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import open_day
+from deep_components.dataset.log import open_log
+from deep_components.tables.lookup import TableLookup
 from deep_components.training.step import Trainer
 from deep_components.training.tensorboard import scalar_log
 from tests.helpers import BATCH_SIZE, STAGES, logged_steps, train, training_arguments
@@ -116,14 +117,17 @@ def test_without_the_package(
 
 
 def test_gradient_norms_of_all_optimizers_are_those_of_the_dense_gradient(log: Path) -> None:
-    batch = open_day(log, DAYS[0], TWO_STAGE, history_length=5).batch(np.arange(10))
-    models, loss = fresh(log)
-    loss(*(model(batch.features) for model in models.values()), batch.targets)["loss"].backward()
+    batch = open_log(log).open_day(DAYS[0], TWO_STAGE, history_length=5).batch(np.arange(10))
+    models, stores, loss = fresh(log)
+    whole = TableLookup(open_log(log).schema, {}, {})(batch)
+    scores = {stage: model(stores[stage].embed(whole.features)) for stage, model in models.items()}
+    loss(scores, batch.targets)["loss"].backward()
     expected = []
-    for model in models.values():
-        gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-        expected.append(torch.cat(gradients).norm().item())
+    for stage, model in models.items():
+        parameters = [*stores[stage].tables.values(), *model.parameters()]
+        expected.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm().item())
     for optimizer in ("adam", "deferred_adam", "sparse_adam"):
-        terms = Trainer(*fresh(log), lr=0.01, optimizer=optimizer, large_table=0).step(batch)
+        trainer = Trainer(*fresh(log), lr=0.01, optimizer=optimizer, large_table=0)
+        terms = trainer.step(trainer.prepare(batch))
         found = [terms[f"gradient_norm.{stage}"].item() for stage in STAGES]
         assert found == pytest.approx(expected, rel=1e-9), optimizer

@@ -1,0 +1,88 @@
+"""A run's models and embedding tables, to and from its files (runs/state.py)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deep_components.errors import InputError
+from deep_components.runs.state import TABLE, SavedModel, load_model, save_models
+from deep_components.tables.store import EmbeddingStore
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """The tensor's values on the CPU; they share its memory where it lies there."""
+    array: np.ndarray = values.detach().cpu().numpy()
+    return array
+
+
+def save_trained(
+    run: Path, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], note: Mapping[str, Any]
+) -> None:
+    """Write ``<stage>.safetensors`` of every stage; ``note`` as of :func:`deep_components.runs.state.save_models`."""
+    arrays = {
+        stage: {
+            **{f"{TABLE}{table}": as_array(values) for table, values in stores[stage].tables.items()},
+            **{name: as_array(values) for name, values in model.state_dict().items()},
+        }
+        for stage, model in models.items()
+    }
+    ids = next(iter(stores.values())).ids
+    save_models(run, arrays, note, {table: known.ids() for table, known in ids.items()})
+
+
+@torch.no_grad()
+def load_trained(run: Path, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore]) -> int | None:
+    """Read every stage's parameters and tables from ``run``, cast to the types of ``models`` and ``stores``.
+
+    A compacted table gets the rows of its ids; an id that the file lacks gets its initial value, which is that of the
+    file's seed.
+
+    Returns:
+        the seed of the initial values; None where the files' tables are all whole.
+
+    Raises:
+        InputError: a file is missing or damaged, or does not fit the models.
+    """
+    seed = None
+    for stage, model in models.items():
+        saved, store = load_model(run, stage), stores[stage]
+        seed = saved.initial_seed
+        arrays = dict(saved.arrays)
+        for table in saved.ids.keys() | store.ids.keys():
+            if f"{TABLE}{table}" in arrays and table in store.tables:
+                arrays[f"{TABLE}{table}"] = _rows(saved, store, table)
+        targets: dict[str, Tensor] = {f"{TABLE}{table}": values for table, values in store.tables.items()}
+        targets |= model.state_dict()
+        _check_shapes(saved.path, arrays, targets)
+        for name, target in targets.items():
+            target.copy_(torch.from_numpy(arrays[name]))
+    return seed
+
+
+def _rows(saved: SavedModel, store: EmbeddingStore, table: str) -> np.ndarray:
+    """The saved rows of the ids that the store's table has."""
+    ids = store.ids[table].ids() if table in store.ids else np.arange(store.rows[table])
+    width, dim = saved.arrays[f"{TABLE}{table}"].shape[-1:], store.tables[table].shape[-1:]
+    if width != dim:
+        return saved.arrays[f"{TABLE}{table}"]  # the comparison of shapes names it
+
+    def initial(table: str, ids: np.ndarray) -> np.ndarray:
+        assert saved.initial_seed is not None
+        return as_array(store.initial_values(table, ids, saved.initial_seed))
+
+    return saved.rows(table, ids, initial)
+
+
+def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], targets: Mapping[str, Tensor]) -> None:
+    for name in sorted(targets.keys() | arrays.keys()):
+        found = tuple(arrays[name].shape) if name in arrays else None
+        wanted = tuple(targets[name].shape) if name in targets else None
+        if found != wanted:
+            raise InputError(
+                f"{path}: parameter {name} has shape {found}, but the model wants {wanted}; use the data and the sizes "
+                "(--emb_dim, --nn_units) that it was trained with"
+            )

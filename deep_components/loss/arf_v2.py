@@ -1,0 +1,54 @@
+"""ARF-v2 (Adaptive Neural Ranking Framework, Wang et al., WWW 2024)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from deep_components.loss.functional import Targets, masked_mean, num_ground_truth
+from deep_components.loss.selection import (
+    label_permutation,
+    label_split,
+    neural_sort,
+    selection_cross_entropy,
+    sorting_cross_entropy,
+    split,
+)
+
+
+class ARFv2(nn.Module):
+    """Sum over stages of log w + G / (2 w^2) + R, with a trainable w for each stage.
+
+    With P the relaxed permutation of a stage, m its quota, Y the label matrix and gt, rest = rows 1..K and the other
+    rows of Y summed:
+
+    * G = mean over the n * n entries of -log(P + eps) Y: the whole order;
+    * R = mean over items of -log(top_m(P) + eps) gt - log(rest_m(P) + eps) rest.
+
+    Args:
+        quotas: stage -> m, the items it keeps.
+        num_relevant: upper limit of K, the request's ground-truth items.
+        tau: temperature of NeuralSort.
+    """
+
+    def __init__(self, quotas: Mapping[str, int], num_relevant: int, tau: float = 200.0) -> None:
+        super().__init__()
+        self.quotas, self.num_relevant, self.tau = dict(quotas), num_relevant, tau
+        self.weight = nn.ParameterDict([(stage, nn.Parameter(torch.ones(()))) for stage in quotas])
+
+    def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
+        mask, dtype = targets.mask, next(iter(scores.values())).dtype
+        k = num_ground_truth(targets, self.num_relevant)
+        label_rows = label_permutation(targets.labels, mask, dtype)
+        truth = label_split(targets.labels, mask, k, dtype)
+        loss, terms = label_rows.new_zeros(()), dict[str, Tensor]()
+        for stage, weight in self.weight.items():
+            permutation = neural_sort(scores[stage], mask, self.tau)
+            whole_order = sorting_cross_entropy(permutation, label_rows, mask)
+            chosen = split(permutation, torch.full_like(k, self.quotas[stage]))
+            relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
+            log_weight = masked_mean(weight.log().expand_as(mask), mask)  # 0 in a batch without items
+            loss = loss + log_weight + whole_order / (2 * weight**2) + relaxed
+            terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

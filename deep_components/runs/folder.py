@@ -1,0 +1,123 @@
+"""A run's folder: the names of its files, its JSON files, what is removed when, and who may write in it."""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from deep_components import files
+from deep_components.cascade import SETTINGS, Cascade
+from deep_components.errors import InputError
+from deep_components.files import temporaries
+from deep_components.files import write_json as write_json
+
+CONFIG_FILE = "config.json"
+STATE_FILE = "training_state.safetensors"
+STEP_LOG_FILE = "train.jsonl"
+COST_FILE = "training.json"  # of a complete training
+METRICS_FILE = "metrics.json"
+SCORES_FILE = "scores.npz"
+PER_REQUEST_FILE = "per_request.npz"
+RUN_FILE = "run.json"  # of the runner, as the next two
+STREAMING_FILE = "streaming.json"
+LOG_FILE = "run.log"
+LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
+
+_CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
+_CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+
+
+def model_file(stage: str) -> str:
+    """The name of the file of a stage's model."""
+    return f"{stage}.safetensors"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file of a run; None when there is none. InputError when it is damaged."""
+    try:
+        return files.read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable ({error}); make the run again (the scripts: --force)") from error
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's config.json. InputError when there is none or it is damaged."""
+    config = read_json(run / CONFIG_FILE)
+    if config is None:
+        raise InputError(f"{run / CONFIG_FILE}: no such file; {run} is not the folder of a training run")
+    return config
+
+
+def read_training(run: Path) -> dict[str, Any]:
+    """A run's config.json, which must hold what evaluating or continuing the training needs. InputError if not."""
+    path, config = run / CONFIG_FILE, read_config(run)
+    for field, kind in _CONFIG_FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise InputError(f"{path}: field {field} is missing or damaged; train again")
+    for name in _CONFIG_ARGUMENTS:
+        if name not in config["arguments"]:
+            raise InputError(f"{path}: field arguments lacks {name}; train again")
+    return config
+
+
+def cascade_of(run: Path, config: Mapping[str, Any]) -> Cascade:
+    """The cascade that a run's config.json describes; runs of earlier versions only name one of SETTINGS.
+
+    InputError when it describes none."""
+    if "cascade" in config:
+        return Cascade.from_json(config["cascade"], str(run / CONFIG_FILE))
+    try:
+        return SETTINGS[config["setting"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{run / CONFIG_FILE}: field cascade is missing; train again") from error
+
+
+def remove_results(run: Path, stages: Iterable[str]) -> None:
+    """Remove the models of ``stages``, and of those the folder's config.json names, and what an evaluation made of
+    them: a new training is about to replace them."""
+    for name in (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE, *_model_files(run, stages)):
+        (run / name).unlink(missing_ok=True)
+
+
+def remove_run(run: Path, stages: Iterable[str]) -> None:
+    """Remove all results of a run, its state and its records."""
+    remove_results(run, stages)
+    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, STREAMING_FILE, RUN_FILE):
+        (run / name).unlink(missing_ok=True)
+
+
+def remove_leftovers(run: Path, stages: Iterable[str]) -> None:
+    """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
+    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, *_model_files(run, stages)):
+        for leftover in temporaries(run / name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _model_files(run: Path, stages: Iterable[str]) -> list[str]:
+    try:
+        before = cascade_of(run, read_config(run)).stage_names
+    except InputError:  # no run, or a damaged one
+        before = ()
+    return [model_file(stage) for stage in sorted({*stages, *before})]
+
+
+@contextmanager
+def only_user(run: Path, lock: str, purpose: str, wait: float = 0) -> Iterator[int]:
+    """Hold the lock of that name in a run's folder, made if need be; yields its descriptor. A process that inherits the
+    descriptor holds it too.
+
+    InputError when another process holds it for longer than ``wait`` seconds, or the folder cannot be written: before
+    or within the block.
+    """
+    try:
+        with files.locked(run / lock, wait=wait) as descriptor:
+            if descriptor is None:
+                raise InputError(f"{run}: another process is {purpose}; wait for it, or name another --output_dir")
+            yield descriptor
+    except OSError as error:
+        raise InputError(
+            f"{run}: cannot be written ({error.strerror or error}); free the space or name another --output_dir"
+        ) from error

@@ -1,0 +1,85 @@
+"""Whether two trainings are the same run, decided here alone: for --resume, for the runner, and for reports.
+
+What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, origin and checksums of the
+data, arguments, the loss's hyper-parameters, and the training days.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+# Arguments of a training that lead to the same numbers, to rounding: where things lie, what is saved and shown.
+EXECUTION_ARGUMENTS = (
+    *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
+    *("resume", "save_minutes", "print_freq", "tensorboard"),
+)
+# Arguments that an untrained cascade depends on, beside its seed.
+UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
+
+# A finished run stays when a failed one beside it is made again with steps left out that are not finite, and a stopped
+# one may go on so. The training days are compared apart.
+_NOT_THE_RUN = (*EXECUTION_ARGUMENTS, "on_nonfinite", "train_days")
+_NOT_THE_METHOD = (*EXECUTION_ARGUMENTS, "on_nonfinite", "seed", "loss_type", "compact_from")
+
+
+class Difference(NamedTuple):
+    """The first thing in which a run is another one than the wanted."""
+
+    name: str
+    found: Any
+    wanted: Any
+
+    def __str__(self) -> str:
+        if self.name in ("cascade", "schema_checksum", "loss") or self.name.startswith("day "):
+            return f"another {self.name.removesuffix('_checksum')}"
+        return f"{self.name}={self.found}, not {self.wanted}"
+
+
+def run_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that decide what a training ends in, but the training days; an untrained cascade has few."""
+    if not arguments.get("epochs"):
+        return {name: arguments.get(name) for name in ("seed", "epochs", *UNTRAINED_ARGUMENTS)}
+    return {name: value for name, value in arguments.items() if name not in _NOT_THE_RUN}
+
+
+def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that all runs of one method share, whatever their seed."""
+    if arguments.get("epochs") == 0:
+        return {name: arguments.get(name) for name in UNTRAINED_ARGUMENTS}
+    return {name: value for name, value in arguments.items() if name not in _NOT_THE_METHOD}
+
+
+def first_difference(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], more_days: bool = False, more_epochs: bool = False
+) -> Difference | None:
+    """The first difference between a run's config.json and a wanted one; None when they are the same run.
+
+    Args:
+        found, wanted: where one lacks a field of the data, or ``loss``, or a day's checksum, it is not compared.
+        more_days, more_epochs: the wanted run may be a continuation of the found one.
+    """
+    return next(_differences(found, wanted, more_days, more_epochs), None)
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], more_days: bool, more_epochs: bool
+) -> Iterator[Difference]:
+    ours, arguments = run_arguments(wanted["arguments"]), found.get("arguments", {})
+    theirs = run_arguments({**arguments, "epochs": ours["epochs"]}) | {"epochs": arguments.get("epochs")}
+    fields = ["setting", "cascade", "data", "schema_checksum"]
+    for name in [*fields, "loss"] if ours["epochs"] else fields:
+        if name in found and name in wanted and found[name] != wanted[name]:
+            yield Difference(name, found[name], wanted[name])
+    known, checksums = found.get("data_checksums", {}), wanted.get("data_checksums", {})
+    for day in sorted(known.keys() & checksums.keys()):
+        if known[day] != checksums[day]:
+            yield Difference(f"day {day}", known[day], checksums[day])
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda name: (name != "epochs", name)):
+        if name == "epochs" and more_epochs and (theirs["epochs"] or 0) <= ours["epochs"]:
+            continue
+        if theirs.get(name) != ours.get(name):
+            yield Difference(name, theirs.get(name), ours.get(name))
+    before, days = found.get("train_days", []), list(wanted["train_days"])
+    # A second pass has seen the days of the first: more of them would be another training.
+    longer = more_days and before == days[: len(before)] and ours["epochs"] == 1
+    if ours["epochs"] and before != days and not longer:
+        yield Difference("train_days", ",".join(before), ",".join(days))

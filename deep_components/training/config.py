@@ -1,0 +1,71 @@
+"""What config.json says of a training: its arguments, its data, and what it ran on."""
+
+import argparse
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deep_components.arguments import hyper_parameters, recorded_arguments
+from deep_components.cascade import Cascade
+from deep_components.dataset.columnar import DayCache
+from deep_components.dataset.log import Log
+from deep_components.files import as_json
+
+
+def run_config(
+    cascade: Cascade,
+    args: argparse.Namespace,
+    loss: nn.Module,
+    log: Log,
+    train_days: Sequence[str],
+    opened: Sequence[DayCache],
+) -> dict[str, Any]:
+    """All that makes a training this one (runs/identity.py), as config.json holds it."""
+    length = args.seq_len or log.history_length
+    return as_json(
+        {
+            "setting": cascade.name,
+            "cascade": cascade.to_json(),
+            "data": log.origin,
+            "schema": log.schema.to_json(),
+            "schema_checksum": log.schema.checksum,
+            "arguments": dict(sorted((recorded_arguments(args, loss) | {"seq_len": length}).items())),
+            "loss": hyper_parameters(loss),
+            "train_days": list(train_days),
+            "data_checksums": {day.day: day.checksum for day in opened},
+        }
+    )
+
+
+def environment(device: torch.device, compiled: bool) -> dict[str, Any]:
+    """What a training ran on; other values may change the last digits."""
+    return {
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": "compiled" if compiled else "pytorch",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The project's commit, with "-modified" where files differ from it; None outside a git checkout."""
+    # GIT_DIR and its like would name another repository.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[2]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,79 @@
+"""The models and tables of a training before its first step."""
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from deep_components.arguments import DTYPES
+from deep_components.cascade import Cascade
+from deep_components.checkpoint import load_trained
+from deep_components.dataset.columnar import DayCache
+from deep_components.errors import InputError
+from deep_components.models import build_models
+from deep_components.runs.state import saved_ids
+from deep_components.schema import Schema
+from deep_components.tables.id_set import IdSet
+from deep_components.tables.store import EmbeddingStore, build_stores
+from deep_components.training import memory
+from deep_components.training.step import pulled_tables
+
+
+def initial_cascade(
+    cascade: Cascade,
+    schema: Schema,
+    args: argparse.Namespace,
+    days: Sequence[DayCache],
+    history_length: int,
+    device: torch.device,
+) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], int | None]:
+    """Models and tables before the first step, on their devices, and the seed of the initial values of ids that the
+    tables lack. InputError when the memory does not suffice."""
+    ids = compacted_ids(cascade, schema, args, days)
+    rows = {name: len(ids[name]) if name in ids else table.size for name, table in schema.tables.items()}
+    pulled = pulled_tables(rows, args.optimizer)
+    if args.epochs:
+        itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
+        in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
+        step = memory.step_bytes(args.batch_size, cascade.num_items, history_length, args.nn_units, stages, itemsize)
+        _check_memory(stages * in_pulled, stages * in_dense + step, device, args.table_memory == "host")
+    seed: int | None = None if args.init_from is not None else args.seed
+    models = build_models(cascade, schema, args.emb_dim, args.nn_units, seed)
+    stores = build_stores(cascade, schema, args.emb_dim, seed, ids)
+    host = pulled if args.table_memory == "host" and args.optimizer == "deferred_adam" else ()
+    for stage, model in models.items():
+        model.to(device=device, dtype=DTYPES[args.dtype])
+        stores[stage].to(device, DTYPES[args.dtype], host)
+    if args.init_from is not None:
+        seed = load_trained(args.init_from, models, stores)
+    return models, stores, seed
+
+
+def compacted_ids(
+    cascade: Cascade, schema: Schema, args: argparse.Namespace, days: Sequence[DayCache]
+) -> dict[str, IdSet]:
+    """The ids of large tables: those that the days name, and those that --init_from has rows for."""
+    before = saved_ids(args.init_from, cascade.stage_names[0])[0] if args.init_from is not None else {}
+    ids = {}
+    for name, table in schema.tables.items():
+        if table.size < args.compact_from or (args.init_from is not None and name not in before):
+            continue  # in the latter case the table is whole
+        always = {0, table.padding} | ({table.unknown} if table.unknown is not None else set())
+        known = before.get(name, np.array(sorted(always)))
+        if len(known) and known.max() >= table.size:
+            raise InputError(f"--init_from={args.init_from}: its {name} ids are not those of {args.data_dir}")
+        ids[name] = IdSet.of([known], table.size)
+        for day in days:
+            ids[name] = ids[name] | day.ids(name)
+    return ids
+
+
+def _check_memory(pulled: int, rest: int, device: torch.device, on_host: bool) -> None:
+    """InputError when there are too few bytes for the pulled tables and the rest."""
+    cpu = torch.device("cpu")
+    if on_host and device != cpu:
+        memory.check_memory({device: rest, cpu: pulled})
+    else:
+        memory.check_memory({device: pulled + rest})

@@ -1,0 +1,96 @@
+"""train.jsonl: an object for each step of a training."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deep_components.errors import InputError
+from deep_components.files import write_atomically
+from deep_components.training.tensorboard import ScalarLog
+
+logger = logging.getLogger(__name__)
+
+
+class StepLog:
+    """Writes the steps. Terms stay on the device until :meth:`flush`: a step waits for nothing.
+
+    Args:
+        path: the file; lines of steps beyond ``kept_steps`` are dropped.
+        origin: what the data are.
+        method: the loss's name.
+        kept_steps: the steps made before. Nothing but curves and times is taken from their lines: a damaged one is
+            dropped with a warning.
+        skips: whether steps that are not finite were left out; otherwise they are an error.
+        scalars: also gets every step.
+
+    Attributes:
+        seconds: of all steps.
+    """
+
+    def __init__(
+        self, path: Path, origin: str, method: str, kept_steps: int, skips: bool, scalars: ScalarLog | None = None
+    ) -> None:
+        self.path, self.origin, self.method, self.skips, self.scalars = path, origin, method, skips, scalars
+        kept = _sound_lines(path, kept_steps) if kept_steps else {}
+        if len(kept) < kept_steps:
+            missing = kept_steps - len(kept)
+            logger.warning("%s: %d of %d steps are damaged or missing; curves lack them", path, missing, kept_steps)
+        self.seconds = sum((seconds for _, seconds in kept.values()), start=0.0)
+        write_atomically(path, lambda file: file.write(b"".join(line for line, _ in kept.values())))
+        self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
+
+    def add(self, step: int, day: str, seconds: float, terms: dict[str, Tensor]) -> None:
+        """Note a step, its time and the detached terms of its loss."""
+        self._waiting.append((step, day, seconds, terms))
+
+    def flush(self) -> float:
+        """Write what waits and return the last loss. InputError when a step is not finite and was not left out."""
+        if not self._waiting:
+            return math.nan
+        names = list(self._waiting[0][3])
+        values = torch.stack([torch.stack([terms[name].double() for name in names]) for *_, terms in self._waiting])
+        with self.path.open("a") as file:
+            for (step, day, seconds, _), row in zip(self._waiting, values.tolist(), strict=True):
+                terms = dict(zip(names, row, strict=True))
+                record = {"step": step, "day": day} | {n: v if math.isfinite(v) else None for n, v in terms.items()}
+                broken = [name for name, value in terms.items() if not math.isfinite(value)]
+                if broken:
+                    self._not_finite(f"{self.method}, step {step}, day {day}: the loss is {terms['loss']}", broken)
+                    record["skipped"] = True
+                self.seconds += round(seconds, 6)
+                record |= {"seconds": round(seconds, 6), "data": self.origin}
+                file.write(json.dumps(record) + "\n")
+                if self.scalars is not None:
+                    self.scalars.add(record)
+            file.flush()
+            os.fsync(file.fileno())  # a state that is saved next must not outlive these lines when the power fails
+        if self.scalars is not None:
+            self.scalars.flush()
+        self._waiting.clear()
+        return float(values[-1, names.index("loss")])
+
+    def _not_finite(self, what: str, broken: Sequence[str]) -> None:
+        what = f"{what}, and not finite are {', '.join(broken)}"
+        if not self.skips:
+            raise InputError(f"{what}; lower --lr, or leave such steps out with --on_nonfinite=skip")
+        logger.warning("%s; the step is left out", what)
+
+
+def _sound_lines(path: Path, steps: int) -> dict[int, tuple[bytes, float]]:
+    """The first ``steps`` steps of a log that can be read: step -> its line and its seconds."""
+    found: dict[int, tuple[bytes, float]] = {}
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            record = json.loads(line)
+            step, seconds = record["step"], float(record["seconds"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if type(step) is int and len(found) < step <= steps and math.isfinite(seconds) and line.endswith(b"\n"):
+            found[step] = line, seconds
+    return found

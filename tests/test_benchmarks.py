@@ -1,0 +1,103 @@
+"""Every benchmark runs, and says what docs/performance.md takes from it: tiny, and in this process."""
+
+import importlib
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import common, step
+from deep_components.errors import InputError
+from deep_components.models import din
+
+SMALL = ("--requests=48", "--batch_size=16", "--repeats=1", "--videos=200", "--authors=20", "--device=cpu")
+MODES = ("compiled", "plain", "torch_compile", "bfloat16")
+
+
+class _Here:
+    """A pool that works in this process."""
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "ProcessPoolExecutor", lambda *_: nullcontext(_Here()))
+    monkeypatch.setattr(common, "SHORTEST_TURN", 0.0)
+    monkeypatch.setattr(common, "ceilings", lambda device: {"gflops": 100.0, "gigabytes_per_second": 10.0})
+
+
+def run(name: str, tmp_path: Path, *flags: str) -> dict[str, Any]:
+    """What a benchmark writes."""
+    importlib.import_module(f"benchmarks.{name}").main([*SMALL, *flags, f"--output={tmp_path / 'results.json'}"])
+    results: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    return results
+
+
+@pytest.mark.parametrize("setting", ["two_stage", "three_stage"])
+def test_a_step(setting: str, tmp_path: Path) -> None:
+    """Its first loss is the plain way's, or it would be refused."""
+    results = run("step", tmp_path, f"--setting={setting}")
+    seconds = results["seconds"]
+    assert results["requests_per_second"]["ours"] == pytest.approx(16 / seconds["ours"], rel=1e-3)
+    assert results["ratio"] == pytest.approx(seconds["baseline"] / seconds["ours"], rel=1e-3)
+    assert results["seconds_per_part"]["ours"].keys() >= {"forward", "loss", "backward", "optimizer"}
+    assert results["roofline"]["share_of_the_ceiling"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_modes_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, not compiled by Inductor: that takes a minute."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(din, "attention_logits", din.attention_logits)  # put back afterwards
+    results = run("step", tmp_path, "--no-baseline", f"--modes={','.join(MODES)}")
+    assert tuple(results["seconds"]) == tuple(results["first_loss"]) == tuple(results["seconds_of_first_step"]) == MODES
+    with pytest.raises(SystemExit):
+        run("step", tmp_path, "--modes=compiled,fast")
+
+
+def test_the_formula_for_inductor_is_that_of_the_model() -> None:
+    torch.manual_seed(0)
+    history, items, weight = torch.randn(3, 5, 7), torch.randn(3, 4, 7), torch.randn(7)
+    torch.testing.assert_close(
+        step.attention_logits(history, items, weight), din.attention_logits(history, items, weight)
+    )
+
+
+def test_an_evaluation(tmp_path: Path) -> None:
+    results = run("evaluation", tmp_path)
+    assert results["joint_recall"]["ours"] == pytest.approx(results["joint_recall"]["baseline"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["data", "epoch", "loss"])
+def test_beside_the_baseline(name: str, tmp_path: Path) -> None:
+    results = run(name, tmp_path)
+    assert results["seconds"].keys() >= {"ours", "baseline"} and results["ratio"] > 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    results = run("memory", tmp_path)
+    assert results["steps"] == 3 and results["peak_memory_bytes"] > 0
+    assert results["distinct_ids"]["video"] <= 202
+
+
+def test_other_losses_are_refused() -> None:
+    measured = {
+        name: common.Measured(seconds=1.0, first_result=result, first_seconds=1.0, peak_bytes={}, parts={})
+        for name, result in {"ours": 1.0, "bfloat16": 1.001, "baseline": 1.00002}.items()
+    }
+    common.check_same(measured, "first losses", 1e-4, bfloat16=1e-2)
+    with pytest.raises(InputError, match="the first losses differ"):
+        common.check_same(measured, "first losses", 1e-5, bfloat16=1e-2)
+    with pytest.raises(InputError, match="the first losses differ"):
+        common.check_same(measured, "first losses", 1e-4)

@@ -1,0 +1,90 @@
+"""A log with fields of its own, numbers among them, and a cascade of four stages: the code of the paper's settings."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deep_components import run_test, run_train
+from deep_components.cascade import Cascade
+from deep_components.dataset.columnar import write_day
+from deep_components.dataset.log import write_log_file
+from deep_components.files import read_json
+from tests.schemas import OWN, random_batch
+
+METHODS = ["bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron", "sorting"]
+DAYS = ("2026-03-01", "2026-03-02", "2026-03-03")
+CASCADE = """
+num_relevant = 2
+stages = [
+    {name = "recall", keep = 8, model = "dssm"},
+    {name = "coarse", keep = 6, model = "mlp"},
+    {name = "fine", keep = 5, model = "din", exposed_groups = 2},
+    {name = "final", keep = 3, model = "din", exposed_groups = 1},
+]
+groups = [{name = "bought", size = 2}, {name = "clicked", size = 3}, {name = "shown", size = 5}]
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log and a cascade file; the items' groups differ from request to request."""
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "shop.toml").write_text(CASCADE)
+    rng = np.random.default_rng(0)
+    for number, day in enumerate(DAYS):
+        batch = random_batch(OWN, requests=40, num_items=10, length=4, seed=number)
+        group = rng.permuted(np.tile([0] * 2 + [1] * 3 + [2] * 5, (40, 1)), axis=1)
+        with write_day(folder / day, OWN, requests=40) as columns:
+            for field in OWN.fields:
+                values = getattr(batch.features, field.side)[field.name].numpy()
+                columns.write(f"{field.side}.{field.name}", values)
+            columns.write("request_id", np.arange(40))
+            columns.write("history.mask", batch.features.history_mask.numpy())
+            columns.write("item.mask", batch.targets.mask.numpy())
+            columns.write("item.group", group)
+            columns.write("item.label", 20 - 5 * group)
+    write_log_file(folder, origin="a shop")
+    return folder
+
+
+def arguments(shop: Path, run: Path, *flags: str) -> list[str]:
+    return ["--device=cpu", f"--data_dir={shop}", f"--output_dir={run}", *flags]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_evaluated(shop: Path, tmp_path: Path, method: str) -> None:
+    sizes = ("--emb_dim=4", "--nn_units=8", "--batch_size=20", f"--cascade={shop / 'shop.toml'}")
+    run_train.main(arguments(shop, tmp_path, *sizes, f"--loss_type={method}"))
+    run_test.main(arguments(shop, tmp_path, "--save_scores"))
+    metrics, config = read_json(tmp_path / "metrics.json"), read_json(tmp_path / "config.json")
+    assert metrics["setting"] == "shop" and metrics["data"] == "a shop" and metrics["num_requests"] == 40
+    assert config["cascade"] == Cascade.from_toml(shop / "shop.toml").to_json()
+    assert config["schema"] == OWN.to_json()
+    for stage, quota in {"recall": 8, "coarse": 6, "fine": 5, "final": 3}.items():
+        assert 0 <= metrics[f"{stage}_recall@2@{quota}"] <= 1
+    with np.load(tmp_path / "scores.npz") as scores:
+        assert {scores[stage].shape for stage in ("recall", "coarse", "fine", "final")} == {(40, 10)}
+        alive = scores["mask"].copy()
+        for stage, quota in {"recall": 8, "coarse": 6, "fine": 5, "final": 3}.items():  # the cascade, written out
+            order = np.argsort(np.where(alive, -scores[stage], np.inf), axis=1, kind="stable")
+            kept = np.zeros_like(alive)
+            np.put_along_axis(kept, order[:, :quota], values=True, axis=1)
+            alive &= kept
+        truth = (scores["group"] == 0) & scores["mask"]
+    with_truth = truth.any(axis=1)
+    recall = ((alive & truth).sum(axis=1)[with_truth] / truth.sum(axis=1)[with_truth]).mean()
+    assert metrics["joint_recall@2@3"] == pytest.approx(recall, abs=1e-9)
+    assert metrics["num_requests_without_ground_truth"] == int((~with_truth).sum())
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert len(lines) == 4  # two days of two batches
+
+
+def test_training_lowers_the_loss(shop: Path, tmp_path: Path) -> None:
+    """Labels here are random, so what can be learnt is the training days themselves."""
+    sizes = ("--emb_dim=8", "--nn_units=32", "--batch_size=40", f"--cascade={shop / 'shop.toml'}", "--epochs=25")
+    run_train.main(arguments(shop, tmp_path, *sizes, "--loss_type=fs_ranknet", "--train_days=2026-03-01"))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert all(map(math.isfinite, losses)) and losses[-1] < 0.7 * losses[0]
