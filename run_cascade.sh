@@ -60,13 +60,11 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
     list=$(mktemp)
     trap 'rm -f -- "$list"' EXIT
-    "$PYTHON" -m deep_components.run_experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
+    "$PYTHON" -m deep_components experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
         --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
     mapfile -t runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
-        for command in ${collect:-collect_metrics}; do
-            "$PYTHON" -m "deep_components.$command" "${runs[@]}" || status=$?
-        done
+        "$PYTHON" -m deep_components table --kind="${table_kind:-metrics}" "${runs[@]}" || status=$?
     fi
     return "$status"
 }
@@ -82,7 +80,7 @@ simulate_log() {
     (
         if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
         if [ ! -e "$root/data/simulated/others/origin.json" ]; then
-            "$PYTHON" -m deep_components.dataset.simulate --output_dir="$root/data/simulated"
+            "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
         fi
     ) 9>"$root/data/.simulated.lock"
 }

@@ -3,10 +3,10 @@
 The original's structure: requests are turned into arrays item by item in Python; the items' groups pass through the
 models one after the other, with DIN's attention on an expanded concatenation of history and item; the loss is evaluated
 once a group; torch's dense Adam moves whole tables, one optimizer a stage; metrics are computed request by request. The
-models' parameters are ours, so the scores must be equal, which ``python -m benchmarks.step`` checks.
+models' parameters are ours, so the first losses must be equal, which ``python -m benchmarks.step`` checks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from sklearn.metrics import ndcg_score
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from deep_components.batch import CascadeBatch, Features
+from deep_components.batch import CascadeBatch, Features, Targets
 from deep_components.cascade import LABEL_CEILING, Cascade
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import open_log
 from deep_components.models.din import DIN, PADDING_LOGIT
 from deep_components.models.dssm import DSSM
+from deep_components.schema import SIDES
 from deep_components.tables.store import EmbeddingStore
 
 ZONE = ZoneInfo("Asia/Shanghai")
@@ -127,7 +129,7 @@ class BaselineReader:
     """A day whose requests are encoded one by one, item by item, when they are asked for."""
 
     def __init__(self, cascade: Cascade, data_dir: Path, day: str) -> None:
-        self.cascade = cascade
+        self.cascade, self.schema = cascade, open_log(data_dir).schema
         feather, items, histories = recflow.day_paths(data_dir, day)
         table = pyarrow.feather.read_table(feather)
         self.columns = {name: table[name].to_numpy() for name in table.column_names}
@@ -149,33 +151,45 @@ class BaselineReader:
                 self.truth[request, int(self.columns["video_id"][row])] = int(positions[row])
         self.requests = list(self.first)
 
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def request(self, index: int) -> dict[str, Any]:
-        """One request, encoded."""
-        request = self.requests[index]
+    def request(self, request: int) -> dict[str, Any]:
+        """One request, encoded; no item is missing."""
         row = self.first[request]
         ids = ("user_id", "device_id", "gender", "age", "province")
         user = _clock(int(self.columns["request_timestamp"][row]) // 1000)
         user += [int(self.columns[name][row]) + 1 for name in ids]
-        items: list[list[int]] = []
-        labels: list[int] = []
-        for group in self.cascade.groups:
+        items, labels, groups = list[list[int]](), list[int](), list[int]()
+        for number, group in enumerate(self.cascade.groups):
             for item in self.items[request][group.name][: group.size]:
                 items.append(_item(item))
-                if group is self.cascade.groups[0]:
+                groups.append(number)
+                if number:
+                    labels.append(group.label())
+                else:
                     known = self.truth.get((request, int(item[0])))
                     labels.append(0 if known is None else LABEL_CEILING - known)
-                else:
-                    labels.append(group.label())
         history = [_event(event) for event in self.histories[request]]
-        return {"user": user, "items": items, "labels": labels, "history": history}
+        mask = [bool(event[7]) for event in self.histories[request]]
+        sides = {"request": user, "history": history, "item": items}
+        return {**sides, "history_mask": mask, "labels": labels, "group": groups}
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, requests: Sequence[int]) -> CascadeBatch[Features]:
         """Some requests, stacked."""
-        rows = [self.request(index) for index in indices]
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        encoded = [self.request(request) for request in requests]
+        stacked = {name: torch.tensor([one[name] for one in encoded]) for name in encoded[0]}
+        sides: dict[str, dict[str, Tensor]] = {
+            side: {field.name: stacked[side][..., k] for k, field in enumerate(self.schema.side(side))}
+            for side in SIDES
+        }
+        targets = Targets(stacked["labels"], torch.ones_like(stacked["labels"], dtype=torch.bool), stacked["group"])
+        features = Features(**sides, history_mask=stacked["history_mask"])
+        return CascadeBatch(torch.tensor(requests), features, targets)
+
+    def batches(self, size: int, whole: bool = False) -> Iterator[CascadeBatch[Features]]:
+        """The day in file order; the last batch may be smaller, unless only ``whole`` ones are wanted."""
+        for first in range(0, len(self.requests) // size * size if whole else len(self.requests), size):
+            with record_function("step.data"):
+                batch = self.batch(self.requests[first : first + size])
+            yield batch
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from deep_components import run_train2, run_train3
 from deep_components.cascade import SETTINGS
@@ -200,16 +201,16 @@ def check_same(measured: Mapping[str, Measured], what: str, tolerance: float, **
         raise InputError(f"the {what} differ: {results}")
 
 
-def compared(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Seconds and peak memory; where there is a baseline, how many times longer than the first contestant it takes."""
-    results: dict[str, Any] = {"seconds": {name: one.seconds for name, one in measured.items()}}
+def compared(measured: Mapping[str, Measured], requests: int) -> dict[str, Any]:
+    """Seconds and memory for so many requests; with a baseline, how many times longer than the first one it takes."""
+    results: dict[str, Any] = {
+        "seconds": {name: one.seconds for name, one in measured.items()},
+        "requests_per_second": {name: requests / one.seconds for name, one in measured.items()},
+        "peak_bytes": {name: one.peak_bytes for name, one in measured.items()},
+    }
     if "baseline" in measured:
         results["ratio"] = measured["baseline"].seconds / next(iter(measured.values())).seconds
-    return results | {"peak_bytes": {name: one.peak_bytes for name, one in measured.items()}}
-
-
-def requests_per_second(requests: int, measured: Mapping[str, Measured]) -> dict[str, float]:
-    return {name: requests / one.seconds for name, one in measured.items()}
+    return results
 
 
 def ceilings(device: str) -> dict[str, float]:
@@ -217,18 +218,11 @@ def ceilings(device: str) -> dict[str, float]:
     left, right = (torch.randn(2048, 2048, device=device) for _ in range(2))
     source = torch.zeros(1 << 26, device=device)
     target = torch.empty_like(source)
-    product, copy = _median_seconds(lambda: left @ right), _median_seconds(lambda: target.copy_(source))
+    product, copy = (
+        Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median
+        for work in (lambda: left @ right, lambda: target.copy_(source))
+    )
     return {"gflops": 2 * 2048**3 / product / 1e9, "gigabytes_per_second": 2 * source.nbytes / copy / 1e9}
-
-
-def _median_seconds(work: Work) -> float:
-    seconds = []
-    for _ in range(9):
-        started = time.perf_counter()
-        work()
-        synchronise()
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
 
 
 def report(args: argparse.Namespace, results: Mapping[str, Any]) -> None:

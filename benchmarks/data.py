@@ -49,9 +49,8 @@ def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The day's files are read, and all batches assembled."""
 
     def work() -> None:
-        reader = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY)
-        for first in range(0, len(reader), args.batch_size):
-            reader.batch(range(first, min(first + args.batch_size, len(reader))))
+        for _ in BaselineReader(SETTINGS[args.setting], data_dir, common.DAY).batches(args.batch_size):
+            pass
 
     return work
 
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
         builders = {"ours": first_read, "later": later_read, "baseline": baseline}
         measured = common.compete(builders, args, data_dir)
     milliseconds = {name: one.seconds / args.requests * 1e3 for name, one in measured.items()}
-    common.report(args, common.compared(measured) | {"milliseconds_per_request": milliseconds})
+    common.report(args, common.compared(measured, args.requests) | {"milliseconds_per_request": milliseconds})
 
 
 if __name__ == "__main__":

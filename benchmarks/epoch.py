@@ -10,13 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.baseline import BaselineReader
 from benchmarks.step import build_baseline
-from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 
 
@@ -25,15 +22,10 @@ def ours(args: argparse.Namespace, data_dir: Path) -> common.Work:
 
 
 def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
-    day = common.open_day(args, data_dir)
-
     def work() -> None:
-        reader = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY)
-        trainer = build_baseline(args, data_dir, day)
-        for first in range(0, len(day) // args.batch_size * args.batch_size, args.batch_size):
-            requests = range(first, first + args.batch_size)
-            reader.batch(requests)  # the work of it; what it makes equals what the cache holds
-            trainer.step(day.batch(np.array(requests)).to(torch.device(args.device)))
+        trainer, reader = build_baseline(args, data_dir)
+        for batch in reader.batches(args.batch_size, whole=True):
+            trainer.step(batch.to(torch.device(args.device)))
 
     return work
 
@@ -43,8 +35,7 @@ def main(argv: list[str]) -> None:
     with common.simulated_log(args) as data_dir:
         common.open_day(args, data_dir)  # the cache is there before anybody's turn
         measured = common.compete({"ours": ours, "baseline": baseline}, args, data_dir)
-    speed = common.requests_per_second(args.requests, measured)
-    common.report(args, common.compared(measured) | {"requests_per_second": speed})
+    common.report(args, common.compared(measured, args.requests))
 
 
 if __name__ == "__main__":

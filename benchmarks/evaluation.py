@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.baseline import BaselineReader, day_metrics
+from benchmarks.baseline import day_metrics
 from benchmarks.step import build_baseline, build_run
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
@@ -32,22 +32,17 @@ def ours(args: argparse.Namespace, data_dir: Path) -> common.Work:
 
 
 def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
-    cascade, device = SETTINGS[args.setting], torch.device(args.device)
-    day = common.open_day(args, data_dir)
-    reader, trainer = BaselineReader(cascade, data_dir, common.DAY), build_baseline(args, data_dir, day)
+    trainer, reader = build_baseline(args, data_dir)
 
     @torch.no_grad()
     def work() -> float:
         parts: list[dict[str, np.ndarray]] = []
-        for first in range(0, len(day), args.batch_size):
-            requests = range(first, min(first + args.batch_size, len(day)))
-            reader.batch(requests)  # the work of it; what it makes equals what the cache holds
-            batch = day.batch(np.array(requests)).to(device)
-            found = trainer.scores(batch.features) | {"labels": batch.targets.labels}
+        for batch in reader.batches(args.batch_size):
+            found = trainer.scores(batch.to(torch.device(args.device)).features) | {"labels": batch.targets.labels}
             parts.append({name: values.cpu().numpy() for name, values in found.items()})
         scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         labels = scores.pop("labels")
-        return day_metrics(cascade, scores, labels)["joint_recall"]
+        return day_metrics(trainer.cascade, scores, labels)["joint_recall"]
 
     return work
 
@@ -58,11 +53,8 @@ def main(argv: list[str]) -> None:
         common.open_day(args, data_dir)  # the cache is there before anybody's turn
         measured = common.compete({"ours": ours, "baseline": baseline}, args, data_dir)
     common.check_same(measured, "joint recalls", 1e-4)
-    results = common.compared(measured) | {
-        "requests_per_second": common.requests_per_second(args.requests, measured),
-        "joint_recall": {name: one.first_result for name, one in measured.items()},
-    }
-    common.report(args, results)
+    recalls = {name: one.first_result for name, one in measured.items()}
+    common.report(args, common.compared(measured, args.requests) | {"joint_recall": recalls})
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     builders = {"ours": partial(evaluate_loss, 1), "baseline": partial(evaluate_loss, groups)}
     measured = common.compete(builders, args, Path())
     losses = {name: one.first_result for name, one in measured.items()}
-    common.report(args, common.compared(measured) | {"loss": losses})
+    common.report(args, common.compared(measured, args.batch_size) | {"loss": losses})
 
 
 if __name__ == "__main__":

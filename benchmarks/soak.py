@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--kills=500] [--seed=0] [--each_point] [--variant=NAME]
 
 A training of a small simulated log dies by SIGKILL, again and again, until it happens to reach its end: half of the
-times at a chosen point (in the middle of writing a file, before or after renaming or removing one, before a step), else
+times at a chosen point (in the middle of writing a file, before opening, renaming or removing one, before a step), else
 whenever a random time is over. Then the SHA-256 of its models and its state must be those of a training that was not
 killed, its step log the same but for the seconds, and nothing else may lie in its folder. Printed is one JSON object
 with the counts; the exit code is 1 when a training ended differently.
@@ -25,12 +25,10 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,8 +48,7 @@ KILLS_OF_ONE_RUN = 20
 SECONDS_TO_FINISH = 120
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way of training; ``deferred`` has deferred Adam take all tables, however small."""
 
     flags: tuple[str, ...] = ()
@@ -69,64 +66,47 @@ VARIANTS = {
 }
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """How a child ended, and the crash points it passed."""
 
     code: int  # negative: the signal that killed it
-    points: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def killed(self) -> bool:
-        return self.code == -signal.SIGKILL
+    points: list[str]
+    seconds: float
 
 
 class CrashPoints:
-    """Counts the points at which a training may die, and kills it at one of them."""
+    """Counts the points at which this process may die while it trains in ``folder``, and kills it at one of them."""
 
-    def __init__(self, die_at: int | None) -> None:
-        self.die_at, self.passed = die_at, list[str]()
-
-    def reach(self, what: str, before_dying: Callable[[], None] = lambda: None) -> None:
-        self.passed.append(what)
-        if len(self.passed) == self.die_at:
-            before_dying()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        fsync, replace, unlink, step = os.fsync, Path.replace, Path.unlink, Trainer.step
-
-        def half_written(descriptor: int, path: Path) -> None:
-            size = os.fstat(descriptor).st_size
-            os.ftruncate(descriptor, size // 2 if path.suffix == ".tmp" else max(size - 7, 0))  # else lines appended
+    def __init__(self, folder: Path, die_at: int | None) -> None:
+        self.folder, self.die_at, self.passed = f"{folder}/", die_at, list[str]()
+        sys.addaudithook(self._file_operation)
+        fsync, step = os.fsync, Trainer.step
 
         def fsync_(descriptor: int) -> None:
             path = Path(f"/proc/self/fd/{descriptor}").readlink()
-            self.reach(f"writing {_plain(path)}", lambda: half_written(descriptor, path))
+            size = os.fstat(descriptor).st_size
+            left = size // 2 if path.suffix == ".tmp" else max(size - 7, 0)  # else lines were appended
+            self.reach(f"writing {_plain(path)}", lambda: os.ftruncate(descriptor, left))
             fsync(descriptor)
-
-        def replace_(path: Path, target: Path) -> Path:
-            self.reach(f"before renaming {_plain(path)}")
-            result = replace(path, target)
-            self.reach(f"after renaming {_plain(path)}")
-            return result
-
-        def unlink_(path: Path, missing_ok: bool = False) -> None:
-            if path.exists():
-                self.reach(f"removing {_plain(path)}")
-            unlink(path, missing_ok=missing_ok)
 
         def step_(trainer: Trainer, batch: Any) -> Any:
             self.reach("step")
             return step(trainer, batch)
 
-        replaced = [(os, "fsync", fsync_), (Path, "replace", replace_), (Path, "unlink", unlink_)]
-        with ExitStack() as patches:
-            for owner, name, replacement in [*replaced, (Trainer, "step", step_)]:
-                patches.enter_context(mock.patch.object(owner, name, replacement))
-            yield
+        # For good: the process was forked for this training.
+        os.fsync, Trainer.step = fsync_, step_  # type: ignore[assignment, method-assign]
+
+    def reach(self, point: str, before_dying: Callable[[], None] = lambda: None) -> None:
+        self.passed.append(point)
+        if len(self.passed) == self.die_at:
+            before_dying()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _file_operation(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Before a file is opened for writing, renamed or removed."""
+        writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.rename", "os.remove", "os.mkdir")) and str(arguments[0]).startswith(self.folder):
+            self.reach(f"{event} {_plain(Path(arguments[0]))}")
 
 
 def _plain(path: Path) -> str:
@@ -167,10 +147,10 @@ class Soak:
         argv = [*ARGUMENTS, *variant.flags, f"--data_dir={self.log}", f"--output_dir={run}", f"--cache_dir={cache}"]
 
         def command() -> int:
-            points = CrashPoints(die_at)
-            trainer = functools.partial(Trainer, large_table=0) if variant.deferred else Trainer
-            with mock.patch.object(training, "Trainer", trainer), points.installed():
-                code = run_command(run_train2.main, [*argv, *flags])
+            if variant.deferred:
+                training.Trainer = functools.partial(Trainer, large_table=0)  # type: ignore[assignment, misc]
+            points = CrashPoints(self.folder, die_at)
+            code = run_command(run_train2.main, [*argv, *flags])
             report.write_text(json.dumps(points.passed))
             return code
 
@@ -194,7 +174,7 @@ class Soak:
                     after = self.random.uniform(0, undisturbed.seconds)
             self.counts["resumed"] += bool(flags) and (run / STATE_FILE).exists()
             outcome = self.train(name, run, *flags, die_at=die_at, after=after)
-            if not outcome.killed:
+            if outcome.code != -signal.SIGKILL:
                 break
             self.counts["kills"] += 1
             what = undisturbed.points[die_at - 1].split()[0] if die_at is not None else "at a random time"

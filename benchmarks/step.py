@@ -14,22 +14,19 @@ import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
 from benchmarks.baseline import BaselineReader, BaselineTrainer
-from deep_components.batch import CascadeBatch, SlotFeatures
+from deep_components.batch import CascadeBatch, Features, SlotFeatures
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
-from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
 from deep_components.errors import InputError
 from deep_components.models import build_models, din
@@ -77,34 +74,28 @@ def ours(mode: str, args: argparse.Namespace, data_dir: Path) -> common.Work:
     return lambda: run.trainer.step(next(source))["loss"]
 
 
-def build_baseline(args: argparse.Namespace, data_dir: Path, day: DayCache) -> BaselineTrainer:
-    """The baseline's trainer at its start, with the same initial parameters; its tables are whole."""
+def build_baseline(args: argparse.Namespace, data_dir: Path) -> tuple[BaselineTrainer, BaselineReader]:
+    """The baseline at its start, with the same initial parameters; its tables are whole."""
     cascade, namespace = SETTINGS[args.setting], common.training_arguments(args, data_dir)
-    models = build_models(cascade, day.schema, namespace.emb_dim, namespace.nn_units, namespace.seed)
-    stores = build_stores(cascade, day.schema, namespace.emb_dim, namespace.seed)
+    reader = BaselineReader(cascade, data_dir, common.DAY)
+    models = build_models(cascade, reader.schema, namespace.emb_dim, namespace.nn_units, namespace.seed)
+    stores = build_stores(cascade, reader.schema, namespace.emb_dim, namespace.seed)
     loss = common.COMMANDS[args.setting].build_loss(namespace)
-    for module in (*models.values(), loss):
-        module.to(torch.device(args.device))
-    for store in stores.values():
-        store.to(torch.device(args.device), torch.float32)
-    return BaselineTrainer(cascade, models, stores, loss, lr=namespace.lr)
+    for part in (*models.values(), *stores.values(), loss):
+        part.to(torch.device(args.device), torch.float32)
+    return BaselineTrainer(cascade, models, stores, loss, lr=namespace.lr), reader
 
 
 def baseline(args: argparse.Namespace, data_dir: Path) -> common.Work:
     """The same steps, the plain way."""
-    day = common.open_day(args, data_dir)
-    reader = BaselineReader(SETTINGS[args.setting], data_dir, common.DAY)
-    trainer, device = build_baseline(args, data_dir, day), torch.device(args.device)
-    starts = cycle(range(0, len(day) // args.batch_size * args.batch_size, args.batch_size))
+    trainer, reader = build_baseline(args, data_dir)
 
-    def step() -> Tensor:
-        first = next(starts)
-        requests = np.arange(first, first + args.batch_size)
-        with record_function("step.data"):
-            reader.batch(requests.tolist())  # the work of it; what it makes equals what the cache holds
-        return trainer.step(day.batch(requests).to(device))
+    def endless() -> Iterator[CascadeBatch[Features]]:
+        while True:
+            yield from reader.batches(args.batch_size, whole=True)
 
-    return step
+    source = endless()
+    return lambda: trainer.step(next(source).to(torch.device(args.device)))
 
 
 def roofline(args: argparse.Namespace, data_dir: Path, seconds: float) -> dict[str, Any]:
@@ -167,8 +158,7 @@ def main(argv: list[str]) -> None:
         builders = {mode: partial(ours, mode) for mode in args.modes} | {"baseline": baseline}
         measured = common.compete(builders, args, data_dir, profiled=2)
         common.check_same(measured, "first losses", 1e-5, bfloat16=BFLOAT16_TOLERANCE)
-        results = common.compared(measured) | {
-            "requests_per_second": common.requests_per_second(args.batch_size, measured),
+        results = common.compared(measured, args.batch_size) | {
             "seconds_of_first_step": {name: one.first_seconds for name, one in measured.items()},
             "first_loss": {name: one.first_result for name, one in measured.items()},
             "seconds_per_part": {name: one.parts for name, one in measured.items()},

@@ -7,7 +7,7 @@ export UNTRAINED=no
 status=0
 for setting in two_stage three_stage; do
     (
-        collect=collect_costs
+        table_kind=costs
         source "$here/../run_all.sh" "$setting" \
             bce icc rankflow fs_ranknet fs_lambdaloss arf arf_v2 lcron --by_setting -- --seeds=30 "$@"
     ) || status=$?

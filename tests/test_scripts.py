@@ -32,7 +32,7 @@ for argument in "$@"; do
     case $argument in --run_list=*) [ "${NO_RUNS:-}" ] || printf '%s\\n' 'run 1' 'run 2' >"${argument#*=}" ;; esac
     if [ "$argument" = "${FAIL_ON:-}" ]; then echo "error: told to fail" >&2; exit 2; fi
 done
-case $2 in *.collect_*) echo "the table" ;; esac
+case $3 in table) echo "the table" ;; esac
 """
 
 
@@ -81,15 +81,15 @@ class Recorded:
         self.result = bash(path, *arguments, cwd=self.folder, env=env, check=check)
         return self.result.stdout
 
-    def calls(self, module: str) -> list[list[str]]:
-        """The arguments of the calls of a module whose name ends so."""
+    def calls(self, command: str) -> list[list[str]]:
+        """The arguments of the calls of a command of deep_components."""
         text = self.calls_file.read_text() if self.calls_file.exists() else ""
         every = [call.split("\x1f")[:-1] for call in text.split("\x1e")[:-1]]
-        return [call[2:] for call in every if call[0] == "-m" and call[1].endswith(module)]
+        return [call[3:] for call in every if call[:3] == ["-m", "deep_components", command]]
 
     def plan(self) -> tuple[argparse.Namespace, list[Method], list[str]]:
         """What the one call of the runner asks for."""
-        (call,) = self.calls("run_experiments")
+        (call,) = self.calls("experiments")
         return run_experiments.parse_args(call)
 
 
@@ -123,13 +123,13 @@ def test_a_named_log(arguments: list[str], recorded: Recorded) -> None:
 
 def test_the_runs_go_into_the_table(recorded: Recorded) -> None:
     recorded.run("--data_dir=D")
-    assert recorded.calls("collect_metrics") == [["run 1", "run 2"]]
+    assert recorded.calls("table") == [["--kind=metrics", "run 1", "run 2"]]
 
 
 def test_without_data_a_log_is_simulated(recorded: Recorded) -> None:
     recorded.run()
     simulated = recorded.project / "data/simulated"
-    assert recorded.calls("dataset.simulate") == [[f"--output_dir={simulated}"]]
+    assert recorded.calls("simulate") == [[f"--output_dir={simulated}"]]
     assert "SIMULATED" in recorded.result.stderr
     args, _, _ = recorded.plan()
     assert (args.data_dir, args.batch_divisor) == (simulated, 8)
@@ -140,7 +140,7 @@ def test_a_simulated_log_is_made_once(recorded: Recorded) -> None:
     origin.parent.mkdir(parents=True)
     origin.write_text('{"data": "simulated"}')
     recorded.run()
-    assert recorded.calls("dataset.simulate") == []
+    assert recorded.calls("simulate") == []
     assert "SIMULATED" in recorded.result.stderr
 
 
@@ -159,7 +159,7 @@ def test_untrained_can_be_left_out(recorded: Recorded) -> None:
 
 def test_help(recorded: Recorded) -> None:
     assert "--validation" in recorded.run("--help", script="paper/table_2")
-    assert recorded.calls("run_experiments") == []
+    assert recorded.calls("experiments") == []
 
 
 def scripts(folder: str) -> list[str]:
@@ -200,7 +200,7 @@ def test_a_table_has_the_papers_rows(table: str, recorded: Recorded) -> None:
     assert (args.variant or None) == variants.get(table)
     assert {(args.setting, method.name) for method in methods} == paper_rows(table)
     assert (args.seeds, training, args.streaming) == ([30], [], False)
-    assert recorded.calls("collect_metrics") == [["run 1", "run 2"]]
+    assert recorded.calls("table") == [["--kind=metrics", "run 1", "run 2"]]
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def test_the_other_scripts_of_the_paper(recorded: Recorded) -> None:
     recorded.run("--data_dir=D", script="paper/figure_2")
     args, methods, _ = recorded.plan()
     assert (args.streaming, len(methods)) == (True, 8)
-    assert len(recorded.calls("collect_streaming")) == 1
+    assert [call[0] for call in recorded.calls("table")] == ["--kind=streaming"]
     recorded.run("--data_dir=D", "--output_dir=O", script="paper/section_d")
-    calls = [run_experiments.parse_args(call)[0] for call in recorded.calls("run_experiments")]
+    calls = [run_experiments.parse_args(call)[0] for call in recorded.calls("experiments")]
     assert [(args.setting, args.seeds, args.untrained) for args in calls] == [
         ("two_stage", [30], False), ("three_stage", [30], False)
     ]  # fmt: skip
     assert all(args.by_setting for args in calls)
-    assert len(recorded.calls("collect_costs")) == 2
+    assert [call[0] for call in recorded.calls("table")] == ["--kind=costs"] * 2
     recorded.run("--data_dir=D", script="paper/appendix_e1")
     assert [method.name for method in recorded.plan()[1]] == ["lcron", "lcron_q_30_20"]
 
@@ -245,10 +245,10 @@ def test_all_is_the_table_of_the_eight_methods(folder: str, recorded: Recorded) 
 
 
 def test_a_failing_simulation_ends_the_script(recorded: Recorded) -> None:
-    assert recorded.run(check=False, FAIL_ON="deep_components.dataset.simulate") == ""
+    assert recorded.run(check=False, FAIL_ON="simulate") == ""
     assert recorded.result.returncode == 2
     assert "told to fail" in recorded.result.stderr
-    assert recorded.calls("run_experiments") == []
+    assert recorded.calls("experiments") == []
 
 
 def test_some_runs_fail(recorded: Recorded) -> None:
@@ -260,14 +260,14 @@ def test_some_runs_fail(recorded: Recorded) -> None:
 def test_all_runs_fail(recorded: Recorded) -> None:
     assert recorded.run("--data_dir=D", "--lr=abc", check=False, FAIL_ON="--lr=abc", NO_RUNS="yes") == ""
     assert recorded.result.returncode == 2
-    assert recorded.calls("collect_metrics") == []
+    assert recorded.calls("table") == []
 
 
 def test_a_row_of_a_table_without_a_script(recorded: Recorded) -> None:
     (recorded.project / "two_stage/icc.sh").unlink()
     recorded.run("--data_dir=D", script="paper/table_2", check=False)
     assert recorded.result.returncode != 0
-    assert recorded.calls("run_experiments") == []
+    assert recorded.calls("experiments") == []
 
 
 def test_an_interpreter_without_the_packages(tmp_path: Path) -> None:

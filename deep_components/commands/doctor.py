@@ -1,54 +1,42 @@
 """Is everything here that a training needs, and is it sound? Says what is wrong, and what to do about it.
 
-    python -m deep_components.commands.doctor --data_dir=data [--full] [--write_manifest]
-
-Exit code 0 when nothing FAILs, 1 when something does, 2 for wrong arguments. By default of every file only the
-beginning is read (and of Feather files the footer); ``--full`` reads all of every day, as its preparation would.
+By default the beginning of every file of a log is read; ``--full`` reads and encodes all of it, as a training would.
 """
 
 import argparse
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from zoneinfo import ZoneInfo
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from deep_components.cascade import SETTINGS, Cascade
-from deep_components.cli import run_command
-from deep_components.dataset.clock import time_zone
-from deep_components.dataset.columnar import DEFAULT_TIME_ZONE, default_cache_dir
-from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.importers.recflow import ColumnFiles, encode_day
+from deep_components.dataset.cache import default_cache_dir
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE
+from deep_components.dataset.log import ColumnarLog, Log, open_log
 from deep_components.dataset.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from deep_components.errors import InputError
 from deep_components.kernels import load_kernels
-from deep_components.training import memory
+from deep_components.training.memory import available
 
 PROJECT = Path(__file__).parents[2]
-PYTHON_NEEDED = (3, 11)
-CACHE_BYTES = 1_300  # of a request, for one setting
-HISTORY_FILE_BYTES = 4_040  # of a request
-PREPARATION_BYTES = 500_000_000  # of a day, whatever its size
+PREPARATION_BYTES = 500_000_000  # memory to encode a day, whatever its size
 EMBEDDING_BYTES = 32  # of a row of --emb_dim=8
 CHECKPOINT_COPIES = 4  # a model, and in the state its values and two moments
-WIDTH = 24
 
-GOOD, ODD, BAD = "OK", "WARN", "FAIL"
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: GOOD, ODD (it works, but the user should know) or BAD."""
+class Finding(NamedTuple):
+    """One line of the report; WARN: it works, but the user should know."""
 
     level: str
     subject: str
@@ -62,7 +50,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         epilog="Exit code: 0 nothing FAILs, 1 something does, 2 wrong arguments.",
         allow_abbrev=False,
     )
-    parser.add_argument("--data_dir", type=Path, default=PROJECT / "data", help="the log (default: data)")
+    parser.add_argument("--data_dir", type=Path, help="the log (default: the project's data, where it holds one)")
+    parser.add_argument("--cascade", metavar="FILE", help="check the log for this one (default: both settings)")
     parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
     parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
     parser.add_argument("--full", action="store_true", help="read all of every day, and compare it with the manifest")
@@ -77,260 +66,206 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Print the report; exit code 1 when something in it FAILs."""
     args = parse_args(argv)
-    zone = time_zone(args.time_zone)
-    sections: list[tuple[str, Iterator[Finding]]] = [("environment", environment())]
-    if holds_data(args.data_dir):
-        if args.write_manifest:
-            count = write_manifest(args.data_dir, log_files(args.data_dir))
-            sys.stdout.write(f"{args.data_dir / MANIFEST_FILE}: written, {count} files\n\n")
-        sections.append((f"data in {args.data_dir}", data(args.data_dir)))
-        for day in complete_days(args.data_dir):
-            found = full_day(args.data_dir, day, zone) if args.full else quick_day(args.data_dir, day)
-            sections.append((f"day {day}", found))
-        sections.append(("space", space(args.data_dir, args.cache_dir)))
-    elif args.write_manifest:
-        raise InputError(f"--write_manifest: {args.data_dir} holds no log; see data/README.md for the tree expected")
-    else:
-        nothing = "nothing here; a script without --data_dir simulates a log in data/simulated"
-        sections.append((f"data in {args.data_dir}", iter([Finding(GOOD, "log", nothing)])))
-    levels = [finding.level for title, findings in sections for finding in report(title, findings)]
-    failed, odd = levels.count(BAD), levels.count(ODD)
-    sys.stdout.write(f"\n{summary(failed, odd)}\n")
+    if args.write_manifest:
+        if args.data_dir is None:
+            raise InputError("--write_manifest: name the log with --data_dir")
+        count = write_manifest(args.data_dir, open_log(args.data_dir).files())
+        sys.stdout.write(f"{args.data_dir / MANIFEST_FILE}: written, {count} files\n\n")
+    levels = [*_report("environment", environment()), *_report("log", log_and_room(args))]
+    failed, odd = levels.count(FAIL), levels.count(WARN)
+    counts = " and ".join(f"{count} {level}" for count, level in ((failed, FAIL), (odd, WARN)) if count)
+    advice = "each line says what to do" if failed else "a training is possible"
+    sys.stdout.write(f"\n{counts}; {advice}.\n" if counts else "\nAll is well.\n")
     if failed:
         raise SystemExit(1)
 
 
-def report(title: str, findings: Iterator[Finding]) -> Iterator[Finding]:
-    """Print the findings under their title, each as soon as it is there."""
+def _report(title: str, findings: Iterator[Finding]) -> Iterator[str]:
+    """Print the findings under their title, each as soon as it is there; yields their levels."""
     sys.stdout.write(f"{title}\n")
-    for finding in findings:
-        text = " ".join(finding.text.splitlines())
-        sys.stdout.write(f"  {finding.level:<5} {finding.subject:<{WIDTH}} {text}\n")
+    for level, subject, text in findings:
+        sys.stdout.write(f"  {level:<5} {subject:<24} {' '.join(text.splitlines())}\n")
         sys.stdout.flush()
-        yield finding
-
-
-def summary(failed: int, odd: int) -> str:
-    if not failed and not odd:
-        return "All is well."
-    parts = [f"{count} {name}" for count, name in ((failed, BAD), (odd, ODD)) if count]
-    return f"{' and '.join(parts)}; " + ("each line says what to do." if failed else "a training is possible.")
+        yield level
 
 
 def checked(subject: str, check: Callable[[], str]) -> Finding:
     """OK with what ``check`` returns, FAIL with the sentence it raises."""
     try:
-        return Finding(GOOD, subject, check())
+        return Finding(OK, subject, check())
     except InputError as error:
-        return Finding(BAD, subject, str(error))
+        return Finding(FAIL, subject, str(error))
 
 
 # ---- environment -----------------------------------------------------------------------------------------------------
 
 
 def environment() -> Iterator[Finding]:
-    """Python, the pinned packages, devices, kernels, memory."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    needed = ".".join(map(str, PYTHON_NEEDED))
-    if sys.version_info >= PYTHON_NEEDED:
-        yield Finding(GOOD, "python", f"{version}, {sys.executable}")
-    else:
-        yield Finding(BAD, "python", f"{version}, but {needed} or later is needed; name one with PYTHON=")
+    """Python, the pinned packages, the device, kernels, memory."""
+    yield Finding(OK, "python", f"{sys.version.split()[0]}, {sys.executable}")
     yield from packages(PROJECT / "requirements.txt")
-    yield device()
-    yield kernels()
-    available = memory.available(torch.device("cpu"))
-    level = GOOD if available > PREPARATION_BYTES else ODD
-    yield Finding(level, "memory", f"{size(available)} available; preparing a day takes {size(PREPARATION_BYTES)}")
+    yield _device()
+    with _quiet(load_kernels.__module__):
+        compiled = load_kernels(torch.float32) is not None
+    slow = "cannot be compiled, so a training on a CPU takes several times as long; install gcc, or say --no-compile"
+    yield Finding(OK, "kernels", "compiled") if compiled else Finding(WARN, "kernels", slow)
+    free = available(torch.device("cpu"))
+    text = f"{size(free)} available; preparing a day takes {size(PREPARATION_BYTES)}"
+    yield Finding(OK if free > PREPARATION_BYTES else WARN, "memory", text)
 
 
 def packages(requirements: Path) -> Iterator[Finding]:
-    """The pinned packages beside those installed."""
+    """The pinned packages beside those installed; the pins are the file's or, where there is none, those that the
+    project was installed with."""
     try:
-        lines = requirements.read_text().splitlines()
-    except OSError as error:
-        yield Finding(ODD, "packages", f"{requirements}: cannot be read ({error.strerror}); the pins are unknown")
+        there = requirements.exists()
+        lines = requirements.read_text().splitlines() if there else importlib.metadata.requires("lcron") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(WARN, "packages", f"{requirements}: no such file, so the versions to compare with are unknown")
         return
-    for name, pin in (line.split("==") for line in lines if "==" in line and not line.startswith("#")):
+    for name, pin in (line.split("==") for line in lines if "==" in line and not re.search("[#;]", line)):
         install = f"run: {sys.executable} -m pip install {name}=={pin}"
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(BAD, name, f"not installed; {install}")
+            yield Finding(FAIL, name, f"not installed; {install}")
             continue
         if installed.partition("+")[0] == pin:
-            yield Finding(GOOD, name, installed)
+            yield Finding(OK, name, installed)
         else:
-            yield Finding(ODD, name, f"{installed}, the project is tested with {pin}; {install}")
+            yield Finding(WARN, name, f"{installed}, the project is tested with {pin}; {install}")
 
 
-def device() -> Finding:
+def _device() -> Finding:
     """What a training would run on."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         text = f"{torch.cuda.get_device_name()}, {size(free)} of {size(total)} free, CUDA {torch.version.cuda}"
-        return Finding(GOOD, "device", text)
+        return Finding(OK, "device", text)
     built = f"this PyTorch is built for CUDA {torch.version.cuda}, but sees no device" if torch.version.cuda else ""
-    return Finding(ODD if built else GOOD, "device", f"{built or 'CPU'}; {os.cpu_count()} processors")
+    return Finding(WARN if built else OK, "device", f"{built or 'CPU'}; {os.cpu_count()} processors")
 
 
-def kernels() -> Finding:
-    """Whether the loops in C can be compiled."""
-    with quiet(logging.getLogger(load_kernels.__module__), logging.ERROR):
-        if load_kernels(torch.float32) is not None:
-            return Finding(GOOD, "kernels", "compiled")
-    text = "cannot be compiled, so a training on a CPU takes several times as long; install gcc, or say --no-compile"
-    return Finding(ODD, "kernels", text)
+# ---- log -------------------------------------------------------------------------------------------------------------
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def holds_data(root: Path) -> bool:
-    """Whether one of RecFlow's folders is there."""
-    return any(path.parent.is_dir() for path in (*recflow.day_paths(root, ""), recflow.id_count_path(root)))
-
-
-def complete_days(root: Path) -> list[str]:
-    """The days whose three files are here; none where a file's name is no date, which the report says."""
+def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
+    """The log as a whole, each of its days, and the room that preparing it and a run take."""
+    root = args.data_dir or PROJECT / "data"
+    if args.data_dir is None and not (root / "all_stage").exists():
+        yield Finding(WARN, "log", "none named by --data_dir; a script without it simulates one in data/simulated")
+        return
+    if not root.is_dir():
+        yield Finding(FAIL, "log", f"{root}: no such folder; --data_dir names the folder of a log")
+        return
+    cascades = (
+        [SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))]
+        if args.cascade
+        else list(SETTINGS.values())
+    )
     try:
-        return recflow.days_of(root)[0]
-    except InputError:
-        return []
+        log = open_log(root)
+        days = log.days(named=True)
+    except InputError as error:
+        yield Finding(FAIL, "log", str(error))
+        return
+    yield Finding(OK, "origin", log.origin)
+    yield from _days(log, days)
+    yield Finding(OK, "tables", ", ".join(f"{name} {table.size:,}" for name, table in log.schema.tables.items()))
+    yield _manifest(log)
+    for day in days:
+        for cascade in cascades:
+            yield from _full(log, day, cascade, args.time_zone) if args.full else _quick(log, day, cascade)
+    yield from _space(log, days, cascades, args.cache_dir)
 
 
-def log_files(root: Path) -> list[Path]:
-    """All files of the log but its manifest."""
-    days = sorted(set().union(*recflow.days_of(root)))
-    paths = [path for day in days for path in recflow.day_paths(root, day)]
-    return [path for path in (*paths, recflow.id_count_path(root), root / recflow.ORIGIN_FILE) if path.exists()]
+def _days(log: Log, days: list[str]) -> Iterator[Finding]:
+    alone = "; alone: to train on it name it with --train_days, or add days" if len(days) == 1 else ""
+    yield checked("days", lambda: f"{len(log.days())}, {days[0]} .. {days[-1]}{alone}")
+    absent = [day for day in log.protocol_days if day not in days]
+    if absent and len(absent) < len(log.protocol_days) and log.origin == "unlabelled":
+        yield Finding(
+            WARN,
+            "published protocol",
+            f"lacks {', '.join(absent)}; without them a training takes all days here but the last, {days[-1]}, which "
+            "tests; --train_days=DAY,DAY and --test_day=DAY name others",
+        )
 
 
-def data(root: Path) -> Iterator[Finding]:
-    """What concerns the log as a whole."""
-    yield checked("origin", partial(recflow.read_origin, root))
-    yield checked("days", partial(_days, root))
-    known = len(set(complete_days(root)) & set(recflow.PERIOD_1))
-    if 0 < known < len(recflow.PERIOD_1) and not (root / recflow.ORIGIN_FILE).exists():
-        text = f"{known} of its {len(recflow.PERIOD_1)} days are here; the paper's protocol takes all of them"
-        yield Finding(ODD, "RecFlow's Period 1", text)
-    yield checked("id counts", partial(_id_counts, root))
-    yield _manifest(root)
-
-
-def _days(root: Path) -> str:
-    days = recflow.available_days(root)
-    if len(days) == 1:
-        return f"{days[0]} alone: to train on it name it with --train_days, or add days"
-    return f"{len(days)}, {days[0]} .. {days[-1]}"
-
-
-def _id_counts(root: Path) -> str:
-    return ", ".join(f"{field} {count:,}" for field, count in recflow.read_id_counts(root).items())
-
-
-def _manifest(root: Path) -> Finding:
-    try:
-        manifest = read_manifest(root)
+def _manifest(log: Log) -> Finding:
+    def compare() -> str:
+        manifest = read_manifest(log.folder)
         if manifest is None:
-            text = f"none, so bit rot in the files would pass unseen; --write_manifest writes {MANIFEST_FILE}"
-            return Finding(GOOD, "manifest", text)
-        gone = [root / name for name in sorted(manifest) if not (root / name).exists()]
+            return f"none, so bit rot in the files would pass unseen; --write_manifest writes {MANIFEST_FILE}"
+        gone = [log.folder / name for name in sorted(manifest) if not (log.folder / name).exists()]
         if gone:
             raise InputError(f"{gone[0]}: no such file, though {MANIFEST_FILE} lists it; fetch the file again")
-        verify(root, log_files(root), sizes_only=True)
-    except InputError as error:
-        return Finding(BAD, "manifest", str(error))
-    return Finding(GOOD, "manifest", f"{len(manifest)} files, whose sizes fit; --full compares their content too")
+        verify(log.folder, log.files(), sizes_only=True)
+        return f"{len(manifest)} files, whose sizes fit; --full compares their content too"
+
+    return checked("manifest", compare)
 
 
-def quick_day(root: Path, day: str) -> Iterator[Finding]:
+def _quick(log: Log, day: str, cascade: Cascade) -> Iterator[Finding]:
     """The beginnings of the day's files."""
-    feather, requests, histories = recflow.day_paths(root, day)
-    for cascade in SETTINGS.values():
-        truth = cascade.groups[0]
-        yield checked(f"all_stage, {cascade.name}", partial(_rows, feather, truth.name, str(truth.index_field)))
-    yield checked("request_id_dict", partial(_requests, requests, recflow.read_request_dict))
-    yield checked("seq_effective_50_dict", partial(_requests, histories, recflow.read_history_dict))
+    found = [checked(f"{day} {cascade.name}", check) for check in log.checks(day, cascade).values()]
+    failed = [finding for finding in found if finding.level == FAIL]
+    yield from failed or [found[0]._replace(text="; ".join(dict.fromkeys(finding.text for finding in found)))]
 
 
-def _rows(path: Path, truth_flag: str, truth_index: str) -> str:
-    rows = recflow.check_feather(path, truth_flag, truth_index)
-    return f"{size(path.stat().st_size)}, its first {rows:,} rows are sound"
+def _full(log: Log, day: str, cascade: Cascade, zone: str) -> Iterator[Finding]:
+    """The whole day, compared with the manifest and encoded into a folder that is removed afterwards."""
+    repairs: dict[str, int] = {}
+
+    def encode() -> str:
+        verify(log.folder, log.day_files(day))
+        with tempfile.TemporaryDirectory() as folder, _quiet("deep_components.dataset"):
+            opened = log.open_day(day, cascade, Path(folder), zone)
+            repairs.update(opened.repairs)
+            return f"all {len(opened):,} requests read and encoded"
+
+    yield checked(f"{day} {cascade.name}", encode)
+    for text, count in repairs.items():
+        if count:
+            text = f"{text}: {count:,}; data/README.md says what is done with them"
+            yield Finding(WARN, f"{day} {cascade.name}", text)
 
 
-def _requests(path: Path, read: Callable[[Path], Iterator[Sequence[object]]]) -> str:
-    first = next(read(path), ())
-    if not first:
-        raise InputError(f"{path}: holds no request; fetch the file again")
-    return f"{size(path.stat().st_size)}, its first {len(first):,} requests are sound"
+# ---- room ------------------------------------------------------------------------------------------------------------
 
 
-def full_day(root: Path, day: str, zone: ZoneInfo) -> Iterator[Finding]:
-    """The whole day, encoded for every setting into a folder that is removed afterwards."""
-    yield checked("manifest", partial(_compared, root, day))
-    for cascade in SETTINGS.values():
-        repairs: dict[str, int] = {}
-        yield checked(cascade.name, partial(_encoded, root, day, cascade, zone, repairs))
-        for text, count in repairs.items():
-            if count:
-                yield Finding(ODD, cascade.name, f"{text}: {count:,}; data/README.md says what is done with them")
-
-
-def _compared(root: Path, day: str) -> str:
-    verify(root, recflow.day_paths(root, day))
-    return "none" if read_manifest(root) is None else "the SHA-256 of all three files fit"
-
-
-@contextmanager
-def quiet(logger: logging.Logger, least: int = logging.WARNING) -> Iterator[None]:
-    """Leave out what the logger says below a level."""
-    level = logger.level
-    logger.setLevel(least)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _encoded(root: Path, day: str, cascade: Cascade, zone: ZoneInfo, repairs: dict[str, int]) -> str:
-    counts = recflow.read_id_counts(root)
-    with tempfile.TemporaryDirectory() as folder, quiet(logging.getLogger(encode_day.__module__)):
-        try:
-            repairs |= encode_day(root, day, cascade, counts, zone, ColumnFiles(Path(folder)))
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror}); set TMPDIR to another folder") from error
-        requests = len(np.load(Path(folder) / "request_id.npy", mmap_mode="r"))
-    return f"all {requests:,} requests read and encoded"
-
-
-# ---- space -----------------------------------------------------------------------------------------------------------
-
-
-def space(root: Path, cache_dir: Path | None) -> Iterator[Finding]:
-    """Room for caches and checkpoints."""
-    histories = [recflow.history_path(root, day) for day in complete_days(root)]
-    requests = sum(path.stat().st_size for path in histories) // HISTORY_FILE_BYTES
-    cache = cache_dir or default_cache_dir(root)
-    yield _room("cache", cache, requests * CACHE_BYTES * len(SETTINGS), "--cache_dir")
-    try:
-        rows = sum(recflow.read_id_counts(root).values())
-    except InputError:
-        return  # said above
-    stages = max(len(cascade.stages) for cascade in SETTINGS.values())
-    yield _room("a run", PROJECT, rows * EMBEDDING_BYTES * stages * CHECKPOINT_COPIES, "--output_dir")
+def _space(log: Log, days: list[str], cascades: list[Cascade], cache_dir: Path | None) -> Iterator[Finding]:
+    """On the disks of the cache, unless the log is one, and of a run."""
+    if not isinstance(log, ColumnarLog):
+        files = [path for day in days for path in log.day_files(day)]
+        source = sum(path.stat().st_size for path in files)
+        yield _room("cache", cache_dir or default_cache_dir(log.folder), source * len(cascades) // 4, "--cache_dir")
+    rows = sum(table.size for table in log.schema.tables.values())
+    stages = max(len(cascade.stages) for cascade in cascades)
+    yield _room("a run", Path.cwd(), rows * EMBEDDING_BYTES * stages * CHECKPOINT_COPIES, "--output_dir")
 
 
 def _room(subject: str, folder: Path, needed: int, flag: str) -> Finding:
     """Whether the folder, or where it would be made, can be written to and has ``needed`` bytes."""
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not os.access(there, os.W_OK):
-        return Finding(BAD, subject, f"{there}: cannot be written; name another folder with {flag}")
+        return Finding(FAIL, subject, f"{there}: cannot be written; name another folder with {flag}")
     free = shutil.disk_usage(there).free
     text = f"{folder}: {size(free)} free, at most {size(needed)} needed"
-    if free > needed:
-        return Finding(GOOD, subject, text)
-    return Finding(ODD, subject, f"{text}; free some, or name another folder with {flag}")
+    advice = "" if free > needed else f"; free some, or name another folder with {flag}"
+    return Finding(WARN if advice else OK, subject, text + advice)
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Leave out what a logger says: the report says it."""
+    named = logging.getLogger(logger)
+    level = named.level
+    named.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        named.setLevel(level)
 
 
 def size(count: float) -> str:
@@ -340,7 +275,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

@@ -2,22 +2,23 @@
 
 import argparse
 import logging
-import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from deep_components.cascade import SETTINGS
-from deep_components.cli import run_command
-from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.arguments import DTYPES
+from deep_components.cascade import Stage
+from deep_components.checkpoint import load_trained
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
-from deep_components.models.original_names import original_name
-from deep_components.runs import checkpoint
+from deep_components.models import MODELS
+from deep_components.models.original_names import to_original
+from deep_components.runs.folder import CONFIG_FILE, cascade_of, model_file, read_training
+from deep_components.schema import Schema
+from deep_components.tables.store import EmbeddingStore
+from deep_components.training.memory import available
 
 logger = logging.getLogger(__name__)
 
@@ -30,38 +31,33 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _vocabulary(path: Path, counts: Mapping[str, Any]) -> dict[str, int]:
-    """Distinct ids of every field; ``counts`` are those of the log's columns."""
-    for column in LOG_COLUMN.values():
-        count = counts.get(column)
-        if not isinstance(count, int) or count < 0:
-            raise InputError(f"{path}: field id_counts has no count of {column}; train again")
-    return {field: counts[column] for field, column in LOG_COLUMN.items()}
-
-
-def _renamed(path: Path, stage: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    try:
-        return {original_name(stage, name): value for name, value in tensors.items()}
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: parameter {error} is none of the {stage} model; train again") from error
-
-
 def main(argv: list[str]) -> None:
     """Read <stage>.safetensors of the run, write <stage>.pt with whole tables, as the original code has them."""
     args = parse_args(argv)
-    config = checkpoint.read_training(args.run)
-    setting = config["setting"]
-    if setting not in SETTINGS:
-        raise InputError(
-            f"{args.run / checkpoint.CONFIG_FILE}: setting is {setting!r}, not one of {', '.join(SETTINGS)}"
-        )
-    vocabulary = _vocabulary(args.run / checkpoint.CONFIG_FILE, config["id_counts"])
-    for stage in SETTINGS[setting].stage_names:
-        tensors = checkpoint.load_whole(args.run, stage, vocabulary)
-        state = _renamed(args.run / f"{stage}.safetensors", stage, tensors)
-        write_atomically(args.output_dir / f"{stage}.pt", partial(torch.save, state))
+    config = read_training(args.run)
+    schema = Schema.from_json(config.get("schema"), str(args.run / CONFIG_FILE))
+    sizes = argparse.Namespace(**config["arguments"])
+    for stage in cascade_of(args.run, config).stages:
+        path = args.run / model_file(stage.name)
+        try:
+            state = to_original(stage.model, _whole(args.run, stage, schema, sizes))
+        except KeyError as error:
+            raise InputError(f"{path}: {error} of the {stage.model} is unknown to the original code") from error
+        write_atomically(args.output_dir / f"{stage.name}.pt", partial(torch.save, state))
     logger.info("exported %s -> %s", args.run, args.output_dir)
 
 
-if __name__ == "__main__":
-    sys.exit(run_command(main))
+def _whole(run: Path, stage: Stage, schema: Schema, sizes: argparse.Namespace) -> dict[str, Tensor]:
+    """A stage's parameters with every table whole: an id that a compacted table lacks has its initial value, which is
+    where dense Adam leaves what no request names. InputError when they do not fit into memory."""
+    dtype, cpu = DTYPES[sizes.dtype], torch.device("cpu")
+    needed = sum(table.size for table in schema.tables.values()) * sizes.emb_dim * dtype.itemsize
+    if needed > available(cpu):
+        raise InputError(
+            f"{run / model_file(stage.name)}: its whole tables take {needed / 1e9:.1f} GB of memory, where "
+            f"{available(cpu) / 1e9:.1f} GB are free; free some, or use a machine with more"
+        )
+    model = MODELS[stage.model](schema, sizes.emb_dim, sizes.nn_units).to(dtype)
+    store = EmbeddingStore(stage.name, schema, sizes.emb_dim).to(cpu, dtype)
+    load_trained(run, {stage.name: model}, {stage.name: store})
+    return {f"embedding.{name}": table.detach() for name, table in store.tables.items()} | model.state_dict()

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import pickle
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deep_components.cascade import SETTINGS, THREE_STAGE, Cascade
-from deep_components.cli import run_command
-from deep_components.dataset.columnar import DEFAULT_TIME_ZONE
-from deep_components.dataset.importers.recflow import LOG_COLUMN
+from deep_components.cascade import SETTINGS, THREE_STAGE, Cascade, Stage
+from deep_components.checkpoint import as_array
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.importers.recflow_files import HISTORY_LENGTH
 from deep_components.errors import InputError
 from deep_components.files import make_folder
-from deep_components.models import MODEL_OF_STAGE
+from deep_components.models import MODELS
 from deep_components.models.original_names import from_original
-from deep_components.runs import checkpoint
+from deep_components.runs.folder import CONFIG_FILE, remove_run, write_json
+from deep_components.runs.state import TABLE, save_models
+from deep_components.schema import RECFLOW_IDS, Schema, recflow_schema
 
 logger = logging.getLogger(__name__)
 
@@ -43,34 +43,34 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
 
     Raises InputError when a file is damaged, holds more than tensors, or its parameters are not the stage's model.
     """
-    states = {stage: _read(stage, files[stage]) for stage in cascade.stage_names}
-    sizes = {stage: _sizes(stage, files[stage], state) for stage, state in states.items()}
+    states = {stage.name: _read(stage, files[stage.name]) for stage in cascade.stages}
+    sizes = {stage.name: _sizes(stage, files[stage.name], states[stage.name]) for stage in cascade.stages}
     first = cascade.stage_names[0]
     for stage in cascade.stage_names:
         if sizes[stage] != sizes[first]:
             raise InputError(f"{files[stage]} and {files[first]} have tables or towers of different sizes; "
                              "give the checkpoints of one run")  # fmt: skip
-    vocabulary, arguments = sizes[first]["vocabulary"], sizes[first]["arguments"]
+    schema, arguments = sizes[first]
     make_folder(output_dir)
-    checkpoint.remove_results(output_dir)
-    for name in (checkpoint.STATE_FILE, checkpoint.STEP_LOG_FILE, checkpoint.RUN_FILE, checkpoint.STREAMING_FILE):
-        (output_dir / name).unlink(missing_ok=True)
-    checkpoint.save_models(output_dir, states, {"data": "unknown", "loss_type": "imported"})
-    config = {
+    remove_run(output_dir, cascade.stage_names)
+    arrays = {stage: {name: as_array(value) for name, value in state.items()} for stage, state in states.items()}
+    save_models(output_dir, arrays, {"data": "unknown", "loss_type": "imported"})
+    others = {"loss_type": "imported", "seed": None, "epochs": None, "seq_len": HISTORY_LENGTH}
+    config: dict[str, Any] = {
         "setting": cascade.name,
+        "cascade": cascade.to_json(),
         "data": "unknown",
-        "arguments": arguments
-        | {"loss_type": "imported", "seed": None, "epochs": None, "seq_len": HISTORY_LENGTH}
-        | {"time_zone": DEFAULT_TIME_ZONE},
+        "schema": schema.to_json(),
+        "schema_checksum": schema.checksum,
+        "arguments": arguments | others | {"time_zone": DEFAULT_TIME_ZONE},
         "train_days": [],
-        "id_counts": {column: vocabulary[field] for field, column in LOG_COLUMN.items()},
         "imported_from": {stage: str(files[stage]) for stage in cascade.stage_names},
         "commit": None,
     }
-    checkpoint.write_json(output_dir / checkpoint.CONFIG_FILE, config)
+    write_json(output_dir / CONFIG_FILE, config)
 
 
-def _read(stage: str, path: Path) -> dict[str, Tensor]:
+def _read(stage: Stage, path: Path) -> dict[str, Tensor]:
     """The file's tensors under our names."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,32 +84,33 @@ def _read(stage: str, path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a state_dict of tensors; save the model's state_dict()")
     try:
         # Models wrapped for several GPUs save their names behind "module.".
-        return from_original(stage, {str(name).removeprefix("module."): value for name, value in content.items()})
+        return from_original(stage.model, {str(name).removeprefix("module."): value for name, value in content.items()})
     except (KeyError, ValueError) as error:
-        raise InputError(f"{path}: parameter {error} is none of the original's {stage} model; "
+        raise InputError(f"{path}: parameter {error} is none of the original's {stage.name} model; "
                          "give each stage its own file") from error  # fmt: skip
 
 
-def _sizes(stage: str, path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Vocabulary and model arguments; InputError unless they explain every parameter's shape."""
+def _sizes(stage: Stage, path: Path, state: Mapping[str, Tensor]) -> tuple[Schema, dict[str, Any]]:
+    """Schema and model arguments; InputError unless they explain every parameter's shape."""
     try:
-        vocabulary = {field: len(state[f"embedding.{field}"]) - 2 for field in LOG_COLUMN}
-        emb_dim = state["embedding.user"].shape[1]
-        first_layer = "user_tower.0.weight" if stage == "retrieval" else "tower.0.weight"
-        nn_units = len(state[first_layer])
-    except (KeyError, IndexError, TypeError) as error:
+        schema = recflow_schema({name: len(state[f"{TABLE}{name}"]) - 2 for name in RECFLOW_IDS})
+        emb_dim = state[f"{TABLE}user"].shape[1]
+        first_layer = state["user_tower.0.weight" if stage.model == "dssm" else "tower.0.weight"]
+        nn_units = len(first_layer)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path}: parameter {error} is missing; give each stage its own file") from error
     with torch.device("meta"):
-        expected = MODEL_OF_STAGE[stage](vocabulary, emb_dim, nn_units).state_dict()
-    wrong = [name for name in expected.keys() | state.keys() if _shape(expected, name) != _shape(state, name)]
+        parameters = MODELS[stage.model](schema, emb_dim, nn_units).state_dict()
+    expected = {name: tuple(value.shape) for name, value in parameters.items()}
+    expected |= {f"{TABLE}{name}": (table.size, emb_dim) for name, table in schema.tables.items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
     if wrong:
-        raise InputError(f"{path}: parameter {min(wrong)} is missing or has another shape than the {stage} model's")
-    dtype = "float64" if state[first_layer].dtype == torch.float64 else "float32"
-    return {"vocabulary": vocabulary, "arguments": {"emb_dim": emb_dim, "nn_units": nn_units, "dtype": dtype}}
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
+        raise InputError(
+            f"{path}: parameter {min(wrong)} is missing, or of another shape than the {stage.name} model's"
+        )
+    dtype = "float64" if first_layer.dtype == torch.float64 else "float32"
+    return schema, {"emb_dim": emb_dim, "nn_units": nn_units, "dtype": dtype}
 
 
 def main(argv: list[str]) -> None:
@@ -123,7 +124,3 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--setting={args.setting} takes exactly {wanted}")
     import_checkpoint(cascade, files, args.output_dir)
     logger.info("imported %s -> %s", ", ".join(cascade.stage_names), args.output_dir)
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

@@ -1,6 +1,6 @@
 """One page about many runs: results, comparisons, learning curves, where ground truth is lost, configuration.
 
-    python -m deep_components.commands.report RUNS... --output report.html [--figures DIR]
+    python -m deep_components report RUNS... --output=report.html [--figures=DIR]
 
 The page needs no network and no other file. --figures writes its charts as PNG for a paper.
 """
@@ -13,8 +13,7 @@ from pathlib import Path
 from deep_components.cli import run_command
 from deep_components.commands.table import add_run_arguments, results_of
 from deep_components.files import write_atomically
-from deep_components.reporting.charts import build_charts
-from deep_components.reporting.figures import write_figures
+from deep_components.reporting.figures import charts_of, write_figures
 from deep_components.reporting.page import render
 
 logger = logging.getLogger(__name__)
@@ -31,11 +30,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    results = results_of(args)
-    charts = build_charts(results)
-    page = render(results, charts)
+    results, problems = results_of(args).by_score(), list[str]()
+    charts = charts_of(results, problems)
+    page = render(results, charts, problems)
     write_atomically(args.output, lambda file: file.write(page.encode()))
-    logger.info("%d runs -> %s", sum(len(row.runs) for row in results.rows), args.output)
+    logger.info("%d runs -> %s", len(results.runs), args.output)
     if args.figures is not None:
         logger.info("%d figures -> %s", len(write_figures(charts, args.figures)), args.figures)
 

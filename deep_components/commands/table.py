@@ -1,4 +1,6 @@
-"""metrics.json of many runs -> one table: a row per method, mean +- standard deviation over its seeds.
+"""Many runs -> one table: metrics (mean +- standard deviation over seeds), costs of training, or a stream's days.
+
+    python -m deep_components table RUNS... [--kind=metrics|costs|streaming] [--output=table.md|.csv|.tex|.json]
 
 One method, ours, is compared with every other: by a t-test over seeds, corrected for their number, and by a bootstrap
 interval over requests. On RecFlow the paper's numbers stand beside.
@@ -6,20 +8,28 @@ interval over requests. On RecFlow the paper's numbers stand beside.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from deep_components.cli import run_command
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
+from deep_components.reporting.frame import frame, read_runs
 from deep_components.reporting.results import OUR_METHOD, Results, build_results
-from deep_components.reporting.runs import read_runs
-from deep_components.reporting.tables import FORMATS, SUFFIXES
+from deep_components.reporting.tables import (
+    FORMATS,
+    SUFFIXES,
+    Maker,
+    costs_document,
+    metrics_document,
+    streaming_document,
+)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The runs, and how they are compared."""
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folders that hold metrics.json, at any depth"
+        "runs", nargs="+", type=Path, metavar="RUN", help="folders that hold evaluated runs, at any depth"
     )
     parser.add_argument(
         "--compare", metavar="NAME", help=f"the row to compare with every other trained row (default: {OUR_METHOD})"
@@ -36,6 +46,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The runs to collect, and what to make of them."""
     parser = argparse.ArgumentParser(description="Print one table of many runs.", allow_abbrev=False)
     add_run_arguments(parser)
+    parser.add_argument("--kind", choices=["metrics", "costs", "streaming"], default="metrics",
+                        help="metrics (default), time and memory of training, or joint recall by day")  # fmt: skip
     parser.add_argument("--format", choices=list(FORMATS), help="default: by the ending of --output, else text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     return parser.parse_args(argv)
@@ -46,15 +58,24 @@ def results_of(args: argparse.Namespace) -> Results:
     return build_results(read_runs(args.runs), args.compare, args.test)
 
 
+def _document(args: argparse.Namespace) -> Maker:
+    if args.kind == "costs":
+        return partial(costs_document, frame(args.runs))
+    if args.kind == "streaming":
+        return partial(streaming_document, read_runs(args.runs))
+    return partial(metrics_document, results_of(args))
+
+
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     suffix = args.output.suffix if args.output else ".txt"
     form = args.format or SUFFIXES.get(suffix)
     if form is None:
         raise InputError(f"--output={args.output}: ending unknown; use {', '.join(SUFFIXES)}, or give --format")
-    content = FORMATS[form](results_of(args))
+    content = FORMATS[form](_document(args))
     if args.output is None:
-        sys.stdout.write(content)
+        encoding = sys.stdout.encoding or "utf-8"  # may lack letters of a name
+        sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
     else:
         write_atomically(args.output, lambda file: file.write(content.encode()))
 

@@ -344,10 +344,7 @@ def schema_of(folder: Path) -> Schema:
 
 def history_length_of(folder: Path) -> int:
     """L of the day in ``folder``. InputError as in :func:`read_day`."""
-    mask = _mapped(folder, "history.mask")
-    if mask.ndim != 2:
-        raise InputError(f"{folder}/history.mask.npy: shape {mask.shape}, not [R, L]; make the day again")
-    return int(mask.shape[1])
+    return int((*_mapped(folder, "history.mask").shape, 0, 0)[1])
 
 
 def _open_columns(
@@ -372,6 +369,8 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
     """The array in a .npy file, mapped read-only. np.load's own map would keep the file open: 35 a day."""
     path = folder / f"{name}.npy"
     try:
+        if not path.is_file():
+            raise ValueError("not a regular file")
         header = np.load(path, mmap_mode="r")
         size = path.stat().st_size
         if not header.flags.c_contiguous or size != header.offset + header.nbytes:

@@ -1,8 +1,9 @@
 """Parameter names: ours <-> those of the paper's original code, one mapping for reading and writing its checkpoints."""
 
 from collections.abc import Mapping
+from typing import TypeVar
 
-from torch import Tensor
+T = TypeVar("T")
 
 _TABLES = {
     "user": "uid_emb",
@@ -19,28 +20,30 @@ _TABLES = {
     "hour": "hour_emb",
     "minute": "min_emb",
 }
-_TOWERS = {
-    "retrieval": {"user_tower": "user_encoder", "item_tower": "photo_encoder"},
-    "prerank": {"tower": "mlpx"},
-    "rank": {"attention": "din_mlp", "tower": "mlp"},
+_MODULES = {
+    "dssm": {"user_tower": "user_encoder", "item_tower": "photo_encoder"},
+    "mlp": {"tower": "mlpx"},
+    "din": {"attention": "din_mlp", "tower": "mlp"},
 }
 
 
-def original_name(stage: str, name: str) -> str:
-    """The original code's name of our parameter ``name`` in the model of ``stage``."""
-    module, rest = name.split(".", 1)
-    return f"{_TABLES[rest]}.weight" if module == "embedding" else f"{_TOWERS[stage][module]}.{rest}"
-
-
-def from_original(stage: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in our names from one in the original's names.
-
-    Raises KeyError for a name the model of ``stage`` does not have.
-    """
-    ours = {original: f"embedding.{field}" for field, original in _TABLES.items()}
-    ours |= {original: module for module, original in _TOWERS[stage].items()}
+def to_original(model: str, parameters: Mapping[str, T]) -> dict[str, T]:
+    """Parameters of a dssm, mlp or din under the original's names. KeyError for one that the original does not have."""
+    tables = {f"embedding.{table}": f"{original}.weight" for table, original in _TABLES.items()}
+    modules = _MODULES[model]
     renamed = {}
-    for name, value in state.items():
+    for name, value in parameters.items():
         module, _, rest = name.partition(".")
-        renamed[ours[module] if ours[module].startswith("embedding.") else f"{ours[module]}.{rest}"] = value
+        renamed[tables[name] if module == "embedding" else f"{modules[module]}.{rest}"] = value
+    return renamed
+
+
+def from_original(model: str, parameters: Mapping[str, T]) -> dict[str, T]:
+    """The reverse of :func:`to_original`. KeyError for a name that the original's dssm, mlp or din does not have."""
+    tables = {f"{original}.weight": f"embedding.{table}" for table, original in _TABLES.items()}
+    modules = {original: module for module, original in _MODULES[model].items()}
+    renamed = {}
+    for name, value in parameters.items():
+        module, _, rest = name.partition(".")
+        renamed[tables[name] if name in tables else f"{modules[module]}.{rest}"] = value
     return renamed

@@ -7,12 +7,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from deep_components.dataset.importers.recflow_files import PERIOD_1
+import pandas as pd
 
 TABLES = Path(__file__).with_name("paper_tables.csv")
 
+_PERIOD_1 = [str(day.date()) for day in pd.date_range("2024-01-13", "2024-02-04")]  # the last day tests
+
 # What every run of the paper has in common.
 _PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_from": None}
+_NAMES = {
+    "bce": "BCE", "icc": "ICC", "rankflow": "RankFlow", "fs_ranknet": "FS-RankNet",
+    "fs_lambdaloss": "FS-LambdaLoss", "arf": "ARF", "arf_v2": "ARF-v2", "lcron": "LCRON",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,24 @@ def _tables() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def comparable(results: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a run follows the paper's protocol: RecFlow's Period 1, its last day to test on, one pass."""
-    arguments = config["arguments"]
-    days = (config.get("train_days"), results["test_day"]) == (list(PERIOD_1[:-1]), PERIOD_1[-1])
+def paper_name(row: str) -> str:
+    """A row's name with the method written as in the paper: "lcron_tau_1" is "LCRON tau 1"."""
+    name, bracket, details = row.partition(" (")
+    known = max((key for key in _NAMES if name == key or name.startswith(f"{key}_")), key=len, default=None)
+    if known is None:
+        return row
+    return _NAMES[known] + name.removeprefix(known).replace("_", " ") + bracket + details
+
+
+def follows_protocol(run: Mapping[Any, Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether a run is made as the paper's: RecFlow's Period 1, its last day to test on, one pass.
+
+    Args:
+        run: has ``data``, ``train_days`` and ``test_day``, as a row of :func:`~deep_components.reporting.frame.frame`.
+    """
+    days = [*(run["train_days"] or ()), run["test_day"]] == _PERIOD_1
     alike = all(arguments.get(name) == value for name, value in _PROTOCOL.items())
-    return results["data"] == "recflow" and days and alike and arguments.get("optimizer") != "sparse_adam"
+    return run["data"] == "recflow" and days and alike and arguments.get("optimizer") != "sparse_adam"
 
 
 def paper_number(setting: str, name: str, arguments: Mapping[str, Any], metric: str) -> PaperNumber | None:

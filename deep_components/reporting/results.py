@@ -1,15 +1,15 @@
 """What many runs say together: a row per method, mean and deviation per metric, and one method against the others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import mean, stdev
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from deep_components.errors import InputError
-from deep_components.reporting.paper import PaperNumber, comparable, paper_number
-from deep_components.reporting.runs import Collected, Run, printable, rows
+from deep_components.reporting.frame import Collected, arguments_of, label_rows, per_request
+from deep_components.reporting.paper import PaperNumber, follows_protocol, paper_number
 from deep_components.reporting.statistics import SIGNIFICANCE, Test, bootstrap_intervals, holm, t_test
 
 OUR_METHOD = "lcron"
@@ -17,8 +17,7 @@ DECIMALS = 4  # of the paper's tables
 
 NO_TEST_SEEDS = "fewer than two seeds with a value"
 NO_TEST_PAIRS = "fewer than two common seeds with a value"
-NO_TEST_SPREAD = "no spread over seeds"
-
+NO_TEST_VARIATION = "the values do not vary over seeds"
 
 _TITLES = {"ndcg": "NDCG", "tau": "tau"}
 
@@ -31,78 +30,26 @@ def metric_title(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A metric of a method: its value per run, in the order of the row's runs, and what they come to."""
+class Results:
+    """The table of many runs.
 
-    values: tuple[float, ...]
-    best: bool = False
-    paper: PaperNumber | None = None
-
-    @property
-    def mean(self) -> float | None:
-        """None when the metric is undefined."""
-        return mean(self.values) if self.values else None
-
-    @property
-    def std(self) -> float | None:
-        """The sample standard deviation; None for fewer than two runs."""
-        return stdev(self.values) if len(self.values) > 1 else None
-
-    @property
-    def paper_difference(self) -> float | None:
-        """Our mean less the paper's."""
-        return None if self.paper is None or self.mean is None else self.mean - self.paper.mean
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method: its runs, one a seed, and its cells by metric."""
-
-    name: str
-    runs: list[Run]
-    cells: dict[str, Cell]
-
-    @property
-    def untrained(self) -> bool:
-        return self.runs[0].untrained
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Our method against a baseline in one metric; the difference is our mean less the baseline's.
-
-    ``p`` is the t-test's over seeds, ``p_holm`` corrected over all baselines of the metric; both None when there was no
-    test, and ``no_test`` says why. ``interval`` is the bootstrap's over requests.
+    Args:
+        runs: see :func:`~deep_components.reporting.frame.label_rows`; ``row`` names a run's method.
+        cells: a record per method and metric: ``method``, ``untrained``, ``metric``, ``mean`` (NaN unless every run has
+            a value), ``std`` (sample standard deviation over ``seeds`` runs), ``best``, ``paper_mean``, ``paper_std``,
+            ``paper_table``, ``difference_to_paper``; and, where our method was compared with this one: ``ours`` (its
+            name), ``difference`` (our mean minus this one's), ``interval_low`` and ``interval_high`` (bootstrap over
+            requests), ``p`` and ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric),
+            ``ours_is`` (better, worse, no difference shown, not tested) and ``no_test`` (why there is no p).
+        ours: the row that is compared with the others; None when there is none.
     """
 
-    baseline: str
-    metric: str
-    difference: float | None
-    interval: tuple[float, float] | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    no_test: str | None = None
-
-    @property
-    def verdict(self) -> str:
-        """ "better", "worse" (ours, significantly), "no difference shown" or "not tested"."""
-        if self.p_holm is None or self.difference is None:
-            return "not tested"
-        if self.p_holm > SIGNIFICANCE or self.difference == 0:
-            return "no difference shown"
-        return "better" if self.difference > 0 else "worse"
-
-
-@dataclass(frozen=True)
-class Results:
-    """The table of many runs. ``ours`` is the method compared with the others, None when there is none."""
-
-    about: dict[str, Any]
+    runs: pd.DataFrame
+    cells: pd.DataFrame
     metrics: tuple[str, ...]
-    rows: list[Row]
+    about: dict[str, Any]
     ours: str | None
     test: Test
-    comparisons: list[Comparison]
     warnings: list[str]
     notes: list[str]
     left_out: dict[str, str]
@@ -113,171 +60,212 @@ class Results:
         return self.metrics[0]
 
     @property
-    def has_paper(self) -> bool:
-        return any(cell.paper for row in self.rows for cell in row.cells.values())
+    def rows(self) -> list[str]:
+        return list(self.cells["method"].unique())
 
-    def compared(self, metric: str) -> list[Comparison]:
-        return [comparison for comparison in self.comparisons if comparison.metric == metric]
+    @property
+    def one_seed(self) -> bool:
+        """Every row is a single run, so that nothing is a mean."""
+        return len(self.runs) == len(self.rows)
 
-    def comparison(self, baseline: str, metric: str) -> Comparison | None:
-        return next((found for found in self.compared(metric) if found.baseline == baseline), None)
+    @property
+    def compared(self) -> pd.DataFrame:
+        """The records of the methods that ours was compared with."""
+        return self.cells[self.cells["ours"].notna()]
+
+    @property
+    def with_paper(self) -> pd.DataFrame:
+        """The records that have a number of the paper."""
+        return self.cells[self.cells["paper_mean"].notna()]
+
+    def of(self, metric: str) -> pd.DataFrame:
+        """The metric's records by method."""
+        return self.cells[self.cells["metric"] == metric].set_index("method")
+
+    def by_score(self) -> "Results":
+        """The same with the rows in order of the headline's mean, the highest first, untrained ones last."""
+        first = self.of(self.headline).sort_values(["untrained", "mean"], ascending=[True, False], kind="stable")
+        rank = {method: rank for rank, method in enumerate(first.index)}
+
+        def ordered(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+            return frame.sort_values(column, key=lambda names: names.map(rank), kind="stable", ignore_index=True)
+
+        return replace(self, runs=ordered(self.runs, "row"), cells=ordered(self.cells, "method"))
 
 
 def build_results(collected: Collected, compare: str | None = None, test: Test = "welch") -> Results:
     """The results of the runs.
 
     Args:
-        collected: what :func:`~deep_components.reporting.runs.read_runs` found.
-        compare: the row to hold against every other trained row; default: ``lcron``, if there is one.
+        collected: what :func:`~deep_components.reporting.frame.read_runs` found.
+        compare: the row to compare with every other trained row; default: ``lcron``, if there is one.
         test: see :func:`~deep_components.reporting.statistics.t_test`.
 
-    Raises InputError when there is no row ``compare``, or a seed of a method stands twice.
+    Raises InputError when there is no row ``compare``, or a row has a seed twice.
     """
-    runs, first = collected.runs, collected.runs[0].results
-    groups = rows(runs)
-    table = _mark_best([_row(name, group, runs[0].metrics) for name, group in groups.items()], runs[0].metrics)
-    trained = [row for row in table if not row.untrained]
-    ours = _our_row(trained, compare)
-    baselines = [row for row in trained if row is not ours]
-    comparisons, notes = [], []
-    if ours is not None and baselines:
-        for metric in runs[0].metrics:
-            comparisons += _compare(ours, baselines, metric, test)
-        notes += _notes(comparisons)
+    runs = label_rows(collected.runs)
+    first, metrics = runs.iloc[0], collected.runs["metrics"].iloc[0]
+    groups = {str(name): group for name, group in runs.groupby("row", sort=False)}
+    cells = pd.DataFrame([_cell(name, group, metric) for name, group in groups.items() for metric in metrics])
+    cells["best"] = _best(cells)
+    trained = {name: group for name, group in groups.items() if not group["untrained"].all()}
+    ours = _our_row(list(trained), compare)
+    notes = []
+    if ours is not None and len(trained) > 1:
+        made = [record for metric in metrics for record in _compare(trained, ours, metric, test)]
+        cells = cells.merge(pd.DataFrame(made), on=["method", "metric"], how="left", sort=False)
+        notes = _notes(made)
     elif len(trained) > 1:
-        notes.append(f"No row is called {OUR_METHOD}, so none is compared with the others; choose one with --compare.")
+        notes = [f"No row is called {OUR_METHOD}, so none is compared with the others; choose one with --compare."]
     return Results(
-        about={name: first.get(name) for name in ("setting", "data", "test_day", "test_day_checksum", "num_requests")},
-        metrics=runs[0].metrics,
-        rows=table,
-        ours=ours.name if ours and baselines else None,
+        runs=runs,
+        cells=cells.reindex(columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, "float64")),
+        metrics=metrics,
+        about={name: first[name] for name in ("setting", "data", "test_day", "test_day_checksum")}
+        | {"num_requests": int(first["num_requests"])},
+        ours=ours if len(trained) > 1 else None,
         test=test,
-        comparisons=comparisons,
-        warnings=sorted(
-            {printable(str(run.results[key])) for run in runs for key in run.results if key.startswith("warning")}
-        ),
+        warnings=sorted({warning for found in runs["warnings"] for warning in found}),
         notes=notes,
         left_out={str(folder): reason for folder, reason in collected.left_out.items()},
     )
 
 
-def _row(name: str, group: list[Run], metrics: Sequence[str]) -> Row:
-    cells = {}
-    for metric in metrics:
-        values = [run.results[metric] for run in group]
-        paper = None
-        if all(comparable(run.results, run.config) for run in group):
-            paper = paper_number(group[0].results["setting"], group[0].name, group[0].config["arguments"], metric)
-        cells[metric] = Cell(() if None in values else tuple(map(float, values)), paper=paper)
-    return Row(name, group, cells)
+_NUMBERS = (
+    *("mean", "std", "paper_mean", "paper_std", "difference_to_paper"),
+    *("difference", "interval_low", "interval_high", "p", "p_holm"),
+)
+_COLUMNS = [
+    *("method", "untrained", "metric", "mean", "std", "seeds", "best"),
+    *("paper_mean", "paper_std", "paper_table", "difference_to_paper"),
+    *("ours", "difference", "interval_low", "interval_high", "p", "p_holm", "ours_is", "no_test"),
+]
 
 
-def _mark_best(table: list[Row], metrics: Sequence[str]) -> list[Row]:
-    """Marks, per metric, the trained rows whose mean is the best as printed; with one trained row there is no best."""
-    best: dict[str, float] = {}
-    if sum(not row.untrained for row in table) > 1:
-        for metric in metrics:
-            means = [row.cells[metric].mean for row in table if not row.untrained]
-            best |= {metric: max((round(value, DECIMALS) for value in means if value is not None), default=np.nan)}
-    return [
-        Row(
-            row.name,
-            row.runs,
-            {
-                metric: Cell(cell.values, _is_best(cell, best.get(metric)) and not row.untrained, cell.paper)
-                for metric, cell in row.cells.items()
-            },
-        )
-        for row in table
-    ]
+def _cell(name: str, group: pd.DataFrame, metric: str) -> dict[str, Any]:
+    values = group[metric]
+    mean, paper = float(values.mean(skipna=False)), _paper(group, metric)
+    return {
+        "method": name,
+        "untrained": bool(group["untrained"].all()),
+        "metric": metric,
+        "mean": mean,
+        "std": float(values.std(skipna=False)),
+        "seeds": len(values),
+        "best": False,
+        "paper_mean": paper.mean if paper else None,
+        "paper_std": paper.std if paper else None,
+        "paper_table": paper.table if paper else None,
+        "difference_to_paper": mean - paper.mean if paper else None,
+    }
 
 
-def _is_best(cell: Cell, best: float | None) -> bool:
-    return cell.mean is not None and round(cell.mean, DECIMALS) == best
+def _paper(group: pd.DataFrame, metric: str) -> PaperNumber | None:
+    records = group.to_dict("records")
+    if not all(follows_protocol(run, arguments_of(run)) for run in records):
+        return None
+    first = records[0]
+    return paper_number(first["setting"], first["method"], arguments_of(first), metric)
 
 
-def _our_row(trained: Sequence[Row], compare: str | None) -> Row | None:
-    found = next((row for row in trained if row.name == (compare or OUR_METHOD)), None)
-    if found is None and compare is not None:
-        names = ", ".join(row.name for row in trained) or "none is trained"
-        raise InputError(f"--compare={compare}: no such row; the trained rows are: {names}")
-    return found
+def _best(cells: pd.DataFrame) -> pd.Series:
+    """Whether a trained row's mean is the highest of its metric, as printed; with one trained row there is no best."""
+    printed = cells["mean"].round(DECIMALS).mask(cells["untrained"])
+    several = cells.loc[~cells["untrained"], "method"].nunique() > 1
+    return several & (printed == printed.groupby(cells["metric"]).transform("max"))
 
 
-def _compare(ours: Row, baselines: Sequence[Row], metric: str, test: Test) -> list[Comparison]:
-    """Our method against every baseline in a metric; Holm's correction runs over them."""
-    samples = [_samples(ours, baseline, metric, test) for baseline in baselines]
-    tests = [_test(a, b, test) for a, b in samples]
-    adjusted = iter(holm([p for p, _ in tests if p is not None]))
-    intervals = _intervals(ours, baselines, metric)
-    comparisons = []
-    for baseline, (a, b), (p, no_test), interval in zip(baselines, samples, tests, intervals, strict=True):
-        difference = mean(a) - mean(b) if a and b else None
-        p_holm = None if p is None else next(adjusted)
-        comparisons.append(Comparison(baseline.name, metric, difference, interval, p, p_holm, no_test))
-    return comparisons
+def _our_row(trained: Sequence[str], compare: str | None) -> str | None:
+    if (compare or OUR_METHOD) in trained:
+        return compare or OUR_METHOD
+    if compare is None:
+        return None
+    names = ", ".join(trained) or "none is trained"
+    raise InputError(f"--compare={compare}: no such row; the trained rows are: {names}")
 
 
-def _samples(ours: Row, theirs: Row, metric: str, test: Test) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The values to compare: all, or for the paired test those of the seeds that both have, in one order."""
-    one, other = ours.cells[metric].values, theirs.cells[metric].values
-    if test == "welch" or not one or not other:
-        return one, other
-    own, their = (
-        dict(zip([run.seed for run in row.runs], row.cells[metric].values, strict=True)) for row in (ours, theirs)
-    )
-    common = [seed for seed in own if seed is not None and seed in their]
-    return tuple(own[seed] for seed in common), tuple(their[seed] for seed in common)
+def _compare(trained: dict[str, pd.DataFrame], ours: str, metric: str, test: Test) -> list[dict[str, Any]]:
+    """A record per baseline: ours against it in a metric; Holm's correction runs over the baselines."""
+    baselines = {name: group for name, group in trained.items() if name != ours}
+    intervals = _intervals(trained[ours], list(baselines.values()), metric)
+    records = []
+    for (name, group), interval in zip(baselines.items(), intervals, strict=True):
+        a, b = _samples(trained[ours], group, metric, test)
+        p, no_test = _test(a, b, test)
+        record: dict[str, Any] = {"method": name, "metric": metric, "ours": ours, "p": p, "no_test": no_test}
+        record["difference"] = float(a.mean() - b.mean()) if len(a) and len(b) else None
+        record["interval_low"], record["interval_high"] = interval or (None, None)
+        records.append(record)
+    adjusted = iter(holm([record["p"] for record in records if record["p"] is not None]))
+    for record in records:
+        record["p_holm"] = None if record["p"] is None else next(adjusted)
+        record["ours_is"] = _verdict(record["difference"], record["p_holm"])
+    return records
 
 
-def _test(ours: Sequence[float], theirs: Sequence[float], test: Test) -> tuple[float | None, str | None]:
+def _verdict(difference: float | None, p_holm: float | None) -> str:
+    if difference is None or p_holm is None:
+        return "not tested"
+    if p_holm > SIGNIFICANCE or difference == 0:
+        return "no difference shown"
+    return "better" if difference > 0 else "worse"
+
+
+def _samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, test: Test) -> tuple[np.ndarray, np.ndarray]:
+    """The values to compare: all, or for the paired test those of the seeds that both have; none where one has none."""
+    if ours[metric].isna().any() or theirs[metric].isna().any():
+        return np.empty(0), np.empty(0)
+    if test == "welch":
+        return ours[metric].to_numpy(), theirs[metric].to_numpy()
+    known = (runs[runs["seed"].notna()].set_index("seed")[metric] for runs in (ours, theirs))
+    both = pd.concat(known, axis=1, join="inner").to_numpy()
+    return both[:, 0], both[:, 1]
+
+
+def _test(ours: np.ndarray, theirs: np.ndarray, test: Test) -> tuple[float | None, str | None]:
     """The p-value, or why there is none."""
     if min(len(ours), len(theirs)) < 2:
         return None, NO_TEST_PAIRS if test == "paired" else NO_TEST_SEEDS
     p = t_test(ours, theirs, test)
-    return p, NO_TEST_SPREAD if p is None else None
+    return p, NO_TEST_VARIATION if p is None else None
 
 
-def _intervals(ours: Row, baselines: Sequence[Row], metric: str) -> list[tuple[float, float] | None]:
+def _intervals(ours: pd.DataFrame, baselines: Sequence[pd.DataFrame], metric: str) -> list[tuple[float, float] | None]:
     """Bootstrap intervals over requests of the difference of the means over seeds; None where a run lacks them."""
-    own = _mean_per_request(ours, metric)
-    theirs = [_mean_per_request(baseline, metric) for baseline in baselines]
-    pairs = {
-        place: own[1] - other[1]
-        for place, other in enumerate(theirs)
+    own, theirs = _mean_per_request(ours, metric), [_mean_per_request(group, metric) for group in baselines]
+    differences = {
+        index: own[1] - other[1]
+        for index, other in enumerate(theirs)
         if own is not None and other is not None and np.array_equal(own[0], other[0])
     }
-    if not pairs:
+    if not differences:
         return [None] * len(baselines)
-    found = dict(zip(pairs, bootstrap_intervals(np.stack(list(pairs.values()))), strict=True))
-    return [found.get(place) for place in range(len(baselines))]
+    found = dict(zip(differences, bootstrap_intervals(np.stack(list(differences.values()))), strict=True))
+    return [found.get(index) for index in range(len(baselines))]
 
 
-def _mean_per_request(row: Row, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _mean_per_request(group: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """request_id [R] and the metric's mean over the row's seeds [R]; None unless all runs have the same requests."""
     requests, total = None, None
-    for run in row.runs:
-        ids, values = run.per_request("request_id"), run.per_request(metric)
+    for folder in group["folder"]:
+        ids, values = per_request(folder, "request_id"), per_request(folder, metric)
         if ids is None or values is None or (requests is not None and not np.array_equal(ids, requests)):
             return None
         requests, total = ids, values if total is None else total + values
-    return None if requests is None or total is None else (requests, total / len(row.runs))
+    return None if requests is None or total is None else (requests, total / len(group))
 
 
-def _notes(comparisons: Sequence[Comparison]) -> list[str]:
+def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
     """What is missing of the comparisons, and why."""
-    notes = []
-    untested: dict[str, list[str]] = {}
-    for comparison in comparisons:
-        if comparison.no_test:
-            names = untested.setdefault(comparison.no_test, [])
-            names += [comparison.baseline] if comparison.baseline not in names else []
-    for reason, names in untested.items():
-        notes.append(f"No t-test of some metrics against {', '.join(names)}: {reason}.")
-    lacking = sorted({made.baseline for made in comparisons if made.interval is None and made.difference is not None})
+    untested: dict[str, dict[str, None]] = {}
+    for record in records:
+        if record["no_test"]:
+            untested.setdefault(record["no_test"], {})[record["method"]] = None
+    notes = [f"No t-test of some metrics against {', '.join(names)}: {reason}." for reason, names in untested.items()]
+    lacking = {r["method"] for r in records if r["interval_low"] is None and r["difference"] is not None}
     if lacking:
         notes.append(
-            f"No interval over requests against {', '.join(lacking)}: per_request.npz is missing or has other requests "
-            "there; evaluate those runs again."
+            f"No interval over requests against {', '.join(sorted(lacking))}: per_request.npz is missing or has other "
+            "requests there; evaluate those runs again."
         )
     return notes

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 SIGNIFICANCE = 0.05  # the paper's level
@@ -15,12 +16,12 @@ RESAMPLES = 2000
 MOST_UNITS = 5000
 
 _NUMBERS_AT_A_TIME = 1_000_000  # bounds the memory of the bootstrap
-_NO_SPREAD = 1e-12  # relative; below it values differ by rounding alone
+_ROUNDING = 1e-12  # relative; values whose standard deviation is smaller differ by rounding alone
 
 Test = Literal["welch", "paired"]
 
 
-def t_test(ours: Sequence[float], theirs: Sequence[float], test: Test = "welch") -> float | None:
+def t_test(ours: ArrayLike, theirs: ArrayLike, test: Test = "welch") -> float | None:
     """Two-sided p-value of the hypothesis that both methods have the same mean over seeds.
 
     Two-sided, so that the sign of the difference says which is better: no result can be taken for its opposite.
@@ -28,9 +29,9 @@ def t_test(ours: Sequence[float], theirs: Sequence[float], test: Test = "welch")
     Args:
         ours: a value per seed.
         theirs: a value per seed; for "paired" of the same seeds in the same order.
-        test: "welch" takes the two sets of runs for independent and their spreads for different, as they are by factors
-            of up to 37 in the paper's Table 2. "paired" tests the differences seed by seed: a seed fixes the initial
-            models and the order of the requests, which two methods share.
+        test: "welch" takes the two sets of runs for independent and their deviations for different, as they are by
+            factors of up to 37 in the paper's Table 2. "paired" tests the differences seed by seed: a seed fixes the
+            initial models and the order of the requests, which two methods share.
 
     Returns:
         None when there is nothing to test by: fewer than two seeds, or values that do not vary over seeds.
@@ -38,8 +39,8 @@ def t_test(ours: Sequence[float], theirs: Sequence[float], test: Test = "welch")
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if min(len(a), len(b)) < 2:
         return None
-    spread = np.std(a - b) if test == "paired" else max(np.std(a), np.std(b))
-    if spread <= _NO_SPREAD * max(np.abs(a).max(), np.abs(b).max()):
+    deviation = np.std(a - b) if test == "paired" else max(np.std(a), np.std(b))
+    if deviation <= _ROUNDING * max(np.abs(a).max(), np.abs(b).max()):
         return None
     with warnings.catch_warnings():  # scipy warns where the values of one method are all but equal, which is fine
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
@@ -54,9 +55,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     0.05 keeps the chance of any false rejection among the m at 5 %.
     """
     adjusted, floor = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = floor
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = floor
     return adjusted
 
 

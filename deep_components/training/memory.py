@@ -17,6 +17,9 @@ _PER_POSITION, _PER_UNIT = 6, 14
 _WORTH_SAYING = 1 << 30
 
 ROOT = Path("/")
+# Of a control group: the files of its limit and usage, and how names begin in memory.stat.
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+_VERSION_2 = ("memory.max", "memory.current", "")
 
 
 def table_bytes(rows: Mapping[str, int], dim: int, pulled: Collection[str], itemsize: int) -> tuple[int, int]:
@@ -50,38 +53,29 @@ def check_memory(needed: Mapping[torch.device, int]) -> None:
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device: for a CPU what the system and the process's groups leave."""
+    """Bytes that can still be allocated on the device: for a CPU the least of what the system and the process's control
+    groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([_meminfo("MemAvailable"), *_group_limits()]))
+    lines = (ROOT / "proc/meminfo").read_text().splitlines()
+    system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return max(0, min([system, *_left_in_groups()]))
 
 
-def _meminfo(name: str) -> int:
-    for line in (ROOT / "proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/meminfo has no {name}")
-
-
-def _group_limits() -> Iterator[int]:
-    """What is left in each of the control groups, of version 1 or 2, that the process is in."""
-    try:
-        lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            top, names = ROOT / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        elif not controllers:
-            top, names = ROOT / "sys/fs/cgroup", ("memory.max", "memory.current", "")
-        else:
-            continue
-        folder = top / group.lstrip("/")
-        # In a container the path may be that of the world outside, and the group's files lie at the top.
-        for place in (folder, *(parent for parent in folder.parents if parent.is_relative_to(top))):
-            with suppress(OSError, ValueError):  # no such file, or "max": no limit
-                yield _left(place, *names)
+def _left_in_groups() -> Iterator[int]:
+    """What is left in each control group, of version 1 or 2, that the process is in and that has a limit."""
+    with suppress(OSError):  # a system without control groups
+        for line in (ROOT / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            top = ROOT / "sys/fs/cgroup" / ("memory" if controllers else "")
+            files = _VERSION_1 if controllers else _VERSION_2
+            # In a container the name may be that outside, and the group's files lie at the top.
+            for group in (top / name.lstrip("/"), *(top / name.lstrip("/")).parents):
+                if group.is_relative_to(top):
+                    with suppress(OSError, ValueError):  # no such group, or "max": no limit
+                        yield _left(group, *files)
 
 
 def _left(group: Path, limit: str, usage: str, prefix: str) -> int:

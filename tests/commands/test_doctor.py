@@ -12,11 +12,13 @@ import pytest
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
 from deep_components.commands import doctor
-from deep_components.dataset.columnar import open_day
 from deep_components.dataset.importers import recflow_files as recflow
+from deep_components.dataset.log import open_log
 from deep_components.dataset.manifest import MANIFEST_FILE
 from deep_components.errors import InputError
 from tests.helpers import DAYS
+
+FOUR_STAGE = Path(__file__).parents[2] / "examples/four_stage.toml"
 
 
 @pytest.fixture
@@ -43,16 +45,15 @@ def line(text: str, level: str, *parts: str) -> str:
     return lines[0]
 
 
-def flip(path: Path, place: int = -200) -> None:
+def flip(path: Path, index: int = -200) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 4
+    content[index] ^= 4
     path.write_bytes(content)
 
 
 def test_kernels_that_cannot_be_compiled(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line(report(capsys, root), "OK", "kernels", "compiled")
     monkeypatch.setattr(doctor, "load_kernels", lambda dtype: None)
     line(report(capsys, root), "WARN", "kernels", "install gcc")
 
@@ -64,6 +65,7 @@ def test_a_sound_log(root: Path, capsys: pytest.CaptureFixture[str], flags: tupl
     assert "FAIL" not in text
     line(text, "OK", "origin", "simulated")
     line(text, "OK", "days", f"3, {DAYS[0]} .. {DAYS[-1]}")
+    line(text, "OK", "tables", "weekday 9, hour 26", "video 202")
     line(text, "OK", "cache", "free")
     sentence = "all 40 requests read and encoded" if flags else "its first 40 requests are sound"
     assert text.count(sentence) == 3 * 2
@@ -72,10 +74,29 @@ def test_a_sound_log(root: Path, capsys: pytest.CaptureFixture[str], flags: tupl
     assert sorted(root.rglob("*")) == before
 
 
-def test_nothing_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in (tmp_path, tmp_path / "absent"):
-        assert "simulates a log" in line(report(capsys, folder), "OK", "nothing here")
-        assert "holds no log" in report(capsys, folder, "--write_manifest", code=2)
+def test_a_cascade_of_one_s_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = report(capsys, root, f"--cascade={FOUR_STAGE}")
+    assert text.count(" four_stage ") == 3 and "two_stage" not in text
+    wrong = root / "wrong.toml"
+    wrong.write_text(FOUR_STAGE.read_text().replace("coarse_neg", "coarse"))
+    assert "coarse" in report(capsys, root, f"--cascade={wrong}", "--full", code=1)
+
+
+@pytest.mark.parametrize("name", ["", "absent", "absent/deeper"])
+def test_a_folder_without_a_log_is_not_all_well(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever names a folder has a log there in mind."""
+    folder = tmp_path / name
+    wanted = "no such folder; --data_dir names" if name else "data/README.md"
+    assert wanted in line(report(capsys, folder, code=1), "FAIL", "log", str(folder))
+    report(capsys, folder, "--write_manifest", code=2)
+
+
+def test_no_log_named_and_none_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "PROJECT", tmp_path)
+    assert run_command(doctor.main, []) == 0
+    line(capsys.readouterr().out, "WARN", "log", "a script without it simulates one")
 
 
 def keep_one_folder(root: Path) -> None:
@@ -88,22 +109,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda root: recflow.history_path(root, DAYS[1]).unlink(),
         ("days", f"seq_effective_50_dict/{DAYS[1]}.pkl: no such file", "fetch it"),
     ),
-    "only one folder is here": (
-        keep_one_folder,
-        ("days", "no day has its files", "data/README.md"),
-    ),
-    "no id counts": (lambda root: recflow.id_count_path(root).unlink(), ("id counts", "id_cnt.pkl: no such file")),
+    "only one folder is here": (keep_one_folder, ("log", "no day has its files", "data/README.md")),
+    "no id counts": (lambda root: recflow.id_count_path(root).unlink(), ("log", "id_cnt.pkl: no such file")),
     "an empty pickle": (
         lambda root: os.truncate(recflow.request_path(root, DAYS[0]), 0),
-        ("request_id_dict", "ends too early", "fetch the file again"),
+        (f"{DAYS[0]} two_stage", "request_id_dict", "ends too early", "fetch the file again"),
     ),
     "a day that is no date": (
         lambda root: recflow.feather_path(root, DAYS[0]).rename(recflow.feather_path(root, "2024-02-31")),
-        ("days", "2024-02-31 is no date"),
+        ("log", "2024-02-31 is no date"),
     ),
     "an origin that is none": (
         lambda root: (root / recflow.ORIGIN_FILE).write_text("{}"),
-        ("origin", "origin.json: not readable", "make the log again"),
+        ("log", "origin.json: not readable", "make the log again"),
     ),
 }
 
@@ -139,18 +157,22 @@ def test_what_is_left_out_is_counted(root: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_partial_recflow(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report names the days that are missing, and how to train without them."""
     (root / recflow.ORIGIN_FILE).unlink()
-    line(report(capsys, root), "WARN", "Period 1", "3 of its 23 days")
+    warning = line(report(capsys, root), "WARN", "published protocol", "--train_days", "--test_day")
+    missing = [day for day in recflow.PERIOD_1 if day not in DAYS]
+    assert f"lacks {', '.join(missing)}; without them a training takes all days here but the last, {DAYS[2]}" in warning
 
 
 def test_a_read_only_log(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "user"))
-    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    for folder in folders:
         folder.chmod(0o555)
     try:
         assert "user" in line(report(capsys, root), "OK", "cache")
     finally:
-        for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
+        for folder in folders:
             folder.chmod(0o755)
 
 
@@ -160,7 +182,21 @@ def test_the_environment(tmp_path: Path) -> None:
     other, absent = doctor.packages(pins)
     assert (other.level, absent.level) == ("WARN", "FAIL")
     assert "pip install numpy==0.1" in other.text and "pip install no-such-package==1.0" in absent.text
+
+
+def test_the_environment_of_an_installed_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = ["numpy==0.1", 'ray==2.0; extra == "ray"']
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: pins)
+    assert [finding.subject for finding in doctor.packages(tmp_path / "none")] == ["numpy"]
+
+
+def test_an_environment_without_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
     assert [finding.level for finding in doctor.packages(tmp_path / "none")] == ["WARN"]
+
+
+def absent(name: str) -> None:
+    raise doctor.importlib.metadata.PackageNotFoundError(name)
 
 
 def test_sizes_in_words() -> None:
@@ -176,19 +212,19 @@ def test_the_manifest_lists_every_file(root: Path, capsys: pytest.CaptureFixture
     listed = json.loads((root / MANIFEST_FILE).read_text())["files"]
     assert set(listed) == {str(path.relative_to(root)) for path in root.rglob("*.*") if path.name != "manifest.json"}
     line(report(capsys, root), "OK", "manifest", "11 files")
-    assert report(capsys, root, "--full").count("the SHA-256 of all three files fit") == 3
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_flipped_bit_in_a_day_s_file(root: Path, capsys: pytest.CaptureFixture[str], place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_flipped_bit_in_a_day_s_file(root: Path, capsys: pytest.CaptureFixture[str], index: int) -> None:
     report(capsys, root, "--write_manifest")
-    path = recflow.day_paths(root, DAYS[1])[place]
+    path = recflow.day_paths(root, DAYS[1])[index]
     flip(path)
     with pytest.raises(InputError, match=rf"{path}: has not the SHA-256 that others/manifest.json"):
-        open_day(root, DAYS[1], TWO_STAGE)
-    open_day(root, DAYS[0], TWO_STAGE)
+        open_log(root).open_day(DAYS[1], TWO_STAGE)
+    open_log(root).open_day(DAYS[0], TWO_STAGE)
     report(capsys, root)  # the sizes fit
-    line(report(capsys, root, "--full", code=1), "FAIL", "manifest", str(path))
+    text = report(capsys, root, "--full", code=1)
+    assert text.count("FAIL ") == 2 and text.count(f"{path}: has not the SHA-256") == 2  # once a setting
     with path.open("ab") as file:
         file.write(b"x")
     line(report(capsys, root, code=1), "FAIL", "manifest", f"{path}: has ")
@@ -211,10 +247,10 @@ def test_a_new_day_must_be_listed(root: Path, capsys: pytest.CaptureFixture[str]
     for path in recflow.day_paths(root, DAYS[0]):
         shutil.copy(path, path.with_stem("2024-01-20"))
     with pytest.raises(InputError, match=r"2024-01-20.feather: not listed in others/manifest.json.*--write_manifest"):
-        open_day(root, "2024-01-20", TWO_STAGE)
+        open_log(root).open_day("2024-01-20", TWO_STAGE)
     line(report(capsys, root, code=1), "FAIL", "manifest", "not listed")
     report(capsys, root, "--write_manifest")
-    assert len(open_day(root, "2024-01-20", TWO_STAGE)) == 40
+    assert len(open_log(root).open_day("2024-01-20", TWO_STAGE)) == 40
 
 
 def test_a_listed_file_must_be_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,4 +265,4 @@ def test_a_damaged_manifest(root: Path, capsys: pytest.CaptureFixture[str], cont
     (root / MANIFEST_FILE).write_text(content)
     with pytest.raises(InputError, match=r"manifest.json: not readable .*--write_manifest"):
         recflow.read_id_counts(root)
-    line(report(capsys, root, code=1), "FAIL", "manifest  ", "not readable")
+    assert "manifest.json: not readable" in line(report(capsys, root, code=1), "FAIL", "log")

@@ -1,17 +1,18 @@
 """The command that prints the table; what it computes is tested in tests/reporting."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from deep_components.cli import run_command
-from deep_components.commands import table as collect_metrics
+from deep_components.commands import table
+from deep_components.reporting.frame import read_runs
 from deep_components.reporting.results import build_results
-from deep_components.reporting.runs import read_runs
-from deep_components.reporting.tables import FORMATS
+from deep_components.reporting.tables import FORMATS, metrics_document
 from tests.helpers import evaluate, leftovers, train
-from tests.reporting.fake_runs import write_run, write_runs
+from tests.reporting.fake_runs import write_costs, write_run, write_runs, write_streaming
 
 
 @pytest.fixture
@@ -21,9 +22,13 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+def expected(folder: Path, form: str) -> str:
+    return FORMATS[form](partial(metrics_document, build_results(read_runs([folder]))))
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one sentence of a refusal."""
-    assert run_command(collect_metrics.main, list(arguments)) == 2
+    assert run_command(table.main, list(arguments)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
@@ -32,16 +37,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_it_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "with blanks", 0.8)
-    assert run_command(collect_metrics.main, [str(tmp_path / "with blanks")]) == 0
+    assert run_command(table.main, [str(tmp_path / "with blanks")]) == 0
     captured = capsys.readouterr()
-    assert captured.out == FORMATS["text"](build_results(read_runs([tmp_path])))
+    assert captured.out == expected(tmp_path, "text")
     assert captured.err == ""
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_flag_format(form: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collect_metrics.main([str(runs), f"--format={form}"])
-    assert capsys.readouterr().out == FORMATS[form](build_results(read_runs([runs])))
+    table.main([str(runs), f"--format={form}"])
+    assert capsys.readouterr().out == expected(runs, form)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +54,23 @@ def test_flag_format(form: str, runs: Path, capsys: pytest.CaptureFixture[str]) 
     [("a.txt", "text"), ("a.md", "markdown"), ("a.csv", "csv"), ("a.tex", "latex"), ("deep/a.json", "json")],
 )
 def test_flag_output(name: str, form: str, runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    collect_metrics.main([str(runs), f"--output={tmp_path / name}"])
+    table.main([str(runs), f"--output={tmp_path / name}"])
     assert capsys.readouterr().out == ""
-    assert (tmp_path / name).read_text() == FORMATS[form](build_results(read_runs([runs])))
+    assert (tmp_path / name).read_text() == expected(runs, form)
     assert leftovers(tmp_path) == []
 
 
+def test_flag_kind(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("lcron", "bce"):
+        write_streaming(write_costs(runs / method / "seed30"), {"2024-01-14": 0.5})
+    table.main([str(runs), "--kind=costs"])
+    assert "requests/s" in capsys.readouterr().out
+    table.main([str(runs), "--kind=streaming", "--format=markdown"])
+    assert "| 2024-01-14 | 0.5000 | 0.5000 |" in capsys.readouterr().out
+
+
 def test_format_wins_over_the_ending(runs: Path, tmp_path: Path) -> None:
-    collect_metrics.main([str(runs), f"--output={tmp_path / 'a.dat'}", "--format=json"])
+    table.main([str(runs), f"--output={tmp_path / 'a.dat'}", "--format=json"])
     assert json.loads((tmp_path / "a.dat").read_text())["ours"] == "lcron"
 
 
@@ -66,7 +80,7 @@ def test_an_unknown_ending(runs: Path, capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_flags_compare_and_test(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    collect_metrics.main([str(runs), "--compare=bce", "--test=paired", "--format=json"])
+    table.main([str(runs), "--compare=bce", "--test=paired", "--format=json"])
     content = json.loads(capsys.readouterr().out)
     assert content["ours"] == "bce" and "paired" in content["test"]
     assert "--compare=nothing" in refused(capsys, str(runs), "--compare=nothing")
@@ -83,9 +97,9 @@ def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_damaged_run_is_named_on_screen_and_in_the_table(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (runs / "bce" / "seed31" / "metrics.json").write_text("{")
-    collect_metrics.main([str(runs)])
+    table.main([str(runs)])
     assert "left out: " in capsys.readouterr().out
-    collect_metrics.main([str(runs), "--format=json"])
+    table.main([str(runs), "--format=json"])
     assert str(runs / "bce" / "seed31") in json.loads(capsys.readouterr().out)["left_out"]
 
 
@@ -94,7 +108,7 @@ def test_real_runs(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for method in ("lcron", "bce"):
         for seed in (30, 31):
             evaluate(log, train(log, tmp_path / method / str(seed), f"--loss_type={method}", f"--seed={seed}"))
-    collect_metrics.main([str(tmp_path), "--format=json"])
+    table.main([str(tmp_path), "--format=json"])
     content = json.loads(capsys.readouterr().out)
     assert content["notes"] == [] and content["left_out"] == {}
     for record in content["results"]:

@@ -72,10 +72,6 @@ class Page:
         named = [{"name": f"prefers-{name.replace('_', '-')}", "value": value} for name, value in features.items()]
         self.send("Emulation.setEmulatedMedia", features=named)
 
-    def picture(self) -> bytes:
-        """The whole page as PNG."""
-        return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
-
     def print(self) -> bytes:
         """The page as PDF."""
         return base64.b64decode(self.send("Page.printToPDF", preferCSSPageSize=True)["data"])

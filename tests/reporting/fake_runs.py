@@ -60,3 +60,28 @@ def add_requests(run: Path, recalls: Sequence[float] | np.ndarray, ids: Sequence
     requests = np.arange(len(values)) if ids is None else np.asarray(ids, dtype=np.int64)
     np.savez(run / "per_request.npz", allow_pickle=False, request_id=requests, **arrays)
     return run
+
+
+def write_steps(run: Path, losses: Sequence[float | None], **terms: Sequence[float]) -> Path:
+    """Give the run a step log."""
+    records = [
+        {"step": step, "day": "2024-01-13", "loss": loss, **{name: values[step - 1] for name, values in terms.items()}}
+        | {"seconds": 0.1, "data": "simulated"}
+        for step, loss in enumerate(losses, start=1)
+    ]
+    (run / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+def write_streaming(run: Path, recalls: Mapping[str, float | None]) -> Path:
+    """Give the run a stream: test day -> joint recall."""
+    days = [{"test_day": day, "joint_recall@10@20": recall} for day, recall in recalls.items()]
+    (run / "streaming.json").write_text(json.dumps({"days": days}))
+    return run
+
+
+def write_costs(run: Path, **changes: Any) -> Path:
+    """Say what the run's training took."""
+    cost = {"steps": 60, "requests": 960, "seconds": 4.0, "device": "cpu", "peak_memory_bytes": 1 << 30}
+    (run / "training.json").write_text(json.dumps(cost | {"peak_gpu_memory_bytes": None} | changes))
+    return run

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.reporting.fake_runs import add_requests, write_run
-from tests.reporting.test_series import day, write_steps, write_streaming
+from tests.reporting.fake_runs import add_requests, write_costs, write_run, write_steps, write_streaming
 
 SCRIPT = "<script>alert(1)</script>"
 MARKUP = "</script><img src=x onerror=alert(2)>\"'&amp;"
@@ -16,13 +15,13 @@ SURVIVAL = {"survival_after_retrieval": 0.9, "survival_after_rank": 0.8}
 def write_all(folder: Path) -> Path:
     """Four methods of three seeds, and an untrained cascade."""
     generator = np.random.default_rng(0)
-    for place, (name, recall) in enumerate(RECALLS.items()):
+    for index, (name, recall) in enumerate(RECALLS.items()):
         for seed in (30, 31, 32):
             run = write_run(
-                folder / f"method{place}" / str(seed),
+                folder / f"method{index}" / str(seed),
                 name=name,
                 results=SURVIVAL | {"warning": f"SIMULATED {MARKUP}"},
-                arguments={"batch_size": 16, "note": MARKUP, "tau": 10.0 * place},
+                arguments={"batch_size": 16, "note": MARKUP, "tau": 10.0 * index},
                 config={"commit": MARKUP, "device": "cpu", "versions": {"python": MARKUP}},
                 seed=seed,
             )
@@ -30,9 +29,8 @@ def write_all(folder: Path) -> Path:
             losses = [2 - step / 50 + generator.normal(0, 0.1) for step in range(60)]
             weights = {f"weight.{stage}": [1 - step / 100 for step in range(60)] for stage in ("retrieval", "rank")}
             write_steps(run, losses, **weights)
-            write_streaming(run, [day(f"2024-01-{date}", recall + date / 1000) for date in range(14, 20)])
-            cost = '{"steps": 60, "requests": 960, "seconds": 3.5, "device": "cpu", "peak_memory_bytes": 1000000000}'
-            (run / "training.json").write_text(cost)
+            write_streaming(run, {f"2024-01-{date}": recall + date / 1000 for date in range(14, 20)})
+            write_costs(run)
     untrained = write_run(folder / "untrained", epochs=0, results=SURVIVAL)
     add_requests(untrained, np.clip(generator.normal(0.4, 0.05, 40), 0, 1))
     return folder

@@ -1,25 +1,23 @@
-"""The page's text, its figures as data, and the command that writes them; test_browser.py looks at it in a browser."""
+"""The page's text, its charts, and the command that writes them; test_browser.py looks at it in a browser."""
 
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from deep_components.cli import run_command
 from deep_components.commands import report
-from deep_components.reporting import svg
-from deep_components.reporting.charts import DotChart, LineChart, build_charts
+from deep_components.reporting.figures import Chart, charts_of, line_style, survival
+from deep_components.reporting.frame import read_runs
 from deep_components.reporting.page import render
 from deep_components.reporting.results import Results, build_results
-from deep_components.reporting.runs import read_runs
-from deep_components.reporting.tables import json_table
 from tests.helpers import evaluate, leftovers, train
-from tests.reporting.fake_runs import write_run
+from tests.reporting.fake_runs import write_run, write_runs, write_steps, write_streaming
 from tests.reporting.report_runs import MARKUP, RECALLS, SCRIPT, write_all
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
 
@@ -52,20 +50,32 @@ class Elements(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return build_results(read_runs([write_all(tmp_path_factory.mktemp("runs"))]))
+def results_of(folder: Path) -> Results:
+    return build_results(read_runs([folder])).by_score()
+
+
+def page_of(folder: Path) -> str:
+    results = results_of(folder)
+    return render(results, charts_of(results, []), [])
+
+
+def charts_by_key(folder: Path) -> dict[str, Chart]:
+    return {chart.key: chart for chart in charts_of(results_of(folder), [])}
 
 
 @pytest.fixture(scope="module")
-def page(results: Results) -> str:
-    return render(results, build_charts(results))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path) -> str:
+    return page_of(runs)
 
 
 def test_what_comes_from_files_is_text(page: str) -> None:
     elements = Elements(page)
-    for words in (SCRIPT, MARKUP):
-        assert words in elements.text
+    assert SCRIPT in elements.text and MARKUP in elements.text
     assert elements.named("img") == []
     assert len(elements.named("script")) == 2  # the data, and the page's own
     assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
@@ -73,107 +83,127 @@ def test_what_comes_from_files_is_text(page: str) -> None:
 
 def test_it_needs_no_network(page: str) -> None:
     for tag, attributes in Elements(page).tags:
-        for name in ("src", "href", "action", "data"):
+        for name in ("src", "href", "xlink:href", "action", "data"):
             assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
-    assert "url(" not in page and "@import" not in page
+    assert not re.findall(r"url\((?!#)", page) and "@import" not in page
     policy = next(meta["content"] for meta in Elements(page).named("meta") if "http-equiv" in meta)
-    assert policy is not None and policy.startswith("default-src 'none'")
-    assert "script-src 'sha256-" in policy
-
-
-def test_it_is_small(page: str) -> None:
+    assert policy is not None and policy.startswith("default-src 'none'") and "script-src 'sha256-" in policy
     assert len(page.encode()) < 1_000_000
 
 
-def test_the_embedded_data_are_the_results(page: str, results: Results) -> None:
+def test_the_same_runs_give_the_same_bytes(runs: Path, page: str) -> None:
+    assert page_of(runs) == page
+
+
+def test_the_embedded_data_are_the_results(page: str) -> None:
     (data,) = [script for script in Elements(page).scripts if script.strip().startswith("{")]
-    assert json.loads(data) == json.loads(json_table(results))
+    assert [record["method"] for record in json.loads(data)["results"]][::2] == [
+        *sorted(RECALLS, key=lambda name: -RECALLS[name]),
+        "untrained",
+    ]
 
 
-def test_every_part_is_there(page: str) -> None:
-    titles = re.findall(r"<section id=\"(\w+)\"", page)
-    assert titles == [
-        *("results", "comparison", "survival", "streaming", "learning", "weights", "cost", "configuration")
-    ]  # no "paper": the data are not those of the paper's runs
-    links = {link["href"] for link in Elements(page).named("a")}
-    assert {f"#{title}" for title in titles} <= links
-
-
-def test_parts_without_content_are_left_out(tmp_path: Path) -> None:
+def test_every_part_that_has_content_is_there(page: str, tmp_path: Path) -> None:
+    parts = ["results", "comparison", "survival", "streaming", "learning", "weights", "cost", "configuration"]
+    assert re.findall(r"<section id=\"(\w+)\"", page) == parts
     write_run(tmp_path / "run")
-    alone = build_results(read_runs([tmp_path]))
-    page = render(alone, build_charts(alone))
-    assert re.findall(r"<section id=\"(\w+)\"", page) == ["results", "configuration"]
-    assert "significant" not in page
+    alone = page_of(tmp_path)
+    assert re.findall(r"<section id=\"(\w+)\"", alone) == ["results", "configuration"]
+    assert "significant" not in Elements(alone).text
+
+
+def test_the_headline(page: str, tmp_path: Path) -> None:
+    assert Elements(page).text.count("LCRON has the best Joint Recall@10@20,") == 1
+    assert "significantly better than 2 of 3 baselines, worse than 0." in page
+    write_runs(tmp_path / "arf", [0.7, 0.8], name="arf")
+    write_runs(tmp_path / "untrained", [0.5], epochs=0)
+    text = Elements(page_of(tmp_path)).text
+    assert "Two-stage cascade: ARF" in text
+    assert (
+        "ARF reaches a Joint Recall@10@20 of 0.7500 ± 0.0707 (2 seeds). Chance, the untrained cascade, has 0.5000."
+        in text
+    )
+    write_run(tmp_path / "lcron", 0.6)
+    text = Elements(page_of(tmp_path)).text
+    assert (
+        "LCRON reaches a Joint Recall@10@20 of 0.6000 (one seed). No difference can be tested: fewer than two" in text
+    )
+    assert "The best is ARF with 0.7500 ± 0.0707." in text
 
 
 def test_tables_are_accessible(page: str) -> None:
     elements = Elements(page)
-    headers = [header for header in elements.named("th") if header.get("scope") == "col" and "aria-sort" in header]
-    assert headers and all(header["aria-sort"] == "none" for header in headers)
     assert all(header.get("scope") for header in elements.named("th"))
-    assert all(chart["role"] == "img" for chart in elements.named("svg") if chart["class"] == "chart")
-    ids = {attributes["id"] for _, attributes in elements.tags if "id" in attributes}
+    assert all(chart["role"] == "img" for chart in elements.named("svg"))
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
     assert all(part["aria-labelledby"] in ids for part in elements.named("section"))
-    assert len(ids) == len([attributes for _, attributes in elements.tags if "id" in attributes])
+    assert len(set(ids)) == len(ids)
 
 
 def test_the_paper_has_a_part_on_recflow(tmp_path: Path) -> None:
     write_run(tmp_path / "run", 0.88, arguments=PAPER_ARGUMENTS, config=PAPER_CONFIG)
-    results = build_results(read_runs([tmp_path]))
-    assert "0.8732 (+0.0068)" in Elements(render(results, build_charts(results))).text
+    assert "0.8732 (+0.0068)" in Elements(page_of(tmp_path)).text
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-def test_charts_are_drawn_where_the_numbers_are(results: Results) -> None:
-    """The dots of the SVG, put back onto its axis, are the means."""
-    chart = build_charts(results).metric
-    assert isinstance(chart, DotChart)
-    root = ElementTree.fromstring(svg.draw(chart))
-    ticks = [
-        (float(text.get("x", "")), float(text.text or "")) for text in root.iter("text") if text.get("class") == "tick"
-    ]
-    (x0, v0), (x1, v1) = ticks[0], ticks[-1]
-    drawn = [float(dot.get("cx", "")) for dot in root.iter("circle") if dot.get("class") == "dot"]
-    means = [row.cells[results.headline].mean for row in results.rows if not row.untrained]
-    assert [v0 + (x - x0) * (v1 - v0) / (x1 - x0) for x in drawn] == pytest.approx(means, abs=0.001)
+def test_charts_are_drawn_where_the_numbers_are(runs: Path) -> None:
+    means = results_of(runs).of("joint_recall@10@20")["mean"]
+    with charts_by_key(runs)["metric"].figure() as figure:
+        lines = figure.axes[0].get_lines()
+        drawn = [float(np.asarray(line.get_xdata())[0]) for line in lines if line.get_markersize() == 4]
+        assert drawn == pytest.approx(means.drop("untrained").to_list())
+        assert lines[0].get_xdata() == pytest.approx([means["untrained"]] * 2)  # chance
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["LCRON", "ARF", "BCE", SCRIPT]
 
 
-def test_the_shares_of_the_ground_truth_add_up(results: Results) -> None:
-    chart = build_charts(results).survival
-    assert chart is not None
-    assert chart.parts == ("survives", "lost at rank", "lost at retrieval")
-    assert chart.shares[0] == pytest.approx((0.8, 0.1, 0.1))
-    assert len(chart.names) == len(RECALLS) + 1
+def test_an_svg_is_a_small_element_in_the_page_s_colours(runs: Path) -> None:
+    for chart in charts_by_key(runs).values():
+        drawn = chart.svg()
+        root = ElementTree.fromstring(drawn)
+        assert root.tag.endswith("svg") and root.get("viewBox") is not None and root.get("width") is None
+        assert "var(--ink)" in drawn and not re.search(r"#[0-9a-f]{6}\b", drawn) and len(drawn) < 30_000
 
 
-def test_runs_of_before_have_no_survival(tmp_path: Path) -> None:
+def test_32_lines_are_told_apart() -> None:
+    styles = [tuple(map(str, line_style(index).values())) for index in range(32)]
+    assert len({(colour, dashes) for colour, dashes, _ in styles}) == 32
+    assert all(one[1] != other[1] for one, other in pairwise(styles[:8]))
+
+
+def test_nine_methods_are_nine_lines(tmp_path: Path) -> None:
+    for index in range(9):
+        run = write_run(tmp_path / str(index), name=f"method{index}")
+        write_streaming(run, {"2024-01-14": index / 10, "2024-01-15": index / 9})
+    with charts_by_key(tmp_path)["streaming"].figure() as figure:
+        lines = figure.axes[0].get_lines()
+        looks = {(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in lines}
+        assert len(lines) == len(looks) == 9
+        assert len(figure.legends[0].get_texts()) == 9
+
+
+def test_the_shares_of_the_ground_truth_add_up(runs: Path, tmp_path: Path) -> None:
+    shares = survival(results_of(runs))
+    assert shares.loc["lcron"].to_dict() == pytest.approx(
+        {"survives": 0.8, "lost at rank": 0.1, "lost at retrieval": 0.1}
+    )
+    assert len(shares) == len(RECALLS) + 1
     write_run(tmp_path / "a", results={"survival_after_rank": 0.5})
-    write_run(tmp_path / "b", seed=31)
-    assert build_charts(build_results(read_runs([tmp_path]))).survival is None
+    write_run(tmp_path / "b", seed=31)  # an evaluation that does not say it
+    assert "survival" not in charts_by_key(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.77, 0.78), (-3, 17), (0.5, 0.5), (0, 0), (-1e-9, 1e-9), (1e6, 7e8), (-0.01, 0.2)]
+    "losses", [[0.5] * 3, [0.0], [1e308] * 3, [-1e308, 1e308], [1e-300, 1e-300, 1e300], [1, 1, 1, 1e9]], ids=str
 )
-def test_ticks_are_round_and_enclose_the_range(low: float, high: float) -> None:
-    marks = svg.ticks(low, high)
-    assert marks[0] <= low <= high <= marks[-1] and 2 <= len(marks) <= 5
-    assert all(len(f"{mark:.12g}".lstrip("-0.").replace(".", "")) <= 9 for mark in marks)
-    steps = {f"{(b - a):.6e}"[0] for a, b in pairwise(marks)}
-    assert steps <= {"1", "2", "5"}
-
-
-def test_a_few_high_losses_make_the_height_logarithmic(results: Results) -> None:
-    (chart, *_) = build_charts(results).losses
-    assert isinstance(chart, LineChart) and not chart.log
-    spiked = replace(chart.curves[0], high=[1000.0, *chart.curves[0].high[1:]])
-    assert replace(chart, curves=(spiked,)).log
-    assert "log scale" in svg.draw(replace(chart, curves=(spiked,)))
-    negative = replace(spiked, low=[-1.0, *spiked.low[1:]])
-    assert not replace(chart, curves=(negative,)).log
+def test_any_curve_is_drawn(losses: list[float], tmp_path: Path) -> None:
+    for seed in (30, 31):
+        write_steps(write_run(tmp_path / str(seed), seed=seed, name="$_x^"), losses)
+    (chart,) = [chart for key, chart in charts_by_key(tmp_path).items() if key.startswith("loss")]
+    chart.png(tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 5000
+    assert ("log scale" in chart.svg()) == (losses[-1] in (1e300, 1e9))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -181,29 +211,26 @@ def test_a_few_high_losses_make_the_height_logarithmic(results: Results) -> None
 
 def test_the_command_on_real_runs(log: Path, tmp_path: Path) -> None:
     for method in ("lcron", "bce"):
-        for seed in (30, 31):
-            evaluate(log, train(log, tmp_path / "runs" / method / str(seed), f"--loss_type={method}", f"--seed={seed}"))
+        evaluate(log, train(log, tmp_path / "runs" / method, f"--loss_type={method}"))
     output, figures = tmp_path / "deep" / "report.html", tmp_path / "figures"
     report.main([str(tmp_path / "runs"), f"--output={output}", f"--figures={figures}"])
     text = Elements(output.read_text()).text
-    assert "Left out" not in text and "lcron against each baseline" in text
-    parts = ("results", "comparison", "survival", "learning", "weights", "cost", "configuration")
-    assert re.findall(r"<section id=\"(\w+)\"", output.read_text()) == list(parts)
+    assert "Left out" not in text and "LCRON against each baseline" in text
+    parts = ["results", "comparison", "survival", "learning", "weights", "cost", "configuration"]
+    assert re.findall(r"<section id=\"(\w+)\"", output.read_text()) == parts
     names = {path.name for path in figures.iterdir()}
-    assert {"metric.png", "differences.png", "survival.png", "loss_0_bce.png", "weights_1_lcron.png"} <= names
-    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in figures.iterdir())
+    assert {"metric.png", "differences.png", "survival.png"} < names and any("LCRON" in name for name in names)
     assert leftovers(tmp_path) == []
 
 
-def test_figures_are_fit_for_print(tmp_path: Path) -> None:
+def test_figures_are_fit_for_print(runs: Path, tmp_path: Path) -> None:
     """1050 pixels are 3.5 inches at 300 dpi; names from files are no paths."""
-    runs = write_all(tmp_path / "runs")
     report.main([str(runs), f"--output={tmp_path / 'r.html'}", f"--figures={tmp_path / 'figures'}"])
+    assert len(list((tmp_path / "figures").iterdir())) == 4 + 2 * len(RECALLS)
     for path in (tmp_path / "figures").iterdir():
-        head = path.read_bytes()[16:24]
-        assert int.from_bytes(head[:4]) == 1050
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+        assert int.from_bytes(path.read_bytes()[16:20]) == 1050
         assert re.fullmatch(r"[\w.=-]+\.png", path.name)
-    assert (tmp_path / "figures" / "streaming.png").exists()
 
 
 def test_damaged_parts_are_named_on_the_page(tmp_path: Path) -> None:
@@ -213,23 +240,21 @@ def test_damaged_parts_are_named_on_the_page(tmp_path: Path) -> None:
     (runs / "method2" / "32" / "training.json").write_text('{"seconds": "x"}')
     report.main([str(runs), f"--output={tmp_path / 'r.html'}"])
     text = Elements((tmp_path / "r.html").read_text()).text
-    for place in ("method0/30/train.jsonl", "method1/31/metrics.json", "method2/32/training.json"):
-        assert place in text
+    for damaged in ("method0/30/train.jsonl", "method1/31/metrics.json", "method2/32/training.json"):
+        assert damaged in text
 
 
 @pytest.mark.parametrize("arguments", [["--compare=nothing"], []])
-def test_refused_without_a_page(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "runs" / "a")
-    write_run(tmp_path / "runs" / "b", seed=31, results={} if arguments else {"test_day": "2024-01-01"})
-    output = tmp_path / "report.html"
-    assert run_command(report.main, [str(tmp_path / "runs"), f"--output={output}", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not output.exists()
-
-
-def test_the_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run(tmp_path / "run")
+def test_refused_without_a_page(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    report.main(["run"])
+    write_run(tmp_path / "runs" / "a")
+    report.main(["runs"])
     assert (tmp_path / "report.html").exists()
+    write_run(tmp_path / "runs" / "b", seed=31, results={} if arguments else {"test_day": "2024-01-01"})
+    capsys.readouterr()
+    assert run_command(report.main, ["runs", "--output=other.html", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n", error)
+    assert not (tmp_path / "other.html").exists()

@@ -12,9 +12,9 @@ import pytest
 from deep_components import run_train2, run_train3
 from deep_components.arguments import recorded_arguments
 from deep_components.dataset.importers.recflow_files import PERIOD_1
-from deep_components.reporting.paper import TABLES, comparable, paper_number
+from deep_components.reporting.frame import read_runs
+from deep_components.reporting.paper import TABLES, follows_protocol, paper_name, paper_number
 from deep_components.reporting.results import build_results
-from deep_components.reporting.runs import read_runs
 from tests.reporting.fake_runs import ARGUMENTS, RESULTS, write_run
 
 COMMANDS: dict[str, ModuleType] = {"two_stage": run_train2, "three_stage": run_train3}
@@ -100,10 +100,10 @@ def test_a_name_alone_is_not_the_paper_s_method(changed: dict[str, Any]) -> None
 def test_another_protocol_is_not_compared(
     results: dict[str, Any], config: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
-    usual = PAPER_CONFIG | {"arguments": PAPER_ARGUMENTS}
-    assert comparable(RESULTS, usual)
-    changed = usual | config | {"arguments": PAPER_ARGUMENTS | arguments}
-    assert not comparable(RESULTS | results, changed)
+    usual = RESULTS | PAPER_CONFIG
+    assert follows_protocol(usual, PAPER_ARGUMENTS)
+    assert not follows_protocol(usual | results | config, PAPER_ARGUMENTS | arguments)
+    assert not follows_protocol(usual, ARGUMENTS)
 
 
 @pytest.mark.parametrize(("data", "shown"), [("recflow", True), ("movielens", False)])
@@ -111,11 +111,16 @@ def test_our_difference_stands_beside(data: str, shown: bool, tmp_path: Path) ->
     for seed, recall in ((30, 0.87), (31, 0.89)):
         made_like: dict[str, Any] = {"arguments": PAPER_ARGUMENTS, "config": PAPER_CONFIG}
         write_run(tmp_path / str(seed), recall, seed=seed, results={"data": data}, **made_like)
-    results = build_results(read_runs([tmp_path]))
-    cell = results.rows[0].cells["joint_recall@10@20"]
-    assert results.has_paper is shown
-    assert cell.paper_difference == (pytest.approx(0.88 - 0.8732) if shown else None)
+    cell = build_results(read_runs([tmp_path])).of("joint_recall@10@20").loc["lcron"]
+    assert cell["difference_to_paper"] == pytest.approx(0.88 - 0.8732 if shown else float("nan"), nan_ok=True)
 
 
-def test_arguments_of_these_tests_are_no_paper_s() -> None:
-    assert not comparable(RESULTS, PAPER_CONFIG | {"arguments": ARGUMENTS})
+def test_names_as_in_the_paper() -> None:
+    names = {"lcron": "LCRON", "arf_v2": "ARF-v2", "fs_ranknet": "FS-RankNet", "untrained": "untrained"}
+    names |= {
+        "lcron_tau_1": "LCRON tau 1",
+        "arf (lr=0.1)": "ARF (lr=0.1)",
+        "lcronic": "lcronic",
+        "my_lcron": "my_lcron",
+    }
+    assert {name: paper_name(name) for name in names} == names

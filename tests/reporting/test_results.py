@@ -10,12 +10,12 @@ import pytest
 from scipy import stats
 
 from deep_components.errors import InputError
-from deep_components.reporting.results import Results, Row, build_results, metric_title
-from deep_components.reporting.runs import read_runs
+from deep_components.reporting.frame import read_runs
+from deep_components.reporting.results import Results, build_results, metric_title
 from deep_components.reporting.statistics import bootstrap_intervals, holm
 from tests.reporting.fake_runs import add_requests, write_run, write_runs
 
-JOINT, NDCG = "joint_recall@10@20", "rank_ndcg@10"
+JOINT, INTERVAL = "joint_recall@10@20", ["interval_low", "interval_high"]
 LOW, MIDDLE, HIGH = (0.70, 0.71, 0.69, 0.72), (0.75, 0.76, 0.74, 0.755), (0.80, 0.81, 0.79, 0.815)
 
 
@@ -23,8 +23,10 @@ def results_of(folder: Path, **options: Any) -> Results:
     return build_results(read_runs([folder]), **options)
 
 
-def row(results: Results, name: str) -> Row:
-    return next(row for row in results.rows if row.name == name)
+def compared(results: Results, column: str = "ours_is") -> dict[str, Any]:
+    """Baseline -> what is said of it in the headline."""
+    cells = results.compared
+    return cells[cells["metric"] == JOINT].set_index("method")[column].to_dict()
 
 
 def methods(folder: Path, **recalls: tuple[float, ...]) -> Path:
@@ -34,9 +36,9 @@ def methods(folder: Path, **recalls: tuple[float, ...]) -> Path:
 
 
 def test_mean_and_sample_deviation(tmp_path: Path) -> None:
-    cell = row(results_of(methods(tmp_path, lcron=(0.8, 0.9, 0.7))), "lcron").cells[JOINT]
-    assert cell.mean == pytest.approx(0.8)
-    assert cell.std == pytest.approx(0.1)  # deviations 0, 0.1, -0.1: sqrt((0.01 + 0.01) / (3 - 1))
+    cell = results_of(methods(tmp_path, lcron=(0.8, 0.9, 0.7))).of(JOINT).loc["lcron"]
+    assert cell["mean"] == pytest.approx(0.8)
+    assert cell["std"] == pytest.approx(0.1)  # deviations 0, 0.1, -0.1: sqrt((0.01 + 0.01) / (3 - 1))
 
 
 def test_an_undefined_metric(tmp_path: Path) -> None:
@@ -44,16 +46,16 @@ def test_an_undefined_metric(tmp_path: Path) -> None:
     write_run(tmp_path / "two", 0.5, seed=31)
     write_runs(tmp_path / "bce", LOW, name="bce")
     results = results_of(tmp_path)
-    assert row(results, "lcron").cells[JOINT].mean is None
-    (comparison,) = results.compared(JOINT)
-    assert (comparison.difference, comparison.p, comparison.verdict) == (None, None, "not tested")
+    assert np.isnan(results.of(JOINT).loc["lcron", "mean"])
+    assert results.of(JOINT).loc["bce", ["difference", "p"]].isna().all()
+    assert compared(results) == {"bce": "not tested"}
 
 
 # ---- the best --------------------------------------------------------------------------------------------------------
 
 
 def best(results: Results) -> list[str]:
-    return [row.name for row in results.rows if row.cells[JOINT].best]
+    return list(results.of(JOINT).query("best").index)
 
 
 def test_the_best_is_marked(tmp_path: Path) -> None:
@@ -77,19 +79,17 @@ def test_ours_against_each_other_trained_row(tmp_path: Path) -> None:
     write_runs(tmp_path / "untrained", (0.4, 0.5), epochs=0)
     results = results_of(methods(tmp_path, bce=LOW, lcron=HIGH, arf=MIDDLE))
     assert results.ours == "lcron"
-    assert [comparison.baseline for comparison in results.compared(JOINT)] == ["arf", "bce"]
     p_values = [stats.ttest_ind(HIGH, values, equal_var=False).pvalue for values in (MIDDLE, LOW)]
-    assert [comparison.p for comparison in results.compared(JOINT)] == pytest.approx(p_values)
-    assert [comparison.p_holm for comparison in results.compared(JOINT)] == pytest.approx(holm(p_values))
-    assert [comparison.difference for comparison in results.compared(JOINT)] == pytest.approx(
-        [np.mean(HIGH) - np.mean(MIDDLE), np.mean(HIGH) - np.mean(LOW)]
-    )
+    assert compared(results, "p") == pytest.approx(dict(zip(("arf", "bce"), p_values, strict=True)))
+    assert compared(results, "p_holm") == pytest.approx(dict(zip(("arf", "bce"), holm(p_values), strict=True)))
+    differences = {"arf": np.mean(HIGH) - np.mean(MIDDLE), "bce": np.mean(HIGH) - np.mean(LOW)}
+    assert compared(results, "difference") == pytest.approx(differences)
 
 
 def test_another_row_is_compared(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, bce=LOW, lcron=HIGH), compare="bce")
     assert results.ours == "bce"
-    assert [comparison.baseline for comparison in results.comparisons] == ["lcron", "lcron"]
+    assert compared(results, "ours") == {"lcron": "bce"}
 
 
 @pytest.mark.parametrize("test", ["welch", "paired"])
@@ -97,13 +97,10 @@ def test_a_significantly_worse_result_is_never_better(test: Any, tmp_path: Path)
     """Every verdict turns round when the two methods change places."""
     folder = methods(tmp_path, low=LOW, high=HIGH, alike=(0.80, 0.807, 0.793, 0.812))
     by_high = results_of(folder, compare="high", test=test)
-    assert [(made.baseline, made.verdict) for made in by_high.compared(JOINT)] == [
-        ("alike", "no difference shown"),
-        ("low", "better"),
-    ]
+    assert compared(by_high) == {"alike": "no difference shown", "low": "better"}
     by_low = results_of(folder, compare="low", test=test)
-    assert {made.baseline: made.verdict for made in by_low.compared(JOINT)} == {"alike": "worse", "high": "worse"}
-    assert all(made.difference is not None and made.difference < 0 for made in by_low.compared(JOINT))
+    assert compared(by_low) == {"alike": "worse", "high": "worse"}
+    assert max(compared(by_low, "difference").values()) < 0
 
 
 def test_the_correction_decides(tmp_path: Path) -> None:
@@ -111,38 +108,37 @@ def test_the_correction_decides(tmp_path: Path) -> None:
     ours, theirs = (0.80, 0.81, 0.79, 0.80), (0.785, 0.79, 0.775, 0.785)
     assert 0.01 < stats.ttest_ind(ours, theirs, equal_var=False).pvalue < 0.05
     alone = results_of(methods(tmp_path / "alone", lcron=ours, a=theirs))
-    assert [made.verdict for made in alone.compared(JOINT)] == ["better"]
-    among = results_of(methods(tmp_path / "among", lcron=ours, **{f"b{place}": theirs for place in range(9)}))
-    assert {made.verdict for made in among.compared(JOINT)} == {"no difference shown"}
+    assert compared(alone) == {"a": "better"}
+    among = results_of(methods(tmp_path / "among", lcron=ours, **{f"b{index}": theirs for index in range(9)}))
+    assert set(compared(among).values()) == {"no difference shown"}
 
 
 def test_paired_by_the_seeds_that_both_have(tmp_path: Path) -> None:
     """Its difference is of those seeds too, so that it and the test cannot point in two directions."""
     write_runs(tmp_path / "lcron", (0.70, 0.71, 0.69, 0.99), name="lcron")
     write_runs(tmp_path / "bce", (0.5, 0.76, 0.77, 0.76), first_seed=29, name="bce")  # seeds 30, 31, 32 are common
-    (made,) = results_of(tmp_path, test="paired").compared(JOINT)
+    made = results_of(tmp_path, test="paired").of(JOINT).loc["bce"]
     expected = stats.ttest_rel((0.70, 0.71, 0.69), (0.76, 0.77, 0.76))
-    assert made.p == pytest.approx(expected.pvalue)
-    assert made.difference == pytest.approx(np.mean((0.70, 0.71, 0.69)) - np.mean((0.76, 0.77, 0.76)))
-    assert made.verdict == "worse"
+    assert made["p"] == pytest.approx(expected.pvalue)
+    assert made["difference"] == pytest.approx(np.mean((0.70, 0.71, 0.69)) - np.mean((0.76, 0.77, 0.76)))
+    assert made["ours_is"] == "worse"
 
 
 def test_one_seed_is_no_test_and_said_so(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, lcron=HIGH, bce=(0.7,)))
-    assert [(made.p, made.verdict) for made in results.compared(JOINT)] == [(None, "not tested")]
+    assert compared(results) == {"bce": "not tested"} and np.isnan(compared(results, "p")["bce"])
     assert any("fewer than two seeds" in note and "bce" in note for note in results.notes)
 
 
-def test_no_spread_is_no_test_and_said_so(tmp_path: Path) -> None:
+def test_values_that_do_not_vary_are_no_test_and_said_so(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, lcron=(0.8, 0.8), bce=(0.7, 0.7)))
-    assert [made.verdict for made in results.compared(JOINT)] == ["not tested"]
-    assert any("no spread" in note for note in results.notes)
+    assert compared(results) == {"bce": "not tested"}
+    assert any("do not vary" in note for note in results.notes)
 
 
 def test_untested_baselines_do_not_count_in_the_correction(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, lcron=HIGH, bce=LOW, arf=(0.7,)))
-    (made,) = [made for made in results.compared(JOINT) if made.baseline == "bce"]
-    assert made.p_holm == made.p
+    assert compared(results, "p_holm")["bce"] == compared(results, "p")["bce"]
 
 
 def test_no_such_row(tmp_path: Path) -> None:
@@ -155,7 +151,7 @@ def test_no_such_row(tmp_path: Path) -> None:
 
 def test_nothing_called_lcron(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, arf=HIGH, bce=LOW))
-    assert results.ours is None and results.comparisons == []
+    assert results.ours is None and compared(results) == {}
     assert any("--compare" in note for note in results.notes)
 
 
@@ -168,11 +164,11 @@ def test_the_interval_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     for name, values in (("lcron", ours), ("bce", theirs)):
         for seed, per_request in enumerate(values):
             add_requests(write_run(tmp_path / name / str(seed), seed=seed, name=name), per_request)
-    (made,) = results_of(tmp_path).compared(JOINT)
+    made = results_of(tmp_path).of(JOINT).loc["bce"]
     difference = ours.mean(axis=0) - theirs.mean(axis=0)
-    assert made.interval == pytest.approx(bootstrap_intervals(difference[None])[0])
-    assert made.difference == pytest.approx(difference.mean())
-    assert made.interval is not None and made.interval[0] < difference.mean() < made.interval[1]
+    assert tuple(made[INTERVAL]) == pytest.approx(bootstrap_intervals(difference[None])[0])
+    assert made["difference"] == pytest.approx(difference.mean())
+    assert made["interval_low"] < made["difference"] < made["interval_high"]
 
 
 def test_it_is_paired(tmp_path: Path) -> None:
@@ -180,15 +176,15 @@ def test_it_is_paired(tmp_path: Path) -> None:
     per_request = np.random.default_rng(1).uniform(0, 0.8, 60)
     for name, shift in (("lcron", 0.1), ("bce", 0.0)):
         add_requests(write_run(tmp_path / name, name=name), per_request + shift)
-    (made,) = results_of(tmp_path).compared(JOINT)
-    assert made.interval == pytest.approx((0.1, 0.1))
+    made = results_of(tmp_path).of(JOINT).loc["bce"]
+    assert tuple(made[INTERVAL]) == pytest.approx((0.1, 0.1))
 
 
 def test_other_requests_are_not_paired(tmp_path: Path) -> None:
     add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
     add_requests(write_run(tmp_path / "bce", name="bce"), [0.4] * 40, ids=range(1, 41))
     results = results_of(tmp_path)
-    assert [made.interval for made in results.compared(JOINT)] == [None]
+    assert results.of(JOINT)[INTERVAL].isna().all(axis=None)
     assert any("No interval" in note and "bce" in note for note in results.notes)
 
 
@@ -196,7 +192,7 @@ def test_runs_of_before_have_no_interval(tmp_path: Path) -> None:
     add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
     write_run(tmp_path / "bce", name="bce")
     results = results_of(tmp_path)
-    assert [made.interval for made in results.compared(JOINT)] == [None]
+    assert results.of(JOINT)[INTERVAL].isna().all(axis=None)
     assert any("evaluate those runs again" in note for note in results.notes)
 
 

@@ -1,7 +1,6 @@
 """The statistics against computations of their own, by hand, and on data whose truth is known."""
 
 import math
-import time
 import tracemalloc
 from itertools import permutations
 
@@ -94,13 +93,13 @@ def test_holm_by_hand() -> None:
 @given(st.lists(st.floats(0, 1), max_size=5))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]) -> None:
     for level in (0.01, 0.05, 0.5):
-        rejected, order = set(), sorted(range(len(p_values)), key=lambda place: p_values[place])
-        for step, place in enumerate(order):
-            if (len(p_values) - step) * p_values[place] > level:
+        rejected, order = set(), sorted(range(len(p_values)), key=lambda index: p_values[index])
+        for step, index in enumerate(order):
+            if (len(p_values) - step) * p_values[index] > level:
                 break
-            rejected.add(place)
+            rejected.add(index)
         adjusted = holm(p_values)
-        assert {place for place, p in enumerate(adjusted) if p <= level} == rejected
+        assert {index for index, p in enumerate(adjusted) if p <= level} == rejected
         assert all(p <= corrected <= 1 for p, corrected in zip(p_values, adjusted, strict=True))
 
 
@@ -180,17 +179,15 @@ def test_equal_differences_have_an_interval_of_no_width(value: float, requests: 
     assert interval == pytest.approx((value, value), abs=1e-12)
 
 
-def test_many_requests_cost_little() -> None:
+def test_many_requests_need_little_memory() -> None:
     """A day of RecFlow; seven baselines."""
     values = np.random.default_rng(9).normal(size=(7, 270_000))
     tracemalloc.start()
-    began = time.perf_counter()
     intervals = bootstrap_intervals(values)
-    seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     for row, interval in zip(values, intervals, strict=True):
         assert interval is not None
         half = 1.96 * row.std() / math.sqrt(row.size)
         assert interval == pytest.approx((row.mean() - half, row.mean() + half), abs=half / 5)
     assert peak < 8 * values.nbytes
-    assert seconds < 60

@@ -1,4 +1,4 @@
-"""Which runs are read, left out or refused, and what their rows are called."""
+"""Which runs are read, left out or refused, what the frame says of them, and what their rows are called."""
 
 import json
 from collections.abc import Callable
@@ -9,98 +9,112 @@ import numpy as np
 import pytest
 
 from deep_components.errors import InputError
-from deep_components.reporting.runs import Run, read_runs, rows
-from tests.reporting.fake_runs import ARGUMENTS, add_requests, write_run, write_runs
+from deep_components.reporting.frame import frame, label_rows, read_runs
+from tests.reporting.fake_runs import ARGUMENTS, add_requests, write_costs, write_run, write_runs, write_steps
 
 
-def rows_of(*folders: Path) -> dict[str, list[Run]]:
-    return rows(read_runs(folders).runs)
+def rows_of(*folders: Path) -> dict[str, int]:
+    """Row -> number of its runs."""
+    return label_rows(read_runs(folders).runs)["row"].value_counts(sort=False).to_dict()
+
+
+# ---- the frame -------------------------------------------------------------------------------------------------------
+
+
+def test_one_row_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", 0.75, name="mine", config={"commit": "abc", "train_days": ["2024-01-13"]})
+    write_costs(write_steps(run, [2.0, None, 1.0]))
+    write_run(tmp_path / "b", None, seed=31, arguments={"batch_size": 64}, results={"setting": "three_stage"})
+    runs = frame(tmp_path).set_index("seed")
+    assert runs.loc[30, ["method", "loss_type", "commit", "arguments.tau"]].to_list() == ["mine", "lcron", "abc", 50.0]
+    assert runs.loc[30, "train_days"] == ["2024-01-13"]
+    assert runs.loc[30, ["steps", "skipped_steps", "seconds"]].to_list() == [60, 1, 4.0]
+    assert runs["joint_recall@10@20"].isna().to_list() == [False, True]
+    assert runs["rank_kendall_tau"].to_list() == [0.1, 0.1]
+    assert runs.loc[31, "arguments.batch_size"] == 64 and runs.loc[30, "arguments.batch_size"] is None
+    assert runs.groupby("setting").size().to_dict() == {"three_stage": 1, "two_stage": 1}
+    assert frame([str(tmp_path / "a"), tmp_path / "b"]).equals(frame(tmp_path))
+
+
+def test_skipped_steps_are_a_warning(tmp_path: Path) -> None:
+    write_steps(write_run(tmp_path / "run"), [2.0, None, None])
+    (warning,) = frame(tmp_path)["warnings"][0]
+    assert "2 training steps were left out" in warning
+
+
+def test_runs_behind_links_and_named_twice_count_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "deep" / "down" / "seed30", 0.8)
+    write_run(tmp_path / "elsewhere" / "seed31", 0.6, seed=31)
+    (tmp_path / "deep" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "deep" / "down" / "loop").symlink_to(tmp_path / "deep")
+    assert frame(tmp_path / "deep")["seed"].to_list() == [30, 31]
+    assert len(frame([tmp_path, tmp_path / "deep", tmp_path / "deep" / "down" / ".."])) == 2
+
+
+def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", name="a\x1b[2Jb\nc\u202ed\ud800", results={"data": "x\x1b"})
+    assert frame(tmp_path)[["method", "data"]].to_numpy().tolist() == [["a?[2Jb?c?d?", "x?"]]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_untrained_runs_have_a_row_of_their_own_and_stand_last(tmp_path: Path) -> None:
-    write_run(tmp_path / "untrained" / "seed30", 0.2, epochs=0)
-    write_run(tmp_path / "zzz", 0.6, loss_type="zzz")
-    write_run(tmp_path / "seed30", 0.6)
-    assert list(rows_of(tmp_path)) == ["lcron", "zzz", "untrained"]
-
-
-def test_untrained_runs_of_several_methods_are_one_row(tmp_path: Path) -> None:
+def test_untrained_runs_of_several_methods_are_one_row_and_last(tmp_path: Path) -> None:
     write_run(tmp_path / "lcron" / "untrained", 0.2, epochs=0, name="lcron")
     write_run(tmp_path / "bce" / "untrained", 0.2, epochs=0, loss_type="bce", arguments={"tau": None, "lr": 0.02})
-    assert {name: len(runs) for name, runs in rows_of(tmp_path).items()} == {"untrained": 1}
+    write_run(tmp_path / "zzz", 0.6, loss_type="zzz")
+    assert rows_of(tmp_path) == {"zzz": 1, "untrained": 1}
 
 
-def test_the_rows_stand_in_the_order_given(tmp_path: Path) -> None:
-    one, two = write_run(tmp_path / "a", name="one"), write_run(tmp_path / "b", name="two")
+def test_the_rows_stand_in_the_order_given_and_have_the_script_s_name(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "a", name="one"), write_run(tmp_path / "b", name="two", arguments={"tau": 1.0})
     assert list(rows_of(two, one)) == ["two", "one"]
 
 
-def test_a_script_s_name_is_the_row_s(tmp_path: Path) -> None:
-    for seed in (30, 31):
-        write_run(tmp_path / f"tau1-{seed}", seed=seed, name="lcron_tau_1", arguments={"tau": 1.0})
-        write_run(tmp_path / f"lcron-{seed}", seed=seed, name="lcron")
-    assert {name: len(runs) for name, runs in rows_of(tmp_path).items()} == {"lcron": 2, "lcron_tau_1": 2}
+def test_the_name_of_another_training_is_refused(tmp_path: Path) -> None:
+    """The folder was trained again by hand, with another loss."""
+    run = write_run(tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"name": "bce", "identity": {"loss_type": "bce"}}))
+    with pytest.raises(InputError, match=r"run\.json: is of a run of bce, but the folder was trained with lcron"):
+        frame(tmp_path)
 
 
 @pytest.mark.parametrize("name", [None, "my_script"])
-@pytest.mark.parametrize("changed", [{"tau": 20.0}, {"lr": 0.02}, {"weighting": "paper"}], ids=str)
+@pytest.mark.parametrize("changed", [{"tau": 20.0}, {"epochs": 5}, {"weighting": "paper"}], ids=str)
 def test_variants_are_told_apart(changed: dict[str, Any], name: str | None, tmp_path: Path) -> None:
     (argument, value), *_ = changed.items()
+    results = changed if argument == "epochs" else {}
     for seed in (30, 31):
-        same = {argument: ARGUMENTS.get(argument)}
-        write_run(tmp_path / "one" / f"seed{seed}", seed=seed, name=name, arguments=same)
-        write_run(tmp_path / "two" / f"seed{seed}", seed=seed, name=name, arguments=changed)
+        write_run(tmp_path / "one" / f"seed{seed}", seed=seed, name=name)
+        write_run(tmp_path / "two" / f"seed{seed}", seed=seed, name=name, arguments=changed, results=results)
     base = name or "lcron"
-    expected = {f"{base} ({argument}={ARGUMENTS.get(argument)})": 2, f"{base} ({argument}={value})": 2}
-    assert {row: len(runs) for row, runs in rows_of(tmp_path).items()} == expected
+    assert rows_of(tmp_path) == {f"{base} ({argument}={ARGUMENTS.get(argument)})": 2, f"{base} ({argument}={value})": 2}
 
 
-def test_other_numbers_of_epochs_are_told_apart(tmp_path: Path) -> None:
-    write_run(tmp_path / "one", 0.8)
-    write_run(tmp_path / "two", 0.6, epochs=5, seed=31)
-    assert list(rows_of(tmp_path)) == ["lcron (epochs=1)", "lcron (epochs=5)"]
+def test_other_training_days_are_another_row(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", config={"train_days": ["2024-01-13"]})
+    write_run(tmp_path / "two", seed=31, config={"train_days": ["2024-01-13", "2024-01-14"]})
+    assert len(rows_of(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        *({"seed": 31}, {"output_dir": "y"}, {"data_dir": "z"}, {"cuda": 1}, {"resume": True}),
-        *({"compile": False}, {"tensorboard": True}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changed", [{"output_dir": "y"}, {"cuda": 1}, {"resume": True}, {"compile": False}], ids=str)
 def test_what_does_not_make_a_method(changed: dict[str, Any], tmp_path: Path) -> None:
-    write_run(tmp_path / "one", 0.8, arguments={"resume": False, "data_dir": "a"})
-    write_run(tmp_path / "two", 0.6, arguments={"resume": False, "data_dir": "a"} | changed, results={"seed": 31})
-    assert list(rows_of(tmp_path)) == ["lcron"]
+    write_run(tmp_path / "one", 0.8)
+    write_run(tmp_path / "two", 0.6, arguments=changed, seed=31)
+    assert rows_of(tmp_path) == {"lcron": 2}
 
 
 def test_runs_stand_in_order_of_seeds(tmp_path: Path) -> None:
-    for place, seed in enumerate((100, 9, 30)):
-        write_run(tmp_path / str(place), seed=seed)
-    assert [run.seed for run in rows_of(tmp_path)["lcron"]] == [9, 30, 100]
+    for index, seed in enumerate((100, 9, 30)):
+        write_run(tmp_path / str(index), seed=seed)
+    assert label_rows(frame(tmp_path))["seed"].to_list() == [9, 30, 100]
 
 
 def test_a_seed_found_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "seed30", 0.8)
     write_run(tmp_path / "b" / "seed30", 0.8)
-    with pytest.raises(InputError, match="a seed stands twice"):
+    with pytest.raises(InputError, match="the same seed"):
         rows_of(tmp_path)
-
-
-def test_nested_folders_named_twice_count_once(tmp_path: Path) -> None:
-    write_run(tmp_path / "deep" / "down" / "seed30", 0.8)
-    write_run(tmp_path / "deep" / "seed31", 0.6, seed=31)
-    found = rows_of(tmp_path, tmp_path / "deep", tmp_path / "deep" / "down" / "..")
-    assert [run.seed for run in found["lcron"]] == [30, 31]
-
-
-def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", name="a\x1b[2Jb\nc\u202ed\ud800")
-    assert list(rows_of(tmp_path)) == ["a?[2Jb?c?d?"]
 
 
 # ---- runs that do not belong together --------------------------------------------------------------------------------
@@ -153,12 +167,8 @@ def test_runs_trained_on_other_data_of_the_same_day(tmp_path: Path) -> None:
 # ---- damaged runs ----------------------------------------------------------------------------------------------------
 
 
-def no_config(run: Path) -> None:
-    (run / "config.json").unlink()
-
-
-def no_metrics(run: Path) -> None:
-    (run / "metrics.json").unlink()
+def missing(name: str) -> Callable[[Path], None]:
+    return lambda run: (run / name).unlink()
 
 
 def content(name: str, text: str) -> Callable[[Path], None]:
@@ -208,12 +218,14 @@ DAMAGES = {
     "metrics.json a list": content("metrics.json", "[]"),
     "metrics.json of nothing": content("metrics.json", "{}"),
     "metrics.json nested without end": content("metrics.json", "[" * 100_000),
-    "metrics.json missing": no_metrics,
+    "metrics.json missing": missing("metrics.json"),
     "a metric that is text": field("joint_recall@10@20", "0.5"),
     "a metric that is true": field("joint_recall@10@20", True),
+    "a metric of 400 digits": field("joint_recall@10@20", 10**400),
+    "a seed of 400 digits": field("seed", 10**400),
     "a metric that is NaN": field("joint_recall@10@20", float("nan")),
     "no epochs": field("epochs", None),
-    "config.json missing": no_config,
+    "config.json missing": missing("config.json"),
     "config.json empty": content("config.json", ""),
     "config.json without arguments": content("config.json", '{"arguments": []}'),
     "run.json damaged": content("run.json", "{"),
@@ -238,7 +250,7 @@ def test_a_damaged_run_is_named_and_left_out(
     assert len(read_runs([tmp_path]).runs) == 2
     damage(tmp_path / "seed31")
     collected = read_runs([tmp_path])
-    assert [run.seed for run in collected.runs] == [30]
+    assert collected.runs["seed"].to_list() == [30]
     assert list(collected.left_out) == [tmp_path / "seed31"]
     assert str(tmp_path / "seed31") in caplog.text and "left out" in caplog.text
 
@@ -254,3 +266,10 @@ def test_every_named_folder_must_hold_a_run(tmp_path: Path) -> None:
     write_run(tmp_path / "seed30")
     with pytest.raises(InputError, match=r"seed31.*evaluate the runs first"):
         read_runs([tmp_path / "seed30", tmp_path / "seed31"])
+
+
+def test_a_damaged_cost_does_not_remove_the_run(tmp_path: Path) -> None:
+    (write_run(tmp_path / "run") / "training.json").write_text('{"seconds": "x"}')
+    runs = frame(tmp_path)
+    assert runs["seconds"].isna().all()
+    assert "training.json: a number is missing or damaged" in runs["warnings"][0][0]

@@ -1,0 +1,355 @@
+"""Evaluated runs as a DataFrame, one row a run; which of them may be compared, and which are seeds of one method.
+
+>>> from deep_components.reporting.frame import frame
+>>> runs = frame("runs/two_stage")
+>>> runs.groupby(["method", "arguments.lr"])["joint_recall@10@20"].agg(["mean", "std", "count"])
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from deep_components.errors import InputError
+from deep_components.runs import identity
+from deep_components.runs.folder import (
+    CONFIG_FILE,
+    COST_FILE,
+    METRICS_FILE,
+    PER_REQUEST_FILE,
+    RUN_FILE,
+    STEP_LOG_FILE,
+    read_config,
+    read_json,
+)
+
+UNTRAINED = "untrained"
+ARGUMENT = "arguments."  # before the names of columns that hold a training's arguments
+DATA_CHECKSUM = "data_checksums."  # before the names of columns that hold the checksum of a training day
+
+_REQUIRED = {
+    "setting": str,
+    "data": str,
+    "test_day": str,
+    "loss_type": str,
+    "seed": int | None,
+    "epochs": int,
+    "num_requests": int,
+}
+_COSTS = {
+    "steps": int,
+    "requests": int,
+    "seconds": float | int,
+    "peak_memory_bytes": int | None,
+    "peak_gpu_memory_bytes": int | None,
+}
+_INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
+_DICTIONARIES = ("versions", "data_checksums")
+_FOLDERS_NAMED = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The runs that could be read, a row each as :func:`frame` has them, and folder -> why another was left out."""
+
+    runs: pd.DataFrame
+    left_out: dict[Path, str]
+
+
+def frame(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
+    """The evaluated runs in the folders, at any depth, one row a run. Damaged ones are named in a warning and left out.
+
+    Columns: ``folder``; ``method`` (the script's name, else the loss; "untrained" for 0 epochs), ``loss_type``,
+    ``setting``, ``data``, ``seed`` (<NA> for imported models), ``epochs``, ``untrained``, ``train_days``, ``test_day``,
+    ``test_day_checksum``, ``num_requests``; ``commit``, ``device``, ``threads``, ``versions``; ``warnings``; what the
+    training took: ``steps``, ``skipped_steps``, ``requests``, ``seconds``, ``peak_memory_bytes``,
+    ``peak_gpu_memory_bytes``; ``metrics`` (the names of the table's), every metric (NaN where undefined);
+    ``arguments.<name>`` for every argument of the training, and ``data_checksums.<day>``.
+
+    Runs of different settings and data may stand in it: see :func:`check_comparable`.
+
+    Raises InputError when a folder holds no evaluated run, or none is left.
+    """
+    return _read([Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]).runs
+
+
+def read_runs(folders: Sequence[Path]) -> Collected:
+    """As :func:`frame`, with the reasons for what is left out; InputError unless all may stand in one table."""
+    collected = _read(folders)
+    check_comparable(collected.runs)
+    return collected
+
+
+def check_comparable(runs: pd.DataFrame) -> None:
+    """InputError unless the runs have one setting, log, test day and set of metrics, and days they share are alike."""
+    for name in ("setting", "data", "test_day", "test_day_checksum", "num_requests"):
+        _check_equal(name, runs["folder"], runs[name])
+    _check_equal("metrics", runs["folder"], [", ".join(names) for names in runs["metrics"]])
+    trained = runs[~runs["untrained"]]
+    for column in sorted(name for name in trained if name.startswith(DATA_CHECKSUM)):
+        known = trained[trained[column].notna()]
+        day = column.removeprefix(DATA_CHECKSUM)
+        _check_equal(f"the checksum of training day {day}", known["folder"], known[column])
+
+
+def label_rows(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a column ``row``, the name of their table's row, by which they are grouped; in order of seeds.
+
+    Runs of one method whose arguments or training days differ are told apart by those in ``row``. Untrained cascades
+    come last; one that was evaluated beside several methods counts once.
+
+    Raises InputError when a row has a seed twice.
+    """
+    named = []
+    for method, group in sorted(runs.groupby("method", sort=False), key=lambda item: item[0] == UNTRAINED):
+        identities = [method_arguments(run) for run in group.to_dict("records")]
+        names = sorted({name for identity in identities for name in identity})
+        differing = [name for name in names if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
+        details = [", ".join(f"{name}={identity.get(name)}" for name in differing) for identity in identities]
+        named.append(group.assign(row=[f"{method} ({detail})" if detail else method for detail in details]))
+    rows = pd.concat(named).groupby("row", sort=False)
+    return pd.concat([_by_seed(str(name), group) for name, group in rows], ignore_index=True)
+
+
+def _by_seed(name: str, group: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a row in order of seeds."""
+    if group["untrained"].all():
+        group = group[group["seed"].isna() | ~group.duplicated("seed")]  # one cascade, evaluated beside several methods
+    if (group.duplicated("seed") & group["seed"].notna()).any():
+        folders = ", ".join(map(str, group["folder"]))
+        raise InputError(f"{name}: two runs in {folders} have the same seed; name each run once")
+    return group.sort_values("seed", na_position="first", kind="stable")
+
+
+def arguments_of(run: Mapping[Any, Any]) -> dict[str, Any]:
+    """All arguments of a run's training, from its row."""
+    return {str(name).removeprefix(ARGUMENT): v for name, v in run.items() if str(name).startswith(ARGUMENT)}
+
+
+def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:
+    """The arguments that make the method, all but the seed and how it is executed, and the days trained on."""
+    return identity.method_arguments(arguments_of(run) | {"train_days": run["train_days"]})
+
+
+def per_request(folder: Path, name: str) -> np.ndarray | None:
+    """A run's metric per request [R], or its "request_id"; None where the evaluation did not write it."""
+    try:
+        with (folder / PER_REQUEST_FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return arrays.get(name)
+    except FileNotFoundError:
+        return None
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal or cannot be written: names come from files."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def is_number(value: Any) -> bool:
+    """A number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(paths: Sequence[Path]) -> Collected:
+    folders: dict[str, Path] = {}  # by real path, so that a folder named twice counts once
+    for path in paths:
+        inside = _run_folders(path)
+        if not any((folder / METRICS_FILE).exists() for folder in inside.values()):
+            raise InputError(f"{path}: no {METRICS_FILE}; evaluate the runs first")
+        folders |= {real: folder for real, folder in inside.items() if real not in folders}
+    records, left_out = [], {}
+    for folder in folders.values():
+        try:
+            records.append(_read_run(folder))
+        except InputError as error:
+            left_out[folder] = printable(str(error))
+            logger.warning("left out: %s", left_out[folder])
+    if not records:
+        raise InputError("; ".join(left_out.values()))
+    return Collected(_frame(records), left_out)
+
+
+def _run_folders(path: Path) -> dict[str, Path]:
+    """Real path -> path of the folders of runs in ``path``, at any depth, through links too."""
+    found, seen = {}, set()
+    for root, subfolders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link that leads back
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        if CONFIG_FILE in files or METRICS_FILE in files:
+            found[real] = Path(root)
+    return found
+
+
+def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
+    runs = pd.DataFrame(records, dtype=object)  # so that arguments stay what they are: 1 is not 1.0, None is not NaN
+    runs = runs.where(runs.notna(), None)
+    floats = ["seconds", *(name for name in _COSTS if "bytes" in name), *filter(_is_metric, runs)]
+    return runs.astype(dict.fromkeys(floats, "float64") | dict.fromkeys(_INTEGERS, "Int64") | {"untrained": bool})
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """A row of the frame."""
+    path = folder / METRICS_FILE
+    results, config = read_json(path), read_config(folder)
+    if results is None:
+        raise InputError(f"{folder}: not evaluated (no {path.name}); finish the run or remove it")
+    _check_results(path, results, config)
+    metrics = tuple(name for name in results if "@" in name)
+    _check_per_request(folder, results, metrics)
+    warnings = [str(value) for name, value in results.items() if name.startswith("warning")]
+    costs, skipped = _costs(folder, warnings), _skipped_steps(folder)
+    if skipped:
+        warnings.append(f"{folder}: {skipped} training steps were left out, because they were not finite")
+    untrained = results["epochs"] == 0
+    versions, checksums = (value if isinstance(value, dict) else {} for value in map(config.get, _DICTIONARIES))
+    row = {
+        "method": UNTRAINED if untrained else _given_name(folder, results["loss_type"]) or results["loss_type"],
+        **{name: results[name] for name in ("loss_type", "setting", "data", "seed", "epochs")},
+        "untrained": untrained,
+        "train_days": config.get("train_days"),
+        **{name: results.get(name) for name in ("test_day", "test_day_checksum", "num_requests")},
+        "commit": config.get("commit") or results.get("commit"),
+        **{name: config.get(name) for name in ("device", "threads")},
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "warnings": warnings,
+        "skipped_steps": skipped,
+        **{name: costs.get(name) for name in _COSTS},
+        "metrics": metrics,
+        **{name: value for name, value in results.items() if _is_metric(name)},
+        **{f"{ARGUMENT}{name}": value for name, value in config["arguments"].items()},
+        **{f"{DATA_CHECKSUM}{day}": value for day, value in checksums.items()},
+    }
+    return {"folder": folder} | _clean(row)
+
+
+def _is_metric(name: str) -> bool:
+    return not name.startswith(ARGUMENT) and (
+        "@" in name or name.startswith("survival_after_") or "kendall_tau" in name
+    )
+
+
+def _clean(value: Any) -> Any:
+    """The value with printable text only."""
+    if isinstance(value, dict):
+        return {printable(name): _clean(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_clean(part) for part in value)
+    return printable(value) if isinstance(value, str) else value
+
+
+def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    if not isinstance(config.get("arguments"), dict) or "seed" not in results:
+        raise InputError(f"{path}: not the results of a run; evaluate the run again")
+    for name, kind in _REQUIRED.items():
+        if not _is_a(results.get(name), kind):
+            raise InputError(f"{path}: field {name} is missing or damaged; evaluate the run again")
+    for name in filter(_is_metric, results):
+        if results[name] is not None and not is_number(results[name]):
+            raise InputError(f"{path}: {name} is {results[name]!r}, not a number; evaluate the run again")
+    if not any("@" in name for name in results):
+        raise InputError(f"{path}: holds no metric; evaluate the run again")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Of this type, and an integer only if 64 bits hold it."""
+    return isinstance(value, kind) and (not isinstance(value, int) or -(1 << 63) <= value < 1 << 63)
+
+
+def _given_name(folder: Path, loss_type: str) -> str | None:
+    """The script's name for the run. InputError when the folder was trained with another loss since."""
+    path = folder / RUN_FILE
+    content = read_json(path)
+    if content is None:
+        return None
+    name, arguments = content.get("name"), content.get("identity")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: field name is missing or damaged; make the run again")
+    made = arguments.get("loss_type", loss_type) if isinstance(arguments, dict) else loss_type
+    if made != loss_type:
+        raise InputError(
+            f"{path}: is of a run of {made}, but the folder was trained with {loss_type}; remove this file"
+        )
+    return name
+
+
+def _costs(folder: Path, warnings: list[str]) -> dict[str, Any]:
+    """What the training took; damage is named in ``warnings``."""
+    path = folder / COST_FILE
+    try:
+        cost = read_json(path)
+    except InputError as error:
+        warnings.append(f"{error}; what this run took is left out")
+        return {}
+    if cost is None:
+        return {}
+    if not all(_is_a(cost.get(name), kind) for name, kind in _COSTS.items()):
+        warnings.append(f"{path}: a number is missing or damaged; what this run took is left out")
+        return {}
+    return cost
+
+
+def _skipped_steps(folder: Path) -> int | None:
+    """How many steps were left out: those in whose line of the step log a value is null."""
+    try:
+        with (folder / STEP_LOG_FILE).open("rb") as file:
+            return sum(b": null" in line for line in file)
+    except OSError:
+        return None
+
+
+def _check_per_request(folder: Path, results: Mapping[str, Any], metrics: Sequence[str]) -> None:
+    """InputError when per_request.npz is damaged or says other things than metrics.json."""
+    path = folder / PER_REQUEST_FILE
+    if not path.exists():
+        return
+    try:
+        for name in ("request_id", *metrics):
+            values, mean = per_request(folder, name), results.get(name)
+            if values is None:
+                raise ValueError(f"{name} is missing")
+            if values.shape != (results["num_requests"],) or values.dtype.kind not in "if":
+                raise ValueError(f"{name} is no number per request")
+            defined = values[~np.isnan(values)]
+            if name == "request_id":
+                continue
+            if (mean is None) != (len(defined) == 0):
+                raise ValueError(f"{name} is not that of metrics.json")
+            if mean is not None and not math.isclose(defined.mean(), mean, abs_tol=1e-6):
+                raise ValueError(f"{name} has the mean {defined.mean():.6f}, not {mean:.6f} as in metrics.json")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
+
+
+def _check_equal(name: str, folders: Iterable[Path], values: Iterable[Any]) -> None:
+    """InputError that names the folders by their value, the rarest first, unless all values are equal."""
+    by_value: dict[Any, list[Path]] = {}
+    for folder, value in zip(folders, values, strict=True):
+        by_value.setdefault(value, []).append(folder)
+    if len(by_value) < 2:
+        return
+    parts = []
+    for value, group in sorted(by_value.items(), key=lambda item: len(item[1])):
+        more = f" and {len(group) - _FOLDERS_NAMED} more" if len(group) > _FOLDERS_NAMED else ""
+        parts.append(f"{value} in {', '.join(str(folder) for folder in group[:_FOLDERS_NAMED])}{more}")
+    raise InputError(
+        f"the runs differ in {name}, so their numbers cannot stand in one table: {'; '.join(parts)}; leave out those "
+        "that do not belong"
+    )
