@@ -19,8 +19,11 @@ LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so 
 STAGES_ALLOWED = range(2, 5)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-# A stage's name becomes that of files, metrics and terms of a loss.
-_RESERVED = ("loss", "end_to_end", "labels", "mask", "request_id", "training_state", "weight", "joint", "survival")
+# A stage's name becomes that of files, metrics, terms of a loss, and entries of train.jsonl and scores.npz.
+_RESERVED = (
+    *("loss", "end_to_end", "labels", "mask", "group", "request_id", "training_state", "weight", "joint", "survival"),
+    *("step", "day", "skipped", "seconds", "data"),
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _problems(cascade: Cascade) -> list[str]:
     if len(cascade.groups) < 2:
         found.append("a cascade has two groups or more, the first of which is the ground truth")
     for what, names in (("stage", cascade.stage_names), ("group", [group.name for group in cascade.groups])):
-        wrong = [name for name in names if not _NAME.fullmatch(name) or name in _RESERVED]
+        wrong = [name for name in names if not _NAME.fullmatch(name) or (what == "stage" and name in _RESERVED)]
         if wrong:
             found.append(f"{what} {wrong[0]!r}: a name is of lower-case letters, digits and _, and not reserved")
         if len(set(names)) < len(names):

@@ -9,6 +9,7 @@ from torch import nn
 from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
 from deep_components.cascade import SETTINGS, Cascade
 from deep_components.cli import run_command
+from deep_components.errors import InputError
 from deep_components.loss.arf import ARF
 from deep_components.loss.arf_v2 import ARFv2
 from deep_components.loss.bce import BCE
@@ -29,6 +30,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_method_options(parser)
     args = parser.parse_args(argv)
     args.cascade = SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))
+    for stage in args.cascade.stage_names:  # a loss names its trainable weights by the stages
+        if hasattr(nn.ParameterDict(), stage):
+            raise InputError(f"cascade {args.cascade.name}: stage {stage!r}: PyTorch uses this name; choose another")
     return args
 
 

@@ -69,7 +69,10 @@ def test_json_and_back(cascade: Cascade) -> None:
         (', model = "dssm"', "", "a stage has no model"),
         ('name = "coarse"', 'name = "recall"', "two of its stages have the same name"),
         ('name = "coarse"', 'name = "../coarse"', "lower-case letters"),
-        ('name = "coarse"', 'name = "loss"', "not reserved"),
+        *[
+            ('name = "coarse"', f'name = "{name}"', "not reserved")
+            for name in ("loss", "group", "data", "step", "day", "seconds", "skipped")
+        ],
         ("exposed_groups = 2", "exposed_groups = 4", "exposed_groups is 1 to 3"),
         ("size = 15", "size = 0", "size is 1 or more"),
         ("position = 10", 'position = 10, index_field = "x"', "give one of them"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ groups = [{name = "bought", size = 2}, {name = "clicked", size = 3}, {name = "sh
 """
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A log and a cascade file; the items' groups differ from request to request."""
-    folder = tmp_path_factory.mktemp("shop")
+def write_log(folder: Path, product: Callable[[str, np.ndarray], np.ndarray] = lambda day, ids: ids) -> Path:
+    """A log and a cascade file; the items' groups differ from request to request. ``product`` changes a day's products,
+    given the day."""
+    folder.mkdir(exist_ok=True)
     (folder / "shop.toml").write_text(CASCADE)
     rng = np.random.default_rng(0)
     for number, day in enumerate(DAYS):
@@ -40,7 +41,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with write_day(folder / day, OWN, requests=40) as columns:
             for field in OWN.fields:
                 values = getattr(batch.features, field.side)[field.name].numpy()
-                columns.write(f"{field.side}.{field.name}", values)
+                columns.write(
+                    f"{field.side}.{field.name}", product(day, values) if field.name == "product" else values
+                )
             columns.write("request_id", np.arange(40))
             columns.write("history.mask", batch.features.history_mask.numpy())
             columns.write("item.mask", batch.targets.mask.numpy())
@@ -48,6 +51,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             columns.write("item.label", 20 - 5 * group)
     write_log_file(folder, origin="a shop")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("shop"))
 
 
 def arguments(shop: Path, run: Path, *flags: str) -> list[str]:
@@ -88,3 +96,23 @@ def test_training_lowers_the_loss(shop: Path, tmp_path: Path) -> None:
     run_train.main(arguments(shop, tmp_path, *sizes, "--loss_type=fs_ranknet", "--train_days=2026-03-01"))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert all(map(math.isfinite, losses)) and losses[-1] < 0.7 * losses[0]
+
+
+def test_ids_that_the_training_days_lack_take_the_unknown_row(tmp_path: Path) -> None:
+    """Products from 8 on are in the test day alone; in another log of the same training days they are the unknown 1."""
+    sizes = ("--emb_dim=4", "--nn_units=32", "--batch_size=20", "--loss_type=bce")
+    scores = []
+    for name, stand_in in (("as_they_are", None), ("replaced", 1)):
+
+        def product(day: str, ids: np.ndarray, stand_in: int | None = stand_in) -> np.ndarray:
+            if day != DAYS[-1]:
+                return np.where(ids < 8, ids, 2)
+            return ids if stand_in is None else np.where(ids < 8, ids, stand_in)
+
+        log, run = write_log(tmp_path / name, product), tmp_path / f"run_{name}"
+        run_train.main(arguments(log, run, *sizes, f"--cascade={log / 'shop.toml'}"))
+        run_test.main(arguments(log, run, "--save_scores"))
+        with np.load(run / "scores.npz") as arrays:
+            scores.append({stage: arrays[stage] for stage in ("recall", "coarse", "fine", "final")})
+    for stage, found in scores[0].items():
+        assert np.array_equal(found, scores[1][stage])

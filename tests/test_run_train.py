@@ -75,5 +75,9 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(FOUR_STAGE.read_text().replace("keep = 10", "keep = 21"))
     with pytest.raises(InputError, match=r"c.toml: stage rerank keeps 21; it is reached by 20 items"):
         run_train.parse_args([*words, f"--cascade={tmp_path / 'c.toml'}"])
+    for name in ("values", "type", "training"):  # attributes of the loss's nn.ParameterDict
+        (tmp_path / "c.toml").write_text(FOUR_STAGE.read_text().replace('name = "rerank"', f'name = "{name}"'))
+        with pytest.raises(InputError, match=f"stage '{name}': PyTorch uses this name"):
+            run_train.parse_args([*words, f"--cascade={tmp_path / 'c.toml'}"])
     with pytest.raises(InputError, match="no such method; choose one of: arf, "):
         run_train.build_loss(run_train.parse_args([*words, "--cascade=two_stage", "--loss_type=mine"]))

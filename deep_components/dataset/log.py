@@ -112,10 +112,13 @@ class ColumnarLog:
         zone: str = DEFAULT_TIME_ZONE,
         history_length: int | None = None,
     ) -> DayCache:
-        opened = read_day(self.folder / day, day, cascade).with_history(history_length)
-        if opened.schema != self.schema:
-            raise InputError(f"{self.folder / day / META_FILE}: another schema than the log's first day; make it again")
-        return opened
+        opened = read_day(self.folder / day, day, cascade)
+        if (opened.schema, opened.history_length) != (self.schema, self.history_length):
+            raise InputError(
+                f"{self.folder / day / META_FILE}: another schema or history length than the log's first day; make it "
+                "again"
+            )
+        return opened.with_history(history_length)
 
     def files(self) -> list[Path]:
         return [self.folder / LOG_FILE, *(path for day in self.days() for path in self.day_files(day))]

@@ -32,7 +32,9 @@ from deep_components.runs.folder import (
     read_training,
     write_json,
 )
+from deep_components.runs.state import saved_ids
 from deep_components.schema import Schema
+from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
 from deep_components.tables.store import EmbeddingStore, build_stores
 
@@ -128,8 +130,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """:func:`score_day` by the run's models."""
     device, dtype = choose_device(args), DTYPES[trained.dtype]
-    # Tables need no rows but those of the day's ids; ids that the training did not see have their initial rows.
-    ids = {name: day.ids(name) for name, table in schema.tables.items() if table.size >= COMPACT_FROM}
+    ids = _needed_ids(run, cascade, schema, day)
     models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
     stores = build_stores(cascade, schema, trained.emb_dim, None, ids)
     for stage, model in models.items():
@@ -140,6 +141,20 @@ def _scores(
         [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
     )
     return score_day(models, stores, day, args.batch_size, device)
+
+
+def _needed_ids(run: Path, cascade: Cascade, schema: Schema, day: DayCache) -> dict[str, IdSet]:
+    """The ids that large tables need rows for, those of the day. Of a table with a row for unknown ids, only those that
+    the training has seen; other tables give such ids their initial rows."""
+    with_unknown = any(table.unknown is not None for table in schema.tables.values())
+    seen = saved_ids(run, cascade.stage_names[0])[0] if with_unknown else {}
+    ids = {}
+    for name, table in schema.tables.items():
+        if table.unknown is not None and name in seen:
+            ids[name] = IdSet.of([seen[name]], table.size) & day.ids(name)
+        elif table.size >= COMPACT_FROM:
+            ids[name] = day.ids(name)
+    return ids
 
 
 def _write_arrays(path: Path, tensors: Mapping[str, Tensor], **arrays: np.ndarray) -> None:

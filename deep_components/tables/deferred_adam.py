@@ -113,7 +113,8 @@ class DeferredAdam:
     @torch.no_grad()
     def gather(self, rows: Tensor) -> Tensor:
         """Bring the given distinct rows [U] int64 to the current step; their values [U, d]."""
-        rows = rows.to(self.table.device, non_blocking=True)
+        # A copy to the host that nobody waits for would be read before it is there.
+        rows = rows.to(self.table.device, non_blocking=self.table.is_cuda)
         fitted, moments = _fitted(self.table, self.betas, self.steps), (self.first, self.second)
         if self.kernels is not None:
             rule, kept = (fitted.weights, fitted.nodes), (fitted.kept_first, fitted.kept_second)
@@ -140,7 +141,8 @@ class DeferredAdam:
         row is left to its momentum."""
         self.steps += 1
         b1, b2 = self.betas
-        rows, gradient = rows.to(self.table.device, non_blocking=True), gradient.to(self.table.device)
+        rows = rows.to(self.table.device, non_blocking=self.table.is_cuda)
+        gradient = gradient.to(self.table.device)
         if self.kernels is not None:
             self.kernels.adam_rows(
                 rows, self.table.detach(), (self.first, self.second), self.last, self.steps, gradient.contiguous(),

@@ -50,6 +50,10 @@ class IdSet:
         """The ids of either; both sets must be of one size."""
         return IdSet(self.bits | other.bits)
 
+    def __and__(self, other: "IdSet") -> "IdSet":
+        """The ids of both; the sets must be of one size."""
+        return IdSet(self.bits & other.bits)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, IdSet) and np.array_equal(self.bits, other.bits)
 

@@ -34,6 +34,9 @@ def initial_cascade(
     ids = compacted_ids(cascade, schema, args, days)
     rows = {name: len(ids[name]) if name in ids else table.size for name, table in schema.tables.items()}
     pulled = pulled_tables(rows, args.optimizer)
+    if args.table_memory == "host" and args.optimizer == "adam":
+        raise InputError("--table_memory=host: --optimizer=adam moves all rows in each step; use deferred_adam")
+    host = pulled if args.table_memory == "host" else ()
     if args.epochs:
         itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
@@ -42,7 +45,6 @@ def initial_cascade(
     seed: int | None = None if args.init_from is not None else args.seed
     models = build_models(cascade, schema, args.emb_dim, args.nn_units, seed)
     stores = build_stores(cascade, schema, args.emb_dim, seed, ids)
-    host = pulled if args.table_memory == "host" and args.optimizer == "deferred_adam" else ()
     for stage, model in models.items():
         model.to(device=device, dtype=DTYPES[args.dtype])
         stores[stage].to(device, DTYPES[args.dtype], host)
@@ -54,11 +56,13 @@ def initial_cascade(
 def compacted_ids(
     cascade: Cascade, schema: Schema, args: argparse.Namespace, days: Sequence[DayCache]
 ) -> dict[str, IdSet]:
-    """The ids of large tables: those that the days name, and those that --init_from has rows for."""
+    """The ids of large tables, and of those with a row for unknown ids, which must be told from others: those that the
+    days name, and those that --init_from has rows for."""
     before = saved_ids(args.init_from, cascade.stage_names[0])[0] if args.init_from is not None else {}
     ids = {}
     for name, table in schema.tables.items():
-        if table.size < args.compact_from or (args.init_from is not None and name not in before):
+        compacted = table.size >= args.compact_from or table.unknown is not None
+        if not compacted or (args.init_from is not None and name not in before):
             continue  # in the latter case the table is whole
         always = {0, table.padding} | ({table.unknown} if table.unknown is not None else set())
         known = before.get(name, np.array(sorted(always)))

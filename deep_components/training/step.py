@@ -207,12 +207,13 @@ class Trainer:
         known = state.get(f"ids/{table}") if "embedding." in name else None
         if saved is not None and known is not None and table in self.prepare.ids:
             rows = saved_rows(self.prepare.ids[table], known, len(saved))
-            if rows is not None and saved.shape[1:] == target.shape[1:]:
-                target[rows.to(target.device)] = saved.to(target)
-                return
-        if saved is None or saved.shape != target.shape:
+            if rows is None or saved.shape[1:] != target.shape[1:]:
+                raise InputError(f"the saved state does not fit: {name} has other ids or another shape; train again")
+            target[rows.to(target.device)] = saved.to(target)
+        elif saved is None or saved.shape != target.shape:
             raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
-        target.copy_(saved)
+        else:
+            target.copy_(saved)
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:

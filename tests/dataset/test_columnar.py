@@ -417,7 +417,7 @@ def test_the_examples_of_the_documentation(tmp_path: Path, monkeypatch: pytest.M
     assert log.schema.tables["video"].size == 301
 
 
-def test_a_log_s_days_have_one_schema(tmp_path: Path) -> None:
+def test_a_log_s_days_have_one_schema_and_one_history_length(tmp_path: Path) -> None:
     write(tmp_path / DAY)
     fields = [Field(f.name, f.side, f.kind, f.size, f.padding, f.unknown, f.table) for f in SCHEMA.fields]
     fields[0] = Field("user", "request", size=258)
@@ -425,8 +425,12 @@ def test_a_log_s_days_have_one_schema(tmp_path: Path) -> None:
     write_log_file(tmp_path, "test")
     log = open_log(tmp_path)
     assert len(log.open_day(DAY, CASCADE)) == R
-    with pytest.raises(InputError, match=r"2024-01-14/meta.json: another schema than the log's first day"):
+    with pytest.raises(InputError, match=r"2024-01-14/meta.json: another schema or history length"):
         log.open_day("2024-01-14", CASCADE)
+    shorter = {name: v[:, 1:] if name.startswith("history.") else v for name, v in values().items()}
+    write(tmp_path / "2024-01-15", shorter)
+    with pytest.raises(InputError, match=r"2024-01-15/meta.json: another schema or history length"):
+        log.open_day("2024-01-15", CASCADE)
 
 
 def test_a_folder_that_is_no_log(tmp_path: Path) -> None:
