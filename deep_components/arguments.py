@@ -13,7 +13,7 @@ from deep_components import loss as methods
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
-from deep_components.loss.selection import SELECTION_OPERATORS
+from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS
 
 T = TypeVar("T")
 
@@ -196,6 +196,14 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
                 f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
             )
         options["end_to_end_quotas"] = dict(zip(cascade.stage_names, quotas, strict=True))
+    return options
+
+
+def sorting_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the method "sorting". InputError for an operator that gives no permutation."""
+    options = method_options(args, tau=50.0, sort="neural_sort")
+    if options["sort"] not in PERMUTATION_OPERATORS:
+        raise InputError(f"--sort={options['sort']}: sorting takes one of {', '.join(PERMUTATION_OPERATORS)}")
     return options
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from torch import nn
 
-from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
+from deep_components.arguments import (
+    add_method_options,
+    lcron_options,
+    method_options,
+    sorting_options,
+    training_parser,
+    unknown_method,
+)
 from deep_components.cascade import SETTINGS, Cascade
 from deep_components.cli import run_command
 from deep_components.errors import InputError
@@ -62,7 +69,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
         ties = "shared" if two_stages else "repeated"
         return LCRON(cascade.stage_names, cascade.num_relevant, **lcron_options(args, cascade, label_ties=ties))
     elif args.loss_type == "sorting":
-        return SortingCrossEntropy(**method_options(args, tau=50.0, sort="neural_sort"))
+        return SortingCrossEntropy(**sorting_options(args))
     else:
         raise unknown_method(args.loss_type)
 

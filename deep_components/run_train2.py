@@ -5,7 +5,14 @@ import sys
 
 from torch import nn
 
-from deep_components.arguments import add_method_options, lcron_options, method_options, training_parser, unknown_method
+from deep_components.arguments import (
+    add_method_options,
+    lcron_options,
+    method_options,
+    sorting_options,
+    training_parser,
+    unknown_method,
+)
 from deep_components.cascade import TWO_STAGE as CASCADE
 from deep_components.cli import run_command
 from deep_components.loss.arf import ARF
@@ -46,7 +53,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     elif args.loss_type == "lcron":
         return LCRON(CASCADE.stage_names, CASCADE.num_relevant, **lcron_options(args, CASCADE, label_ties="shared"))
     elif args.loss_type == "sorting":
-        return SortingCrossEntropy(**method_options(args, tau=50.0, sort="neural_sort"))
+        return SortingCrossEntropy(**sorting_options(args))
     else:
         raise unknown_method(args.loss_type)
 

@@ -134,6 +134,8 @@ def _problems(listed: Sequence[Field]) -> list[str]:
                 found.append(f"{what}: table {field.table} has another size, padding or unknown in another field")
         elif field.table:
             found.append(f"{what}: a number has no table")
+    if not any(field.side == "item" for field in listed):
+        found.append("there is no field of side 'item', so all items of a request would be alike")
     return found
 
 

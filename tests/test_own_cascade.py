@@ -41,9 +41,7 @@ def write_log(folder: Path, product: Callable[[str, np.ndarray], np.ndarray] = l
         with write_day(folder / day, OWN, requests=40) as columns:
             for field in OWN.fields:
                 values = getattr(batch.features, field.side)[field.name].numpy()
-                columns.write(
-                    f"{field.side}.{field.name}", product(day, values) if field.name == "product" else values
-                )
+                columns.write(f"{field.side}.{field.name}", product(day, values) if field.name == "product" else values)
             columns.write("request_id", np.arange(40))
             columns.write("history.mask", batch.features.history_mask.numpy())
             columns.write("item.mask", batch.targets.mask.numpy())

@@ -37,6 +37,7 @@ def test_json_and_back(schema: Schema) -> None:
     [
         ([Field("a b", "item", size=3)], "no identifier"),
         ([Field("mask", "item", size=3)], "reserved"),
+        ([Field("a", "request", size=3)], "no field of side 'item'"),
         ([Field("a", "items", size=3)], "side is one of"),
         ([Field("a", "item", "text", size=3)], "kind one of"),
         ([Field("a", "item", size=3)] * 2, "there twice"),

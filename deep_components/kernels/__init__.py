@@ -163,7 +163,7 @@ class Kernels:
         lr: float,
         eps: float,
     ) -> Tensor:
-        """Bring distinct ``rows`` [U] int64 of a table to step ``now`` (tables/deferred_adam.py) and return them [U, d].
+        """Bring distinct ``rows`` [U] int64 of a table to step ``now`` (tables/deferred_adam.py); their values [U, d].
 
         Args:
             rows: which.

@@ -46,7 +46,7 @@ def _linear_relu(inputs: Tensor, weight: Tensor, bias: Tensor, kernels: Kernels 
         if bias.dim() == 1:
             return F.linear(inputs, weight, bias).relu()
         return (F.linear(inputs, weight) + bias.unsqueeze(-2)).relu()
-    flat = inputs.reshape(-1, inputs.shape[-1])
+    flat = inputs.flatten(0, -2)  # also of width 0, for a schema without fields of the request and its history
     out = _CompiledLinearReLU.apply(kernels, flat, weight, bias.reshape(-1, bias.shape[-1]))
     return out.view(*inputs.shape[:-1], -1)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from deep_components.arguments import METHOD_OPTIONS, hyper_parameters, recorded_arguments
 from deep_components.errors import InputError
+from deep_components.loss.selection import SELECTION_OPERATORS
 from tests.loss.methods import (
     COMMANDS,
     NUM_GROUPS,
@@ -314,3 +315,9 @@ def test_the_variants_of_the_paper_have_scripts() -> None:
     wanted += [{"--loss_type=lcron", f"--tau={tau}"} for tau in (1, 20, 50, 100, 200, 1000)]
     for flags in wanted:
         assert any(flags <= given for given in losses.values()), flags
+
+
+def test_sorting_wants_an_operator_that_gives_a_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SELECTION_OPERATORS, "gate", SELECTION_OPERATORS["soft_sort"])
+    with pytest.raises(InputError, match="--sort=gate: sorting takes one of neural_sort, soft_sort"):
+        build("two_stage", "--loss_type=sorting", "--sort=gate")
