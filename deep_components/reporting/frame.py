@@ -42,7 +42,7 @@ _REQUIRED = {
     "test_day": str,
     "loss_type": str,
     "seed": int | None,
-    "epochs": int,
+    "epochs": int | None,
     "num_requests": int,
 }
 _COSTS = {

@@ -12,6 +12,8 @@ from deep_components import run_test2, run_test3, run_train2
 from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.commands import export_checkpoint, import_checkpoint
+from deep_components.reporting.frame import read_runs
+from deep_components.reporting.results import build_results
 from deep_components.runs import state
 from deep_components.runs.folder import read_config
 from deep_components.runs.state import load, save
@@ -37,6 +39,10 @@ def arguments(setting: str, files: dict[str, Path], run: Path) -> list[str]:
     return [f"--setting={setting}", f"--output_dir={run}", *(f"--{stage}={files[stage]}" for stage in stages)]
 
 
+def metrics_table_rows(run: Path) -> list[str]:
+    return build_results(read_runs([run])).rows
+
+
 @pytest.mark.parametrize("setting", ["two_stage", "three_stage"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_an_imported_run_scores_as_the_original_does(golden: Path, tmp_path: Path, setting: str, prefix: str) -> None:
@@ -49,6 +55,7 @@ def test_an_imported_run_scores_as_the_original_does(golden: Path, tmp_path: Pat
     for stage in SETTINGS[setting].stage_names:
         wanted = expected[f"{ORIGINAL_MODEL[stage]}/{setting}/logits"]
         np.testing.assert_allclose(scores[stage], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).mean())
+    assert metrics_table_rows(run) == ["imported"]
 
 
 def test_nothing_of_the_run_before_stays(golden: Path, tmp_path: Path) -> None:

@@ -665,6 +665,9 @@ def test_flag_table_memory(log: Path, baseline: Path, tmp_path: Path) -> None:
     host = train(log, tmp_path, "--table_memory=host")
     assert same_parameters(host, baseline)  # on a CPU both are the same memory
     assert config(host)["arguments"]["table_memory"] == "host"
+    with pytest.raises(InputError, match="--table_memory=host: --optimizer=adam"):
+        train(log, tmp_path / "dense", "--table_memory=host", "--optimizer=adam")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_flag_day_on_device(log: Path, baseline: Path, tmp_path: Path) -> None:
