@@ -98,8 +98,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
     _write_arrays(run / PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
     if args.save_scores:
-        kept = {name: values for name, values in scored.items() if name != "group"}
-        _write_arrays(run / SCORES_FILE, kept, data=np.array(log.origin))
+        _write_arrays(run / SCORES_FILE, scored, data=np.array(log.origin))
     write_json(run / METRICS_FILE, results)
     return results
 

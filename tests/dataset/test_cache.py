@@ -145,9 +145,9 @@ def changed_log(root: Path) -> None:
     write_log(root, random_log(12, seed=9))
 
 
-def touched(place: int) -> Callable[[Path], None]:
+def touched(number: int) -> Callable[[Path], None]:
     def touch(root: Path) -> None:
-        path = recflow.day_paths(root, DAY)[place]
+        path = recflow.day_paths(root, DAY)[number]
         status = path.stat()
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
 

@@ -250,6 +250,21 @@ def flip(folder: Path) -> None:
     path.write_bytes(content)
 
 
+def add_column(folder: Path) -> None:
+    np.save(folder / "item.tag.npy", np.zeros(3))
+    seal(folder)
+
+
+def remove_column(folder: Path) -> None:
+    (folder / "item.video.npy").unlink()
+    seal(folder)
+
+
+def replace_by_fifo(folder: Path) -> None:
+    (folder / "item.video.npy").unlink()
+    os.mkfifo(folder / "item.video.npy")
+
+
 POISONED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an index of its table's size": (save("item.video", lambda v: np.where(v == v[0, 0], 1001, v).astype(v.dtype)),
                                      "item.video.npy: holds 1001, outside the 0 .. 1000"),
@@ -274,14 +289,20 @@ POISONED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a cut array": (overwrite("item.video.npy", lambda c: c[:-1]), "not a readable .npy file"),
     "a cut header": (overwrite("item.video.npy", lambda c: c[:20]), "not a readable .npy file"),
     "no .npy file": (overwrite("item.video.npy", lambda c: b"a,b\n1,2\n"), "not a readable .npy file"),
+    "a header of many signs": (
+        overwrite("item.video.npy", lambda c: c[:10] + b"-" * 900 + b"1" + c[128:]), "not a readable .npy file"
+    ),
+    "many axes": (overwrite("item.video.npy", lambda c: c.replace(b"(7, 5), }" + b" " * 6, b"(1, 1, 7, 5), }")),
+                  "not a readable .npy file"),
     "a huge shape": (overwrite("item.video.npy", lambda c: c.replace(b"(7, 5), ", b"(1<<9,) ")), "not a readable"),
     "a set of ids that is short": (save("ids.video", lambda v: v[:-1]), "ids.video.npy: not a set of ids below 1001"),
     "ids beyond the table": (save("ids.video", lambda v: v | np.uint64(1 << 63)), "not a set of ids below 1001"),
     "a set of ids of another type": (save("ids.video", lambda v: v.view(np.int64)), "not a set of ids below 1001"),
-    "a column too many": (lambda f: (np.save(f / "item.tag.npy", np.zeros(3)), seal(f)), "item.tag.npy: not a file"),
+    "a column too many": (add_column, "item.tag.npy: not a file"),
     "a file that is not listed": (lambda f: (f / "notes").touch(), "notes: not a file that meta.json"),
-    "a column too few": (lambda f: ((f / "item.video.npy").unlink(), seal(f)), "item.video.npy: no such file"),
+    "a column too few": (remove_column, "item.video.npy: no such file"),
     "a listed file too few": (lambda f: (f / "ids.video.npy").unlink(), "ids.video.npy: no such file"),
+    "a FIFO": (replace_by_fifo, "item.video.npy: not a readable .npy file \\(not a regular file"),
     "a flipped bit": (flip, "item.video.npy: does not match its checksum"),
     "another size in the schema": (lambda f: seal(f, schema=schema_with(size=99)), "type uint16, not uint8"),
     "a smaller size in the schema": (lambda f: seal(f, schema=schema_with(size=257 - 40)), "not uint8"),

@@ -71,8 +71,8 @@ def test_one_day_cannot_train_and_test(tmp_path: Path) -> None:
 
 def test_a_day_needs_all_three_files(tmp_path: Path) -> None:
     make(tmp_path, ["2024-01-13", "2024-01-14", "2024-01-15", "2024-01-16"])
-    for place, name in enumerate(("2024-01-13", "2024-01-14", "2024-01-15")):
-        recflow.day_paths(tmp_path, name)[place].unlink()
+    for number, name in enumerate(("2024-01-13", "2024-01-14", "2024-01-15")):
+        recflow.day_paths(tmp_path, name)[number].unlink()
     make(tmp_path, ["notes", ".2024-01-17", "2024-01-18.feather.5"])
     assert recflow.available_days(tmp_path, named=True) == ["2024-01-16"]
     assert days.training_days(log_in(tmp_path), ["2024-01-16"]) == ["2024-01-16"]

@@ -98,11 +98,11 @@ def test_every_request_comes_once_and_the_last_batch_may_be_smaller(day: DayCach
 
 def test_batches_are_those_of_the_day(day: DayCache) -> None:
     order = training_order(day, seed=2, epoch=0, shuffle=True)
-    for place, batch in enumerate(batches(day, order, 5, CPU, PREPARE)):
-        expected = PREPARE(day.batch(order[5 * place : 5 * place + 5]))
+    for number, batch in enumerate(batches(day, order, 5, CPU, PREPARE)):
+        expected = PREPARE(day.batch(order[5 * number : 5 * number + 5]))
         for ours, theirs in zip(batch.tensors(), expected.tensors(), strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-    assert place == 4
+    assert number == 4
 
 
 def test_batches_go_to_the_device_asked_for(day: DayCache) -> None:
@@ -194,9 +194,9 @@ def test_one_batch_is_assembled_ahead_of_its_use_by_another_thread() -> None:
     day = Watched()
     found = run(day, 5)
     day.wait([])
-    for place in range(5):
-        assert next(found) == place
-        day.wait(list(range(min(place + 2, 5))))
+    for number in range(5):
+        assert next(found) == number
+        day.wait(list(range(min(number + 2, 5))))
     assert next(found, None) is None
     assert threading.current_thread() not in day.threads and day.ended()
 
@@ -213,8 +213,8 @@ def test_an_error_of_the_thread_comes_through_after_the_batches_before_it() -> N
 
 def test_the_thread_ends_with_a_loop_that_is_left_early() -> None:
     day = Watched()
-    for place in run(day, 100):
-        if place == 2:
+    for number in run(day, 100):
+        if number == 2:
             break
     else:
         raise AssertionError("the loop was not left")

@@ -37,40 +37,19 @@ from deep_components.files import write_atomically
 HISTORY_LENGTH = 50
 GROUP_NAMES = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg", "rerank_pos", "rerank_neg")
 ITEM_COLUMNS = (
-    "video_id",
-    "author_id",
-    "duration",
-    "category_level_two",
-    "upload_type",
-    "upload_timestamp",
-    "category_level_one",
+    "video_id", "author_id", "duration", "category_level_two", "upload_type", "upload_timestamp", "category_level_one",
     "effective_view",
-)
+)  # fmt: skip
 HISTORY_COLUMNS = (
-    "video_id",
-    "author_id",
-    "category_level_two",
-    "category_level_one",
-    "upload_type",
-    "upload_timestamp",
-    "duration",
-    "request_timestamp",
-    "playing_time",
-    "request_id",
-)
+    "video_id", "author_id", "category_level_two", "category_level_one", "upload_type", "upload_timestamp", "duration",
+    "request_timestamp", "playing_time", "request_id",
+)  # fmt: skip
 ID_COUNT_FIELDS = (
-    "user_id",
-    "device_id",
-    "age",
-    "gender",
-    "province",
-    "video_id",
-    "author_id",
-    "category_level_one",
-    "category_level_two",
-    "upload_type",
-)
+    "user_id", "device_id", "age", "gender", "province", "video_id", "author_id", "category_level_one",
+    "category_level_two", "upload_type",
+)  # fmt: skip
 REQUEST_COLUMNS = ("request_id", "request_timestamp", "user_id", "device_id", "age", "gender", "province")
+_INDICES = ("rank_index", "rerank_index")
 ORIGIN_FILE = "others/origin.json"
 
 PERIOD_1 = tuple(str(datetime.date(2024, 1, 13) + datetime.timedelta(days=offset)) for offset in range(23))
@@ -245,42 +224,38 @@ def read_requests(path: Path, truth_flag: str, truth_index: str | None) -> Reque
     Raises InputError when the file is missing or damaged, a column is missing or not of integers, or the flag is
     neither 0 nor 1.
     """
-    kept: dict[str, list[np.ndarray]] = {}
-    again: dict[str, list[np.ndarray]] = {}  # a row of every request that an earlier batch has too
-    truths: list[np.ndarray] = []
-    disagreeing: list[np.ndarray] = []
-    seen = np.empty(0, np.int64)  # sorted ids of the requests met so far
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in REQUEST_COLUMNS}
+    truths, disagreeing = [], []
     for batch in _record_batches(path, _columns_read(truth_flag, truth_index)):
         ids = batch("request_id")
-        changes = np.flatnonzero(ids[1:] != ids[:-1]) + 1  # rows of a request mostly stand together
-        starts = np.concatenate([np.zeros(min(len(ids), 1), np.int64), changes])
-        distinct, first, run = np.unique(ids[starts], return_index=True, return_inverse=True)
-        new = ~np.isin(distinct, seen, assume_unique=True)
-        rows = np.sort(starts[first[new]])
-        seen = np.union1d(seen, distinct[new])
-        head = starts[first][np.repeat(run, np.diff(starts, append=len(ids)))]  # of every row: its request's first
+        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)])
+        _, first, run = np.unique(ids[starts], return_index=True, return_inverse=True)
+        first_row = starts[first][np.repeat(run, np.diff(starts, append=len(ids)))]  # of each row's request
         disagree = np.zeros(len(ids), bool)
-        for name in REQUEST_COLUMNS:
+        for name, parts in kept.items():
             values = ids if name == "request_id" else batch(name)
-            kept.setdefault(name, []).append(values[rows])
-            again.setdefault(name, []).append(values[starts[first[~new]]])
-            disagree |= values != values[head]
+            parts.append(values[np.sort(starts[first])])
+            disagree |= values != values[first_row]
         disagreeing.append(np.unique(ids[disagree]))
-        truth = np.zeros((3, 0), np.int64)
         if truth_index is not None:
-            flags = batch(truth_flag)
-            wrong = flags[(flags < 0) | (flags > 1)]
-            if len(wrong):
-                raise InputError(f"{path}: column {truth_flag} holds {wrong[0]}, not 0 or 1; fetch the file again")
-            flagged = np.flatnonzero(flags)
-            truth = np.stack([ids[flagged], batch("video_id")[flagged], batch(truth_index)[flagged]])
-        truths.append(truth)
-    if not len(seen):
+            rows = np.flatnonzero(_flags(path, truth_flag, batch(truth_flag)))
+            truths.append(np.stack([ids[rows], batch("video_id")[rows], batch(truth_index)[rows]]))
+    joined = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in kept.items()}
+    ids = joined["request_id"]
+    if not len(ids):
         raise InputError(f"{path}: holds no request; fetch the file again")
-    fields = {name: np.concatenate(parts) for name, parts in kept.items()}
-    disagreeing.append(_disagreeing(fields, {name: np.concatenate(parts) for name, parts in again.items()}))
-    request_id, video_id, index = np.concatenate(truths, axis=1)
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    disagreeing += [ids[values != values[first[inverse]]] for values in joined.values()]  # of several record batches
+    fields = {name: values[np.sort(first)] for name, values in joined.items()}
+    request_id, video_id, index = np.concatenate([np.zeros((3, 0), np.int64), *truths], axis=1)
     return Requests(fields, request_id, video_id, index, len(np.unique(np.concatenate(disagreeing))))
+
+
+def _flags(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+    wrong = values[(values < 0) | (values > 1)]
+    if len(wrong):
+        raise InputError(f"{path}: column {name} holds {wrong[0]}, not 0 or 1; fetch the file again")
+    return values
 
 
 def check_feather(path: Path, truth_flag: str, truth_index: str | None) -> int:
@@ -296,15 +271,10 @@ def _columns_read(truth_flag: str, truth_index: str | None) -> tuple[str, ...]:
     return REQUEST_COLUMNS if truth_index is None else (*REQUEST_COLUMNS, "video_id", truth_flag, truth_index)
 
 
-def _disagreeing(fields: Mapping[str, np.ndarray], again: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The ids of those requests of ``again`` that have other values in ``fields``."""
-    order = np.argsort(fields["request_id"])
-    place = order[np.searchsorted(fields["request_id"], again["request_id"], sorter=order)]
-    return again["request_id"][np.any([fields[name][place] != again[name] for name in REQUEST_COLUMNS], axis=0)]
-
-
 def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[str], np.ndarray]]:
     """For each record batch a function that reads one of its columns as int64."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; fetch the file again")
     with _readable(path), pa.OSFile(str(path)) as source:  # read, not mapped: mapped pages would count as memory too
         schema = pa.ipc.open_file(source).schema
         readers = {}
@@ -402,31 +372,27 @@ def write_origin(root: Path, origin: Mapping[str, Any]) -> None:
 
 def _all_stage_table(log: DayLog) -> pa.Table:
     """One row per distinct (request, video): requests in order, videos in their order of first appearance."""
-    num_requests = len(log.request["request_id"])
     names = [name for name in GROUP_NAMES if name != "rank_pos"] + ["rank_pos"]
     items = np.concatenate([log.groups[name] for name in names], axis=1)  # [R, 60, 8]
-    per_request, size = items.shape[1], items.shape[1] // len(names)
-    columns: dict[str, np.ndarray] = {name: np.zeros((num_requests, per_request), np.int64) for name in GROUP_NAMES}
-    for place, name in enumerate(names):
-        columns[name][:, place * size : (place + 1) * size] = 1
-    columns["rank_index"] = np.zeros((num_requests, per_request), np.int64)
-    columns["rank_index"][:, -size:] = log.rank_index
-    columns["rerank_index"] = np.zeros((num_requests, per_request), np.int64)
+    requests, per_request = items.shape[:2]
+    size = per_request // len(names)
+    merged = {name: np.zeros((requests, per_request), np.int64) for name in (*GROUP_NAMES, *_INDICES)}
+    for number, name in enumerate(names):
+        merged[name][:, number * size : (number + 1) * size] = 1
+    merged["rank_index"][:, -size:] = log.rank_index
     start = names.index("rerank_pos") * size
-    columns["rerank_index"][:, start : start + 2 * size] = log.rerank_index
+    merged["rerank_index"][:, start : start + 2 * size] = log.rerank_index
 
-    request_of_row = np.repeat(np.arange(num_requests), per_request)
-    rows = items.reshape(-1, len(ITEM_COLUMNS))
-    order = np.lexsort((rows[:, 0], request_of_row))  # stable: equal pairs stay in order of appearance
-    new_pair = np.ones(len(order), bool)
-    new_pair[1:] = (np.diff(request_of_row[order]) != 0) | (np.diff(rows[order, 0]) != 0)
-    starts = np.flatnonzero(new_pair)
-    first = order[starts]  # the pair's first appearance
-    keep = np.argsort(first, kind="stable")
-    first = first[keep]
+    # Rows of one pair next to each other, the pair's first appearance in front (lexsort is stable).
+    request, rows = np.repeat(np.arange(requests), per_request), items.reshape(-1, len(ITEM_COLUMNS))
+    order = np.lexsort((rows[:, 0], request))
+    pairs = np.stack([request[order], rows[order, 0]])
+    starts = np.flatnonzero(np.append(True, (pairs[:, 1:] != pairs[:, :-1]).any(axis=0)))
+    keep = np.argsort(order[starts])
+    first = order[starts][keep]
 
-    data: dict[str, np.ndarray] = {field: log.request[field][request_of_row[first]] for field in REQUEST_COLUMNS}
-    data |= {field: rows[first, place] for place, field in enumerate(ITEM_COLUMNS)}
-    for field, values in columns.items():  # a video in several groups carries all their flags and indices
+    data: dict[str, np.ndarray] = {field: log.request[field][request[first]] for field in REQUEST_COLUMNS}
+    data |= {field: rows[first, number] for number, field in enumerate(ITEM_COLUMNS)}
+    for field, values in merged.items():  # a video in several groups carries all their flags and indices
         data[field] = np.maximum.reduceat(values.reshape(-1)[order], starts)[keep]
     return pa.table(data)

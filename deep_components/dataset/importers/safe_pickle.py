@@ -29,7 +29,8 @@ import numpy as np
 from deep_components.errors import InputError
 
 _TYPE_STRING = re.compile(r"[iufb]\d{1,2}")  # as numpy pickles them; np.dtype itself would parse far more
-_MAX_DIMENSIONS = 8
+_MAX_DIMENSIONS = 4
+_MAX_SIZE = 1 << 40  # of one dimension; shapes of larger ones could be made to have one hash
 _BLOCK = 1 << 20  # bytes read at a time
 _LONGEST_OPCODE = 16
 _MAX_LINE = 1 << 10  # names are written as lines
@@ -65,7 +66,7 @@ class PickledArray:
         if not isinstance(dtype, _PickledDtype):
             raise ValueError("an array whose elements are not numbers")
         sizes = isinstance(shape, tuple) and len(shape) <= _MAX_DIMENSIONS
-        if not sizes or not all(type(size) is int and size >= 0 for size in shape):
+        if not sizes or not all(type(size) is int and 0 <= size < _MAX_SIZE for size in shape):
             raise ValueError(f"an array whose shape is not a tuple of at most {_MAX_DIMENSIONS} sizes")
         if not isinstance(data, bytes) or len(data) != math.prod(shape) * dtype.dtype.itemsize:
             raise ValueError(f"an array whose data do not fill its shape {reprlib.repr(shape)}")
@@ -544,9 +545,9 @@ def iterate_pickle(path: Path) -> Iterator[list[tuple[Any, Any]]]:
 def _opened(path: Path) -> Iterator[FileIO]:
     """The file; says in one sentence why it cannot be read."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
+            raise InputError(f"{path}: cannot be read (not a regular file)")
         with path.open("rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise InputError(f"{path}: cannot be read (not a regular file)")
             yield file
     except InputError:
         raise

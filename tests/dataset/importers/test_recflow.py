@@ -75,8 +75,8 @@ def test_golden_batches(golden: Path, tmp_path: Path, cascade: Cascade, day: str
         np.testing.assert_array_equal(ours[name], theirs.pop(golden_name), err_msg=name)
     length = np.maximum(ours["history_mask"].sum(axis=1), 1)
     np.testing.assert_array_equal(length, theirs.pop("history_len"))
-    for place, group in enumerate(cascade.groups):
-        columns = slice(10 * place, 10 * place + 10)
+    for number, group in enumerate(cascade.groups):
+        columns = slice(10 * number, 10 * number + 10)
         mask = theirs.pop(f"mask/{group.name}")
         np.testing.assert_array_equal(ours["mask"][:, columns], mask, err_msg=group.name)
         np.testing.assert_array_equal(ours["items"][:, columns], theirs.pop(f"items/{group.name}"), err_msg=group.name)
@@ -138,8 +138,8 @@ def expected_arrays(root: Path, cascade: Cascade, zone: ZoneInfo) -> dict[str, n
         for name in names:
             group = groups_of[request].get(name)
             listed = [] if group is None else [[int(value) for value in item] for item in group]
-            for place in range(10):
-                item = listed[place] if place < len(listed) else None
+            for number in range(10):
+                item = listed[number] if number < len(listed) else None
                 if item is not None and name == truth[0] and (request, item[0]) not in index:
                     item = None  # its label is unknown
                 mask.append(item is not None)
@@ -192,7 +192,7 @@ def ragged(root: Path, seed: int) -> None:
         )
 
     def spoil_groups(requests: dict[int, dict[str, np.ndarray]]) -> None:
-        for place, groups in enumerate(requests.values()):
+        for number, groups in enumerate(requests.values()):
             sound = dict(groups)
             for name, rows in sound.items():
                 choices = forms(rows, sound["coarse_neg" if name == "rank_neg" else "rank_neg"][:4])
@@ -201,7 +201,7 @@ def ragged(root: Path, seed: int) -> None:
                     del groups[name]
                 else:
                     groups[name] = choices[chosen]
-            if place == 3:
+            if number == 3:
                 groups.clear()
         known = list(requests)
         requests[123] = requests[known[0]]  # stands in no row
@@ -234,8 +234,8 @@ def ragged(root: Path, seed: int) -> None:
 def test_a_complete_log(tmp_path: Path, cascade: Cascade, zone: str) -> None:
     ours = compare(write_log(tmp_path), cascade, zone)
     assert ours["mask"].all() and len(ours["mask"]) == 12
-    for place, field in enumerate(("video_id", "author_id", "category_level_two")):
-        assert ours["items"][..., place].max() == COUNTS[field] + 1  # the largest id keeps its row
+    for number, field in enumerate(("video_id", "author_id", "category_level_two")):
+        assert ours["items"][..., number].max() == COUNTS[field] + 1  # the largest id keeps its row
     assert ours["items"][..., 3].min() == 0  # not shifted
 
 
@@ -343,8 +343,8 @@ def test_a_group_that_the_log_lacks(tmp_path: Path, group: Group, text: str) -> 
     check_refused(tmp_path, f"cascade two_stage: {text}", cascade=cascade)
     first = replace(TWO_STAGE, groups=(Group("rank_pos"), *TWO_STAGE.groups[1:]))
     check_refused(tmp_path, "group rank_pos has neither position nor index_field", cascade=first)
-    other = replace(TWO_STAGE, groups=(Group("rank_pos", index_field="place"), *TWO_STAGE.groups[1:]))
-    check_refused(tmp_path, "2024-01-15.feather: column place is missing", cascade=other)
+    other = replace(TWO_STAGE, groups=(Group("rank_pos", index_field="number"), *TWO_STAGE.groups[1:]))
+    check_refused(tmp_path, "2024-01-15.feather: column number is missing", cascade=other)
 
 
 def test_the_history_length_takes_the_last_events(tmp_path: Path) -> None:
@@ -391,22 +391,22 @@ def edit_history(root: Path, edit: Callable[[np.ndarray], Any]) -> None:
     edit_pickle(recflow.history_path(root, DAY), change)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_missing_file(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_file(tmp_path: Path, number: int) -> None:
     write_log(tmp_path, random_log(1), "2024-01-16")
-    path = recflow.day_paths(write_log(tmp_path), DAY)[place]
+    path = recflow.day_paths(write_log(tmp_path), DAY)[number]
     path.unlink()
     check_refused(tmp_path, str(path), "no such file", "data/README.md")
 
 
-ITEM_PLACES = {
+ITEM_INDEX = {
     "video_id": 0,
     "author_id": 1,
     "category_level_two": 3,
     "upload_type": 4,
     "category_level_one": 6,
 }
-HISTORY_PLACES = {
+HISTORY_INDEX = {
     "video_id": 0,
     "author_id": 1,
     "category_level_two": 2,
@@ -415,14 +415,14 @@ HISTORY_PLACES = {
 }
 
 
-@pytest.mark.parametrize("field", ITEM_PLACES)
+@pytest.mark.parametrize("field", ITEM_INDEX)
 @pytest.mark.parametrize("above", [True, False])
 def test_an_item_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
     write_log(tmp_path)
     value = COUNTS[field] + 1 if above else -1
 
     def spoil(rows: np.ndarray) -> None:
-        rows[4, ITEM_PLACES[field]] = value
+        rows[4, ITEM_INDEX[field]] = value
 
     edit_group(tmp_path, "coarse_neg", spoil)
     path = recflow.request_path(tmp_path, DAY)
@@ -430,14 +430,14 @@ def test_an_item_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> N
     check_refused(tmp_path, str(path), *texts)
 
 
-@pytest.mark.parametrize("field", HISTORY_PLACES)
+@pytest.mark.parametrize("field", HISTORY_INDEX)
 @pytest.mark.parametrize("above", [True, False])
 def test_an_id_in_a_history_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
     write_log(tmp_path)
     value = COUNTS[field] + 1 if above else -1
 
     def spoil(rows: np.ndarray) -> None:
-        rows[49, HISTORY_PLACES[field]] = value
+        rows[49, HISTORY_INDEX[field]] = value
         rows[49, 7] = 1
 
     edit_history(tmp_path, spoil)
@@ -587,6 +587,6 @@ def test_an_array_without_its_state(tmp_path: Path) -> None:
     write_log(tmp_path, random_log(1))
     path = recflow.request_path(tmp_path, DAY)
     content = path.read_bytes()
-    place = content.rindex(b"t\x94b") + 2  # TUPLE, MEMOIZE, BUILD
-    path.write_bytes(content[:place] + b"0" + content[place + 1 :])
+    number = content.rindex(b"t\x94b") + 2  # TUPLE, MEMOIZE, BUILD
+    path.write_bytes(content[:number] + b"0" + content[number + 1 :])
     check_refused(tmp_path, str(path), cascade=THREE_STAGE)  # it has rerank_neg, the file's last array

@@ -154,11 +154,11 @@ def test_a_damaged_file(tmp_path: Path, compression: str) -> None:
     content = bytearray((tmp_path / "day.feather").read_bytes())
     path = tmp_path / "damaged.feather"
     refused = 0
-    for place in [*range(0, len(content), 97), *range(len(content) - 1500, len(content), 11)]:
-        content[place] ^= 0xFF
+    for number in [*range(0, len(content), 97), *range(len(content) - 1500, len(content), 11)]:
+        content[number] ^= 0xFF
         path.unlink(missing_ok=True)
         path.write_bytes(content)
-        content[place] ^= 0xFF
+        content[number] ^= 0xFF
         try:
             read_requests(path, "rank_pos", "rank_index")
         except InputError as error:
@@ -217,7 +217,7 @@ def test_one_record_batch_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 def test_only_the_columns_needed_are_read(tmp_path: Path) -> None:
     rows = 200_000
-    others = {f"other_{place}": np.zeros(rows, np.int64) for place in range(30)}
+    others = {f"other_{number}": np.zeros(rows, np.int64) for number in range(30)}
     path = tmp_path / "day.feather"
     table = pa.table(others | columns_of(rows, 100))
     pyarrow.feather.write_feather(table, path, compression="lz4", chunksize=rows)
@@ -281,13 +281,13 @@ def distinct_pairs(log: recflow.DayLog) -> Mapping[tuple[int, int], dict[str, in
     pairs: dict[tuple[int, int], dict[str, int]] = {}
     for request, request_id in enumerate(log.request["request_id"].tolist()):
         for group in GROUP_NAMES:
-            for place, item in enumerate(log.groups[group][request].tolist()):
+            for number, item in enumerate(log.groups[group][request].tolist()):
                 row = pairs.setdefault((request_id, item[0]), dict.fromkeys(GROUP_NAMES, 0))
                 row[group] = 1
                 if group == "rank_pos":
-                    row["rank_index"] = int(log.rank_index[request, place])
+                    row["rank_index"] = int(log.rank_index[request, number])
                 if group.startswith("rerank"):
-                    at = place + 10 * (group == "rerank_neg")
+                    at = number + 10 * (group == "rerank_neg")
                     row["rerank_index"] = int(log.rerank_index[request, at])
     return pairs
 
@@ -299,11 +299,11 @@ def test_a_written_day_reads_back(tmp_path: Path) -> None:
     requests = dict(chain.from_iterable(recflow.read_request_dict(recflow.request_path(tmp_path, DAY))))
     histories = dict(chain.from_iterable(recflow.read_history_dict(recflow.history_path(tmp_path, DAY))))
     assert list(requests) == list(histories) == log.request["request_id"].tolist()
-    for place, (groups, history) in enumerate(zip(requests.values(), histories.values(), strict=True)):
-        np.testing.assert_array_equal(history.to_numpy(), log.history[place])
+    for number, (groups, history) in enumerate(zip(requests.values(), histories.values(), strict=True)):
+        np.testing.assert_array_equal(history.to_numpy(), log.history[number])
         assert set(groups) == set(GROUP_NAMES)
         for name in GROUP_NAMES:
-            np.testing.assert_array_equal(groups[name].to_numpy(), log.groups[name][place])
+            np.testing.assert_array_equal(groups[name].to_numpy(), log.groups[name][number])
     rows = pyarrow.feather.read_table(recflow.feather_path(tmp_path, DAY), memory_map=False).to_pylist()
     pairs = distinct_pairs(log)
     assert len(rows) == len(pairs) == 6 * 55

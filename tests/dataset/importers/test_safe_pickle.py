@@ -516,11 +516,11 @@ def loads_or_refuses(folder: Path, content: bytes) -> None:
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_a_flipped_bit_gives_a_value_or_is_refused(tmp_path: Path, protocol: int) -> None:
     content = bytearray(pickle.dumps(SMALL, protocol))
-    for place in range(len(content)):
+    for number in range(len(content)):
         for bit in range(8):
-            content[place] ^= 1 << bit
+            content[number] ^= 1 << bit
             loads_or_refuses(tmp_path, bytes(content))
-            content[place] ^= 1 << bit
+            content[number] ^= 1 << bit
 
 
 OPCODES = sorted(opcode.code.encode("latin1") for opcode in pickletools.opcodes)
@@ -536,10 +536,10 @@ OPCODES = sorted(opcode.code.encode("latin1") for opcode in pickletools.opcodes)
 )
 def test_wrong_bytes_give_a_value_or_are_refused(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(pickle.dumps(SMALL, data.draw(st.sampled_from(PROTOCOLS), "protocol")))
-    places = st.integers(0, len(content) - 1)
+    offsets = st.integers(0, len(content) - 1)
     wrong = st.one_of(st.binary(min_size=1, max_size=1), st.sampled_from(OPCODES))
-    for place, byte in data.draw(st.lists(st.tuples(places, wrong), min_size=1, max_size=4), "changes"):
-        content[place : place + 1] = byte
+    for number, byte in data.draw(st.lists(st.tuples(offsets, wrong), min_size=1, max_size=4), "changes"):
+        content[number : number + 1] = byte
     loads_or_refuses(tmp_path, bytes(content))
 
 
