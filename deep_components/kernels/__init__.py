@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,6 +274,14 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
             str(reason).strip().splitlines()[-1] if str(reason).strip() else type(error).__name__,
         )
         return None
+
+
+def use_kernels(parts: Iterable[Any], kernels: Kernels | None) -> None:
+    """Have models and embedding stores use compiled loops, or with None PyTorch's operators. All must be on a CPU."""
+    for part in parts:
+        for holder in part.modules() if isinstance(part, torch.nn.Module) else [part]:
+            if hasattr(holder, "kernels"):
+                holder.kernels = kernels
 
 
 def _compiled(real: str) -> Path:
