@@ -136,8 +136,9 @@ def _scores(
         model.to(device=device, dtype=dtype).eval()
         stores[stage].to(device, dtype)
     load_trained(run, models, stores)
-    kernels = load_kernels(dtype) if args.compile and device.type == "cpu" else None
-    use_kernels([*models.values(), *stores.values()], kernels)
+    use_kernels(
+        [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
+    )
     return score_day(models, stores, day, args.batch_size, device)
 
 

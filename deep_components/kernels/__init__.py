@@ -276,12 +276,12 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def use_kernels(parts: Iterable[Any], kernels: Kernels | None) -> None:
-    """Have models and embedding stores use compiled loops, or with None PyTorch's operators. All must be on a CPU."""
-    for part in parts:
-        for holder in part.modules() if isinstance(part, torch.nn.Module) else [part]:
-            if hasattr(holder, "kernels"):
-                holder.kernels = kernels
+def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
+    """Have models and embedding stores compute with the kernels, or with None by PyTorch's operators: whatever has an
+    attribute ``kernels`` for them. All must be on a CPU."""
+    for user in users:
+        if hasattr(user, "kernels"):
+            user.kernels = kernels
 
 
 def _compiled(real: str) -> Path:

@@ -111,7 +111,6 @@ def test_scores_npz(log: Path, run: Path) -> None:
     assert np.array_equal(scores["request_id"], day.request_id.numpy())
     assert np.array_equal(scores["labels"], day.targets.labels.numpy())
     assert np.array_equal(scores["mask"], day.targets.mask.numpy())
-    assert np.array_equal(scores["group"], day.targets.group.numpy())
 
 
 def test_per_request_npz(log: Path, run: Path) -> None:
