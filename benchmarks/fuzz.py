@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.log import LOG_FILE, open_log, write_log_file
 from deep_components.dataset.manifest import MANIFEST_FILE, write_manifest
 from deep_components.errors import InputError
-from deep_components.runs.records import read_folder
+from deep_components.reporting.frame import frame
 from deep_components.runs.state import load
 from tests.dataset.synthetic import DAY, random_log, write_log
 
@@ -108,8 +108,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    held = read_folder(run)
-    return {"config": held.config, "metrics": held.metrics}
+    return {"rows": repr(frame(run).to_dict("records"))}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -216,54 +215,44 @@ def _refused(target: Target, message: str) -> tuple[str, str]:
     return "refused", ""
 
 
-def _executions(folder: Path, seeds: range, until: float, connection: Any) -> None:
-    """Executions in a process of their own, whose crash is seen from outside: each seed is sent before it is used."""
+def _executions(folder: Path, seeds: range, until: float, current: Any) -> None:
+    """Executions in a process of their own, whose crash is seen from outside: ``current`` is the seed in use. What is
+    found is printed; exit code 1 when something is."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES,) * 2)
     fuzzer = Fuzzer(make_targets(folder))
     for seed in seeds:
         if time.monotonic() > until:
             break
-        connection.send(seed)
+        current.value = seed
         fuzzer.execute(seed)
-    connection.send((fuzzer.counts, fuzzer.findings))
-
-
-def rounds(seconds: float, seed: int, executions: int) -> Iterator[tuple[Counter[str], list[str]]]:
-    """Counts and findings of one process after another, until the time is over or the executions are made."""
-    until, last = time.monotonic() + seconds, seed + executions
-    while seed < last and time.monotonic() < until:
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        seeds = range(seed, min(seed + EXECUTIONS_PER_PROCESS, last))
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = (Path(folder), seeds, until, theirs)
-            process = multiprocessing.get_context("fork").Process(target=_executions, args=arguments)
-            process.start()
-            theirs.close()
-            try:
-                while isinstance(received := ours.recv(), int):
-                    seed = received + 1
-            except EOFError:
-                process.join()
-                received = Counter(), [f"seed {seed - 1}: the process ended with {process.exitcode}"]
-            process.join()
-        yield received
+    current.value += 1
+    lines = [f"{fuzzer.counts.total()} executions: {dict(fuzzer.counts)}", *fuzzer.findings]
+    print("\n".join(lines), flush=True)
+    sys.exit(bool(fuzzer.findings))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Damage every file that is read, and watch.", allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="of the first execution; the next has the next number")
-    parser.add_argument("--executions", type=int, default=sys.maxsize, help="stop after so many")
+    parser.add_argument("--executions", type=int, default=1 << 62, help="stop after so many")
     args = parser.parse_args()
     logging.getLogger("deep_components").setLevel(logging.WARNING)
     logging.getLogger().addHandler(logging.NullHandler())
-    total, findings = Counter[str](), list[str]()
-    for counts, found in rounds(args.seconds, args.seed, args.executions):
-        total, findings = total + counts, findings + found
-        print(f"{total.total()} executions: {dict(total)}; {len(findings)} findings", flush=True)
-    print("\n".join(findings))
-    return 1 if findings else 0
+    context, until = multiprocessing.get_context("fork"), time.monotonic() + args.seconds
+    current, last, failed = context.Value("q", args.seed), args.seed + args.executions, False
+    while current.value < last and time.monotonic() < until:
+        seeds = range(current.value, min(current.value + EXECUTIONS_PER_PROCESS, last))
+        with tempfile.TemporaryDirectory() as folder:
+            process = context.Process(target=_executions, args=(Path(folder), seeds, until, current))
+            process.start()
+            process.join()
+        failed |= process.exitcode != 0
+        if process.exitcode not in (0, 1):
+            print(f"seed {current.value}: the process ended with {process.exitcode}", flush=True)
+            current.value += 1
+    return int(failed)
 
 
 if __name__ == "__main__":

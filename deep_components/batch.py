@@ -103,7 +103,7 @@ class CascadeBatch(Generic[F]):
         return replace(moved, features=features)
 
     def pin_memory(self) -> "CascadeBatch[F]":
-        return self.apply(Tensor.pin_memory)
+        return self.apply(lambda tensor: tensor.contiguous().pin_memory())  # the groups may be an expanded view
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -83,7 +83,7 @@ def test_golden(cascade: Cascade, golden: Path) -> None:
         case = {key.removeprefix(prefix): arrays_of[key] for key in arrays_of if key.startswith(prefix)}
     scores = {stage: torch.from_numpy(case[f"logits/{stage}"]) for stage in cascade.stage_names}
     mask = torch.from_numpy(case["mask"]).bool()
-    relevant = (torch.arange(cascade.num_items) < cascade.group_size).expand_as(mask)
+    relevant = torch.from_numpy(cascade.group_of_item == 0).expand_as(mask)
     quotas = {stage.name: stage.keep for stage in cascade.stages}
     actual = cascade_metrics(scores, torch.from_numpy(case["labels"]), mask, relevant, quotas, cascade.num_relevant)
     np.testing.assert_allclose(actual["joint_recall@10@20"], case["joint_recall@10@20"], rtol=0, atol=1e-6)

@@ -56,7 +56,7 @@ def arguments(shop: Path, run: Path, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_evaluated(shop: Path, tmp_path: Path, method: str) -> None:
-    sizes = ("--emb_dim=4", "--nn_units=8", "--batch_size=20", f"--cascade={shop / 'shop.toml'}")
+    sizes = ("--emb_dim=4", "--nn_units=32", "--batch_size=20", f"--cascade={shop / 'shop.toml'}")
     run_train.main(arguments(shop, tmp_path, *sizes, f"--loss_type={method}"))
     run_test.main(arguments(shop, tmp_path, "--save_scores"))
     metrics, config = read_json(tmp_path / "metrics.json"), read_json(tmp_path / "config.json")

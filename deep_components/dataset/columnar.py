@@ -9,10 +9,11 @@ index it hands out lies outside its table.
 import hashlib
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import time
-import tokenize
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,10 +39,11 @@ _OPTIONAL = "item.group"
 _MAX_SIZE = 1 << 32  # rows of a table
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
-# What NumPy raises for a header that is none; its parser is Python's own.
-_UNREADABLE = (
-    *(OSError, ValueError, TypeError, EOFError, RuntimeError, AttributeError),
-    *(SyntaxError, tokenize.TokenError),
+# The beginning of a .npy file as np.save writes it. numpy's own reader parses it as Python.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(\|b1|[<>|][iu][1248]|[<>]f[248])', 'fortran_order': False, "
+    rb"'shape': \((\d{0,18}(?:, \d{1,18}){0,2}),?\), \} *\n",
+    re.DOTALL,
 )
 _JUST_WRITTEN = 100_000_000  # nanoseconds: a file system's clock may not tell apart what is written within them
 
@@ -371,15 +373,18 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
     try:
         if not path.is_file():
             raise ValueError("not a regular file")
-        header = np.load(path, mmap_mode="r")
-        size = path.stat().st_size
-        if not header.flags.c_contiguous or size != header.offset + header.nbytes:
-            raise ValueError(f"not one array in C order, and its {size} bytes")
+        with path.open("rb") as file:
+            header, size = _HEADER.match(file.read(1 << 10)), path.stat().st_size
+        if header is None:
+            raise ValueError("it does not begin as one that np.save writes of numbers in C order")
+        dtype, shape = np.dtype(header[1].decode()), tuple(int(part) for part in header[2].split(b",") if part)
+        if size != header.end() + math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its {size} bytes are not those of the array that it declares")
         whole = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
-        column = whole[header.offset :].view(header.dtype).reshape(header.shape)
-    except _UNREADABLE as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(f"{path}: not a readable .npy file ({reason}); make the day again") from error
+    column = whole[header.end() :].view(dtype).reshape(shape)
     column.flags.writeable = False
     return column
 

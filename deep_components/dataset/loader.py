@@ -72,9 +72,7 @@ def batches(
 
     def assemble(requests: np.ndarray) -> CascadeBatch[SlotFeatures]:
         batch = prepare(day.batch(requests))
-        return (
-            batch.apply(torch.Tensor.contiguous).pin_memory() if device.type == "cuda" else batch
-        )  # no views of a row
+        return batch.pin_memory() if device.type == "cuda" else batch  # no views of a row
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = pool.submit(assemble, pieces[0])

@@ -21,7 +21,7 @@ from deep_components.dataset.loader import batches
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
-from deep_components.kernels import load_kernels
+from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
 from deep_components.models import build_models
 from deep_components.runs.folder import (
@@ -35,7 +35,6 @@ from deep_components.runs.folder import (
 from deep_components.schema import Schema
 from deep_components.tables.lookup import TableLookup
 from deep_components.tables.store import EmbeddingStore, build_stores
-from deep_components.training.step import use_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +97,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
     _write_arrays(run / PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
     if args.save_scores:
-        kept = {name: values for name, values in scored.items() if name != "group"}
-        _write_arrays(run / SCORES_FILE, kept, data=np.array(log.origin))
+        _write_arrays(run / SCORES_FILE, scored, data=np.array(log.origin))
     write_json(run / METRICS_FILE, results)
     return results
 
@@ -138,7 +136,9 @@ def _scores(
         model.to(device=device, dtype=dtype).eval()
         stores[stage].to(device, dtype)
     load_trained(run, models, stores)
-    use_kernels(models, stores, load_kernels(dtype) if args.compile and device.type == "cpu" else None)
+    use_kernels(
+        [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
+    )
     return score_day(models, stores, day, args.batch_size, device)
 
 

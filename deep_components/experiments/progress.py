@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -22,10 +21,9 @@ class Progress:
     """The share of all runs that is done, a run in training counting by its steps."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._share = {run.folder: _share(run) for run in runs}
         self._open = {run.folder: run for run in runs}
-        self._training: dict[Path, str] = {}
-        shown, done = sys.stderr.isatty(), sum(self._share.values())
+        self._before = {run.folder: _share(run) for run in runs}
+        shown, done = sys.stderr.isatty(), sum(self._before.values())
         self._bar = tqdm(total=len(runs), initial=done, bar_format=_BAR, disable=not shown, leave=False)
 
     def close(self) -> None:
@@ -36,23 +34,17 @@ class Progress:
         """Read how far the open runs are."""
         if self._bar.disable:
             return
-        for folder, run in self._open.items():
-            share = _share(run)
-            if share > self._share[folder]:
-                self._share[folder], self._training[folder] = share, run.title
-        self._bar.n = sum(self._share.values())
-        self._bar.set_postfix_str("; ".join(self._training.values()), refresh=False)
-        self._bar.refresh()
+        shares = {folder: _share(run) for folder, run in self._open.items()}
+        training = [run.title for folder, run in self._open.items() if shares[folder] > self._before[folder]]
+        self._bar.n = len(self._before) - len(self._open) + sum(shares.values())
+        self._bar.set_postfix_str("; ".join(training))
 
     def ended(self, outcome: Outcome) -> None:
         """Report a run that ended."""
-        folder = outcome.run.folder
+        folder, total = outcome.run.folder, len(self._before)
         if outcome.status == "kept" and not self._bar.disable:  # no time of this session went into it
-            self._bar.initial += 1 - self._share[folder]
-        self._share[folder] = 1.0
+            self._bar.initial += 1 - self._before[folder]
         self._open.pop(folder, None)
-        self._training.pop(folder, None)
-        total = len(self._share)
         logger.info("[%d/%d] %s: %s", total - len(self._open), total, outcome.run.title, _sentence(outcome))
 
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,6 +274,14 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
             str(reason).strip().splitlines()[-1] if str(reason).strip() else type(error).__name__,
         )
         return None
+
+
+def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
+    """Have models and embedding stores compute with the kernels, or with None by PyTorch's operators: whatever has an
+    attribute ``kernels`` for them. All must be on a CPU."""
+    for user in users:
+        if hasattr(user, "kernels"):
+            user.kernels = kernels
 
 
 def _compiled(real: str) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ class Chart:
         assert box is not None
         inside = re.sub(r"\s*\n\s*", "\n", drawn[drawn.index(">") + 1 :])
         names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        title = _xml(f"{self.title}. {self.description}")
+        title = escape(f"{self.title}. {self.description}")
         return f'<svg {names} class="chart" role="img" {box[0]}><title>{title}</title>{inside}'
 
 
@@ -316,7 +317,3 @@ def _short(name: str) -> str:
     """A method's name for a chart; matplotlib leaves names that begin with _ out of a legend."""
     shown = paper_name(name).lstrip("_") or "?"
     return shown if len(shown) <= _LONGEST_NAME else f"{shown[: _LONGEST_NAME - 1]}…"
-
-
-def _xml(words: str) -> str:
-    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -44,6 +44,9 @@ class Style:
     def name(self, row: str) -> str:
         return self.escape(self.row(row))
 
+    def columns(self, metrics: Sequence[str]) -> list[str]:
+        return [self.escape(self.metric(metric)) for metric in metrics]
+
 
 @dataclass(frozen=True)
 class Table:
@@ -104,13 +107,9 @@ def metrics_document(results: Results, style: Style) -> Document:
     tables += [paper_table(results, style)] if len(results.with_paper) else []
     head = [style.escape(line) for line in (heading(results), *results.warnings)]
     notes = [style.escape(line) for line in (*results.notes, *_left_out(results.left_out))]
-    return Document(head, tables, notes, metrics_data(results), _more(results))
-
-
-def metrics_data(results: Results) -> pd.DataFrame:
-    """A record per method and metric, as in :class:`~deep_components.reporting.results.Results`, and what log it is."""
     about = {name: results.about[name] for name in ("setting", "data", "test_day", "num_requests")}
-    return pd.DataFrame([about | dict(record) for record in results.cells.to_dict("records")])
+    data = pd.DataFrame([about | record for record in results.cells.to_dict("records")])
+    return Document(head, tables, notes, data, _more(results))
 
 
 def _left_out(reasons: Mapping[Any, str]) -> list[str]:
@@ -152,18 +151,15 @@ def metrics_table(results: Results, style: Style) -> Table:
         [style.name(name), *(_number(cells[metric].loc[name], style) for metric in cells), str(seeds[name])]
         for name in results.rows
     ]
-    return Table("", ["method", *map(style.metric, results.metrics), "seeds"], rows, legend(results, style))
+    return Table("", ["method", *style.columns(results.metrics), "seeds"], rows, legend(results, style))
 
 
 def _number(cell: pd.Series, style: Style) -> str:
     number = mean_and_std(cell["mean"], cell["std"], style.plus_minus)
     if number == "undefined":
         return number
-    return style.number.format((style.best.format(number) if cell["best"] else number) + _mark(cell, style))
-
-
-def _mark(cell: pd.Series, style: Style) -> str:
-    return style.marks.get(cell["ours_is"], "")
+    mark = style.marks.get(cell["ours_is"], "")
+    return style.number.format((style.best.format(number) if cell["best"] else number) + mark)
 
 
 def comparison_table(results: Results, metric: str, style: Style) -> Table:
@@ -172,15 +168,15 @@ def comparison_table(results: Results, metric: str, style: Style) -> Table:
         f"{style.metric(metric)}, {style.row(str(results.ours))} minus each baseline; "
         f"{CONFIDENCE:.0%} bootstrap interval over requests"
     )
-    header = ["baseline", "difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)"]
     rows = []
     for made in results.compared[results.compared["metric"] == metric].to_dict("records"):
         low, high = made["interval_low"], made["interval_high"]
         interval = NOTHING if pd.isna(low) else f"[{signed(low)}, {signed(high)}]"
         numbers = [signed(made["difference"]), interval, p_value(made["p"]), p_value(made["p_holm"])]
         rows.append([style.name(made["method"]), *map(style.escape, numbers), made["ours_is"]])
-    header = [*map(style.escape, header), style.escape(f"{style.row(str(results.ours))} is")]
-    return Table(style.escape(title), header, rows)
+    header = ["baseline", "difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)"]
+    header.append(f"{style.row(str(results.ours))} is")
+    return Table(style.escape(title), [*map(style.escape, header)], rows)
 
 
 def paper_table(results: Results, style: Style) -> Table:
@@ -189,7 +185,7 @@ def paper_table(results: Results, style: Style) -> Table:
     for name in results.with_paper["method"].unique():
         cells = [results.of(metric).loc[name] for metric in results.metrics]
         rows.append([style.name(name), *(style.escape(_paper_cell(cell)) for cell in cells)])
-    header = ["method", *map(style.metric, results.metrics)]
+    header = ["method", *style.columns(results.metrics)]
     return Table("The paper's mean, and in brackets ours minus it", header, rows)
 
 
@@ -274,10 +270,8 @@ def streaming_document(collected: Collected, style: Style) -> Document:
         folders = ", ".join(map(str, runs["folder"]))
         raise InputError("; ".join(problems) or f"{folders}: no streaming.json; make the runs with --streaming")
     first = runs.iloc[0]
-    head = (
-        f"{first['setting']}, data: {first['data']}, {metric} of each day by what was trained on all days before it; "
-        "means over seeds"
-    )
+    head = f"{first['setting']}, data: {first['data']}, {metric} of each day after training on all before it; "
+    head += "means over seeds"
     data = pd.concat([curve.assign(method=name, metric=metric) for name, curve in curves.items()])
     data = data.reset_index(names="test_day")[["method", "metric", "test_day", "mean", "low", "high"]]
     notes = [style.escape(note) for note in (*problems, *_left_out(collected.left_out))]
@@ -287,9 +281,7 @@ def streaming_document(collected: Collected, style: Style) -> Document:
 def streaming_table(curves: Mapping[str, pd.DataFrame], style: Style) -> Table:
     """A row per test day, a column per method."""
     means = pd.DataFrame({name: curve["mean"] for name, curve in curves.items()}).sort_index()
-    rows = [
-        [style.escape(str(day)), *map(fixed, values)] for day, values in zip(means.index, means.to_numpy(), strict=True)
-    ]
+    rows = [[style.escape(str(day)), *map(fixed, values)] for day, *values in means.reset_index().to_numpy()]
     return Table("", ["test day", *map(style.name, means)], rows)
 
 

@@ -15,7 +15,7 @@ from torch.autograd.profiler import record_function
 
 from deep_components.batch import CascadeBatch, SlotFeatures
 from deep_components.errors import InputError
-from deep_components.kernels import Kernels
+from deep_components.kernels import Kernels, use_kernels
 from deep_components.tables.deferred_adam import DeferredAdam
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
@@ -69,7 +69,7 @@ class Trainer:
         pulled = {f"{stage}/embedding.{table}" for stage in models for table in self.pulled}
         dense = [p for name, p in self.parameters.items() if name not in pulled]
         self.device, self.dtype = dense[0].device, dense[0].dtype
-        use_kernels(models, stores, kernels if self.device.type == "cpu" else None)
+        use_kernels([*models.values(), *stores.values()], kernels if self.device.type == "cpu" else None)
         self.dense_optimizer = torch.optim.Adam(dense, lr=lr, **ADAM)
         for store in stores.values():
             for table in self.pulled:
@@ -213,16 +213,6 @@ class Trainer:
         if saved is None or saved.shape != target.shape:
             raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
         target.copy_(saved)
-
-
-def use_kernels(models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], kernels: Kernels | None) -> None:
-    """Have models and stores use compiled loops, or with None PyTorch's operators. All must be on a CPU."""
-    for store in stores.values():
-        store.kernels = kernels
-    for model in models.values():
-        for module in model.modules():
-            if hasattr(module, "kernels"):
-                module.kernels = kernels  # type: ignore[assignment]
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:

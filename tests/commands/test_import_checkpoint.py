@@ -80,8 +80,8 @@ def test_a_run_exported_and_imported_again_is_the_same(
     # history length is not written in the original's files: 50 is assumed, and the small run used 5
     started = tmp_path / "started"
     run_train2.main(training_arguments(log, started, f"--init_from={again}", "--epochs=0"))
-    one, other = (load(folder / "rank.safetensors")[0]["tower.0.weight"] for folder in (started, run))
-    assert np.array_equal(one, other)
+    first, second = (load(folder / "rank.safetensors")[0]["tower.0.weight"] for folder in (started, run))
+    assert np.array_equal(first, second)
     assert evaluate(log, started)["rank_ndcg@10"] == evaluate(log, run)["rank_ndcg@10"]
 
 

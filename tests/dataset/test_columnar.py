@@ -289,6 +289,11 @@ POISONED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a cut array": (overwrite("item.video.npy", lambda c: c[:-1]), "not a readable .npy file"),
     "a cut header": (overwrite("item.video.npy", lambda c: c[:20]), "not a readable .npy file"),
     "no .npy file": (overwrite("item.video.npy", lambda c: b"a,b\n1,2\n"), "not a readable .npy file"),
+    "a header of many signs": (
+        overwrite("item.video.npy", lambda c: c[:10] + b"-" * 900 + b"1" + c[128:]), "not a readable .npy file"
+    ),
+    "many axes": (overwrite("item.video.npy", lambda c: c.replace(b"(7, 5), }" + b" " * 6, b"(1, 1, 7, 5), }")),
+                  "not a readable .npy file"),
     "a huge shape": (overwrite("item.video.npy", lambda c: c.replace(b"(7, 5), ", b"(1<<9,) ")), "not a readable"),
     "a set of ids that is short": (save("ids.video", lambda v: v[:-1]), "ids.video.npy: not a set of ids below 1001"),
     "ids beyond the table": (save("ids.video", lambda v: v | np.uint64(1 << 63)), "not a set of ids below 1001"),

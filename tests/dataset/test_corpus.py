@@ -123,6 +123,14 @@ def make_folder(file: str) -> Spoil:
     return change
 
 
+def make_fifo(file: str) -> Spoil:
+    def change(root: Path) -> None:
+        (root / file).unlink()
+        os.mkfifo(root / file)
+
+    return change
+
+
 def drop_column(name: str) -> Spoil:
     return table(lambda rows: rows.drop_columns([name]))
 
@@ -224,6 +232,7 @@ def damaged() -> Iterator[Damaged]:
         texts = ("no such file",) if file == COUNTS_FILE else ("no day has its files", file.split("/")[0])
         yield f"{file} missing", remove(file), texts
         yield f"{file} is a folder", make_folder(file), (file,)
+        yield f"{file} is a FIFO", make_fifo(file), (file, "not a regular file")
     yield from damaged_columns()
     yield from damaged_items()
     yield from damaged_histories()

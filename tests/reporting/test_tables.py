@@ -111,6 +111,12 @@ def test_names_that_would_be_markup_or_formulas(tmp_path: Path) -> None:
     assert line.partition(" & ")[0] == escaped + r"\textbackslash{}n"
 
 
+@pytest.mark.parametrize("form", ["markdown", "latex"])
+def test_a_metric_s_name_is_escaped_too(form: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "one", results={"rank_{x}|@5": 0.5})
+    assert "Rank {x}" not in shown(tmp_path, form) and r"Rank \{X\}".lower() in shown(tmp_path, form).lower()
+
+
 def test_a_name_is_no_formula_of_a_spreadsheet(tmp_path: Path) -> None:
     write_run(tmp_path / "one", name='=HYPERLINK("http://x")')
     (first, *_) = csv.DictReader(io.StringIO(shown(tmp_path, "csv")))

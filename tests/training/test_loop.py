@@ -108,16 +108,6 @@ def test_the_same_seed_gives_the_same_bytes(log: Path, tmp_path: Path) -> None:
     assert logged_steps(first) == logged_steps(second)
 
 
-def test_the_same_seed_gives_the_same_run_with_a_cold_or_a_warm_cache(
-    log: Path, baseline: Path, tmp_path: Path
-) -> None:
-    cache = f"--cache_dir={tmp_path / 'cache'}"
-    cold = train(log, tmp_path / "cold", cache)
-    warm = train(log, tmp_path / "warm", cache)
-    assert_trained_alike(cold, baseline)
-    assert_trained_alike(warm, baseline)
-
-
 def test_the_log_s_content_stands_in_the_records_wherever_it_lies(log: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(log, copied)
@@ -173,17 +163,6 @@ def test_resumed_after_an_interruption(
     assert_trained_alike(tmp_path, two_epochs)
     assert [record["step"] for record in logged_steps(tmp_path)] == list(range(1, 4 * STEPS_PER_DAY + 1))
     assert leftovers(tmp_path) == []
-
-
-def test_resumed_twice(log: Path, two_epochs: Path, tmp_path: Path, interrupt: Callable[[int], None]) -> None:
-    arguments = training_arguments(log, tmp_path, "--epochs=2")
-    interrupt(4)
-    assert run_command(run_train2.main, arguments) == 130
-    interrupt(4)
-    assert run_command(run_train2.main, [*arguments, "--resume"]) == 130
-    interrupt(0)
-    assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
-    assert_trained_alike(tmp_path, two_epochs)
 
 
 def test_more_epochs(log: Path, two_epochs: Path, tmp_path: Path) -> None:
@@ -852,21 +831,6 @@ def test_the_weights_of_the_loss_are_trained(log: Path, baseline: Path) -> None:
         assert state[f"parameter/loss/weight.{stage}"] != 1
         values = [step[f"weight.{stage}"] for step in logged_steps(baseline)]
         assert len(set(values)) == len(values)
-
-
-def test_the_state_restores_the_course(log: Path, day: DayCache) -> None:
-    one = Trainer(*fresh(log), lr=0.01)
-    first, second, third = list(batches(day, np.arange(30), 10, torch.device("cpu"), one.prepare))
-    one.step(first)
-    one.step(second)
-    saved = {name: value.clone() for name, value in one.state().items()}
-    two = Trainer(*fresh(log), lr=0.01)
-    two.step(third)  # whatever it did before is forgotten
-    two.restore(saved)
-    assert torch.equal(one.step(third)["loss"], two.step(third)["loss"])
-    ours, theirs = one.state(), two.state()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_state_that_does_not_fit(log: Path) -> None:
