@@ -1,6 +1,6 @@
 """What ``pip install .`` gives: the command, the whole package, and the pinned packages as dependencies."""
 
-import importlib.util
+import importlib.metadata
 import os
 import re
 import shutil
@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the project is installed into, without network and without its dependencies."""
-    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
+    if not {"pip", "setuptools"} <= {found.name for found in importlib.metadata.distributions()}:
         pytest.skip("setuptools and pip are not installed, and a test does not fetch them")
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"

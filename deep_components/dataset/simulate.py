@@ -1,6 +1,6 @@
 """A simulated multi-stage recommender that writes its log in RecFlow's layout.
 
-    python -m deep_components.dataset.simulate --output_dir=data/simulated
+    lcron simulate --output_dir=data/simulated
 
 A request draws NUM_CANDIDATES distinct videos from a Zipf-like law over popularity ranks. Four stages thin them out,
 each by its own view of the true utility of a video v for a user u at time t::
@@ -567,7 +567,6 @@ def _is_simulated(root: Path) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m deep_components.dataset.simulate",
         description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes.",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")

@@ -74,8 +74,8 @@ class Outcome:
         return self.status in ("finished", "kept")
 
 
-class Ended(Exception):  # noqa: N818 - also when the user stops all runs
-    """A command ended otherwise than well: :class:`Outcome` says what the arguments mean."""
+class Ended(Exception):  # noqa: N818 - not always an error
+    """How a run ended, raised where a command did not succeed; arguments as of :class:`Outcome`."""
 
     def __init__(self, status: str, error: str = "", code: int = 0, log: Path | None = None) -> None:
         super().__init__(error)

@@ -103,12 +103,10 @@ def test_metrics_json(log: Path, run: Path) -> None:
 def test_scores_npz(log: Path, run: Path) -> None:
     evaluate(log, run, "--save_scores")
     scores = scores_of(run)
-    assert set(scores) == {"request_id", "labels", "mask", "group", "data", *STAGES}
-    shape = (REQUESTS_PER_DAY, TWO_STAGE.num_items)
+    per_item = ("labels", "mask", "group", *STAGES)
+    assert set(scores) == {"request_id", "data", *per_item}
     assert scores["request_id"].shape == (REQUESTS_PER_DAY,)
-    assert {name: scores[name].shape for name in ("labels", "mask", "group", *STAGES)} == dict.fromkeys(
-        ("labels", "mask", "group", *STAGES), shape
-    )
+    assert {scores[name].shape for name in per_item} == {(REQUESTS_PER_DAY, TWO_STAGE.num_items)}
     day = open_log(log).open_day(DAYS[-1], TWO_STAGE).batch(np.arange(REQUESTS_PER_DAY))  # in file order
     assert np.array_equal(scores["request_id"], day.request_id.numpy())
     assert np.array_equal(scores["labels"], day.targets.labels.numpy())

@@ -57,10 +57,10 @@ def test_the_cores_are_shared_out(jobs: int, cores: int, threads: int) -> None:
 
 def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     runs = [fake_run(tmp_path, seed, lr=13 if seed == 31 else 0.01) for seed in (30, 31, 32)]
-    places = [Slot("cuda:0", 1), Slot("cuda:1", 1)]
-    assert ended(run_locally(runs, places, Options())) == {30: "finished", 31: "failed", 32: "finished"}
+    two = [Slot("cuda:0", 1), Slot("cuda:1", 1)]
+    assert ended(run_locally(runs, two, Options())) == {30: "finished", 31: "failed", 32: "finished"}
     assert {calls(run)[0][-2] for run in runs} <= {"--device=cuda:0", "--device=cuda:1"}
-    assert ended(run_locally(runs, places, Options())) == {30: "kept", 31: "failed", 32: "kept"}
+    assert ended(run_locally(runs, two, Options())) == {30: "kept", 31: "failed", 32: "kept"}
 
 
 def test_a_device_has_no_more_runs_than_its_slots(tmp_path: Path) -> None:

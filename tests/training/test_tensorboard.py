@@ -64,11 +64,11 @@ def test_a_resumed_training_continues_its_curves(
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", interrupted)
         assert run_command(run_train2.main, arguments) == 130
-    assert [place for place, _ in curves(tmp_path / "run")["loss"]] == list(range(1, stopped_in))
+    assert [step for step, _ in curves(tmp_path / "run")["loss"]] == list(range(1, stopped_in))
     run_train2.main([*arguments, "--resume"])
     whole = train(log, tmp_path / "whole", "--tensorboard")
     for tag, values in curves(tmp_path / "run").items():
-        assert [place for place, _ in values] == [1, 2, 3, 4], tag
+        assert [step for step, _ in values] == [1, 2, 3, 4], tag
         if tag != "requests_per_second":
             assert values == curves(whole)[tag]
 

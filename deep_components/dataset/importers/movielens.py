@@ -1,4 +1,4 @@
-"""MovieLens-1M as a full-stage log (``python -m deep_components.dataset.importers.movielens --help``).
+"""MovieLens-1M as a full-stage log (``lcron import movielens --help``).
 
 A request is a window of 30 consecutive ratings of one user; what the user thought of them orders rank_pos, rerank_neg
 and rank_neg, and movies the user had not rated by the window's end are sampled as coarse_neg and prerank_neg.
@@ -408,7 +408,6 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m deep_components.dataset.importers.movielens",
         description="Convert MovieLens-1M as published into a log in RecFlow's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
