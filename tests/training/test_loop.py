@@ -28,6 +28,7 @@ from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.runs.folder import STATE_FILE
 from deep_components.runs.state import load_state
+from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore, build_stores
 from deep_components.training import memory
 from deep_components.training.step import Trainer
@@ -842,6 +843,18 @@ def test_a_state_that_does_not_fit(log: Path) -> None:
     del state["parameter/loss/weight.rank"]
     with pytest.raises(InputError, match=r"loss/weight\.rank is missing"):
         trainer.restore(state)
+
+
+def test_a_state_of_as_many_other_ids_does_not_fit(log: Path) -> None:
+    schema = open_log(log).schema
+
+    def trainer(ids: list[int]) -> Trainer:
+        known = {"user": IdSet.of([np.array(ids)], schema.tables["user"].size)}
+        models, stores = build_models(TWO_STAGE, schema, 4, 8, 0), build_stores(TWO_STAGE, schema, 4, 0, known)
+        return Trainer(models, stores, LCRON(TWO_STAGE.stage_names, 10), lr=0.01)
+
+    with pytest.raises(InputError, match=r"retrieval/embedding\.user has other ids"):
+        trainer([0, 1, 3]).restore(trainer([0, 1, 2]).state())
 
 
 @pytest.mark.parametrize(
