@@ -25,7 +25,7 @@ def batch_of(cascade: Cascade, requests: int) -> CascadeBatch[Features]:
     return replace(batch, targets=replace(batch.targets, group=group))
 
 
-def trainer_on(device: str, cascade: Cascade, method: str, large_table: int = 1 << 20) -> Trainer:
+def trainer_on(device: str, cascade: Cascade, method: str, large_table: int = 1 << 20, host: bool = False) -> Trainer:
     stores = build_stores(cascade, RECFLOW, 8, seed=0)
     models = build_models(cascade, RECFLOW, emb_dim=8, nn_units=16, seed=0)
     command = run_train2 if cascade is TWO_STAGE else run_train3
@@ -33,7 +33,7 @@ def trainer_on(device: str, cascade: Cascade, method: str, large_table: int = 1 
     for module in (*models.values(), loss):
         module.to(device=device, dtype=torch.float64)
     for store in stores.values():
-        store.to(torch.device(device), torch.float64)
+        store.to(torch.device(device), torch.float64, host=list(store.tables) if host else ())
     return Trainer(models, stores, loss, lr=0.01, large_table=large_table)
 
 
@@ -47,6 +47,17 @@ def test_training_steps_are_those_of_the_cpu(cascade: Cascade, method: str, larg
         expected = on_cpu.step(on_cpu.prepare(batch))["loss"].item()
         found = on_gpu.step(on_gpu.prepare(batch).pin_memory().to(torch.device("cuda")))["loss"].item()
         assert found == pytest.approx(expected, rel=1e-6 if method != "icc" else 1e-3)
+
+
+def test_tables_in_host_memory_take_rows_that_lie_on_the_device() -> None:
+    """As with --table_memory=host and --day_on_device."""
+    batch = batch_of(TWO_STAGE, requests=6)
+    on_cpu = trainer_on("cpu", TWO_STAGE, "lcron", large_table=0)
+    on_gpu = trainer_on("cuda", TWO_STAGE, "lcron", large_table=0, host=True)
+    resident = on_gpu.prepare.rows(batch).to(torch.device("cuda"))
+    for _ in range(20):
+        expected = on_cpu.step(on_cpu.prepare(batch))["loss"].item()
+        assert on_gpu.step(on_gpu.prepare.slots(resident))["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_saved_state_goes_on_as_before() -> None:
