@@ -256,7 +256,7 @@ def _clean(value: Any) -> Any:
 
 
 def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    if not isinstance(config.get("arguments"), dict) or "seed" not in results:
+    if not isinstance(config.get("arguments"), dict) or not {"seed", "epochs"} <= results.keys():
         raise InputError(f"{path}: not the results of a run; evaluate the run again")
     for name, kind in _REQUIRED.items():
         if not _is_a(results.get(name), kind):

@@ -224,7 +224,7 @@ DAMAGES = {
     "a metric of 400 digits": field("joint_recall@10@20", 10**400),
     "a seed of 400 digits": field("seed", 10**400),
     "a metric that is NaN": field("joint_recall@10@20", float("nan")),
-    "no epochs": field("epochs", None),
+    "epochs that are text": field("epochs", "1"),
     "config.json missing": missing("config.json"),
     "config.json empty": content("config.json", ""),
     "config.json without arguments": content("config.json", '{"arguments": []}'),
