@@ -47,17 +47,13 @@ def score_day(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order, in one pass.
-
-    Returns:
-        on the CPU: stage -> [R, N]; and "request_id" [R], "labels", "mask" and "group" [R, N].
-    """
+    """Scores of every stage over every request of the day, in file order: stage -> [R, N] on the CPU, and "request_id"
+    [R], "labels", "mask" and "group" [R, N]."""
     first = next(iter(stores.values()))
     lookup = TableLookup(first.schema, first.ids, {})
     parts: dict[str, list[Tensor]] = {}
-    with tqdm(
-        total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=len(day), unit="req", desc=f"scoring {day.day}", disable=hidden, leave=False) as bar:
         for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
             columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, **vars(batch.targets)}

@@ -140,17 +140,9 @@ class Kernels:
         self._call("scatter_add", *_uses_as_c(uses))
 
     def catch_up(
-        self,
-        rows: Tensor,
-        table: Tensor,
-        moments: tuple[Tensor, Tensor],
-        last: Tensor,
-        now: int,
-        rule: tuple[Tensor, Tensor],
-        kept: tuple[Tensor, Tensor],
-        lr: float,
-        eps: float,
-    ) -> Tensor:
+        self, rows: Tensor, table: Tensor, moments: tuple[Tensor, Tensor], last: Tensor, now: int,
+        rule: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], lr: float, eps: float,
+    ) -> Tensor:  # fmt: skip
         """Bring distinct ``rows`` [U] int64 of a table to step ``now`` (tables/deferred_adam.py); returns them [U, d].
 
         ``table`` and Adam's two ``moments`` [rows, d] and the steps ``last`` [rows] int32 that the rows were last
@@ -169,17 +161,9 @@ class Kernels:
         return out
 
     def adam_rows(
-        self,
-        rows: Tensor,
-        table: Tensor,
-        moments: tuple[Tensor, Tensor],
-        last: Tensor,
-        now: int,
-        grad: Tensor,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
+        self, rows: Tensor, table: Tensor, moments: tuple[Tensor, Tensor], last: Tensor, now: int,
+        grad: Tensor, lr: float, betas: tuple[float, float], eps: float,
+    ) -> None:  # fmt: skip
         """Adam's step number ``now`` of distinct ``rows`` with gradients [U, d]; else as in :meth:`catch_up`."""
         self._expect((table, *moments, grad), (*[table.shape] * 3, (len(rows), table.shape[1])))
         _expect_rows(rows, last, len(table))
@@ -247,12 +231,9 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     try:
         return Kernels(_compiled(_REAL[dtype]), dtype)
     except (OSError, KeyError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.warning(
-            "the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "
-            "install gcc, or silence this with --no-compile",
-            str(reason).strip().splitlines()[-1] if str(reason).strip() else type(error).__name__,
-        )
+        reason = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
+        logger.warning("the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "
+                       "install gcc, or silence this with --no-compile", reason.splitlines()[-1])  # fmt: skip
         return None
 
 
@@ -266,17 +247,18 @@ def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
 
 def _compiled(real: str) -> Path:
     """The shared library for a number type. OSError or SubprocessError when it cannot be made."""
-    compiler = _compiler()
+    names = filter(None, (os.environ.get("CC"), "gcc", "cc", "clang"))
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise OSError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     flags = (*_FLAGS, "-fopenmp") if _openmp() is not None else _FLAGS
     identity = [SOURCE.read_text(), *flags, real, version, platform.machine(), _processor()]
     name = f"kernels-{real}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    library = folder / name
+    library = _cache_folder() / name
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary) / name
-            compiled = Path(temporary) / "kernels.o"
+        with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+            built, compiled = Path(temporary) / name, Path(temporary) / "kernels.o"
             # OpenMP is not linked: its names are bound to PyTorch's own copy, so that there is one pool of threads. Two
             # would fight for the cores.
             compile_it = [compiler, *flags, f"-DREAL={real}", "-c", str(SOURCE), "-o", str(compiled)]
@@ -291,14 +273,6 @@ def _openmp() -> Path | None:
     package = Path(torch.__file__).parent
     found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
     return found[0] if len(found) == 1 else None
-
-
-def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CC"), "gcc", "cc", "clang")):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise OSError("there is no C compiler")
 
 
 def _cache_folder() -> Path:

@@ -99,10 +99,8 @@ class DeferredAdam:
         rows = rows.to(self.table.device, non_blocking=True)
         fitted, moments = _fitted(self.table, self.betas, self.steps), (self.first, self.second)
         if self.kernels is not None:
-            rule, kept = (fitted.weights, fitted.nodes), (fitted.kept_first, fitted.kept_second)
-            return self.kernels.catch_up(
-                rows, self.table.detach(), moments, self.last, self.steps, rule, kept, self.lr, self.eps
-            )
+            table, rule, kept = self.table.detach(), fitted[:2], fitted[2:]
+            return self.kernels.catch_up(rows, table, moments, self.last, self.steps, rule, kept, self.lr, self.eps)
         since = self.last[rows].long()
         k = self.steps - since
         m, v = self.first[rows], self.second[rows]

@@ -187,12 +187,7 @@ class _CompiledLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: Kernels,
-        uses: list[_Use],
-        shapes: list[tuple[int, ...]],
-        names: list[str],
-        *tables: Tensor,
+        ctx: Any, kernels: Kernels, uses: list[_Use], shapes: list[tuple[int, ...]], names: list[str], *tables: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.kernels, ctx.uses, ctx.names = kernels, uses, names
         ctx.shapes = [table.shape for table in tables]

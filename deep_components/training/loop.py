@@ -195,11 +195,7 @@ def _check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
 def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tuple[Position, float]:
     """Train from ``position`` to the end; the state is saved after every day, and every --save_minutes within it.
 
-    Returns:
-        the position reached, and the seconds of all steps.
-
-    Raises:
-        StoppedError: a signal asked to stop; the state is saved.
+    Returns the position reached, and the seconds of all steps. StoppedError when a signal asked to stop.
     """
     args, path = run.args, run.folder / STEP_LOG_FILE
     log = StepLog(path, run.config["data"], args.loss_type, position.step, run.trainer.skip_nonfinite, scalars)

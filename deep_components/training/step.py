@@ -31,33 +31,22 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim's names of Adam's two moment
 class Trainer:
     """Stage models, their embedding stores, a loss and its optimizers; one call of :meth:`step` per batch.
 
-    Args:
-        models: stage -> model, in serving order.
-        stores: stage -> its embedding tables, on their devices.
-        loss: the method; its parameters train too.
-        lr: learning rate.
-        optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
-            dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
-        large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
-        kernels: compiled loops for models and tables on a CPU.
-        autocast: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
-        skip_nonfinite: leave out steps whose loss or gradient is not finite; the device is waited for.
+    ``models`` and ``stores`` are by stage, in serving order, on their devices; the parameters of ``loss`` train too.
+
+    * ``optimizer``: "deferred_adam" (dense Adam; ID tables of ``large_table`` rows or more cost what a batch touches of
+      them), "adam" (torch's, dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
+    * ``kernels``: compiled loops for models and tables on a CPU.
+    * ``autocast``: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
+    * ``skip_nonfinite``: leave out steps whose loss or gradient is not finite; the device is waited for.
 
     ``prepare`` rewrites a log's batch for :meth:`step`; a loader's thread may call it ahead.
     """
 
     def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        stores: Mapping[str, EmbeddingStore],
-        loss: nn.Module,
-        lr: float,
-        optimizer: str = "deferred_adam",
-        large_table: int = LARGE_TABLE,
-        kernels: Kernels | None = None,
-        autocast: torch.dtype | None = None,
-        skip_nonfinite: bool = False,
-    ) -> None:
+        self, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], loss: nn.Module, lr: float,
+        optimizer: str = "deferred_adam", large_table: int = LARGE_TABLE, kernels: Kernels | None = None,
+        autocast: torch.dtype | None = None, skip_nonfinite: bool = False,
+    ) -> None:  # fmt: skip
         self.models, self.stores, self.loss = models, stores, loss
         self.autocast, self.skip_nonfinite = autocast, skip_nonfinite
         first = next(iter(stores.values()))
