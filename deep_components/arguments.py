@@ -129,9 +129,8 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sort", choices=sorted(SELECTION_OPERATORS), help="sorting operator")
     group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
     group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
-    group.add_argument(
-        "--weighting", choices=["original", "paper"], help="of the terms: the code's, or the paper's Eq. 13"
-    )
+    group.add_argument("--weighting", choices=["original", "paper"],
+                       help="of the terms: the code's, or the paper's Eq. 13")  # fmt: skip
     group.add_argument("--label_ties", choices=["shared", "repeated"], help="how tied labels count")
     group.add_argument("--end_to_end_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the end-to-end term")
 
@@ -140,10 +139,7 @@ METHOD_OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_t
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
-    """The options a method takes: what the user gave, else the defaults.
-
-    Raises InputError when the user gave an option the method does not take.
-    """
+    """The options a method takes: what the user gave, else the defaults. InputError for an option it does not take."""
     for name in METHOD_OPTIONS:
         if getattr(args, name) is not None and name not in defaults:
             taken = ", ".join(f"--{option}" for option in defaults) or "none"
@@ -167,25 +163,14 @@ def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, A
 
 
 def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -> dict[str, Any]:
-    """LCRON's options as its constructor takes them.
-
-    Raises InputError when they contradict each other or do not fit the cascade.
-    """
+    """LCRON's options as its constructor takes them. InputError when they contradict each other or the cascade."""
     options = method_options(
-        args,
-        tau=50.0,
-        sort="neural_sort",
-        terms="both",
-        single_weight=None,
-        weighting="original",
-        label_ties=label_ties,
-        end_to_end_quotas=None,
-    )
+        args, tau=50.0, sort="neural_sort", terms="both", single_weight=None, weighting="original",
+        label_ties=label_ties, end_to_end_quotas=None,
+    )  # fmt: skip
     if options["single_weight"] is not None and (options["terms"] != "both" or options["weighting"] == "paper"):
-        raise InputError(
-            "--single_weight fixes the single-stage weights of --terms=both --weighting=original; "
-            "leave it out, or the other two"
-        )
+        raise InputError("--single_weight fixes the single-stage weights of --terms=both --weighting=original; leave "
+                         "it out, or the other two")  # fmt: skip
     quotas = options["end_to_end_quotas"]
     if quotas is not None:
         if options["terms"] == "single":

@@ -85,12 +85,7 @@ class CascadeBatch(Generic[F]):
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order in which :meth:`apply` takes them."""
         found: list[Tensor] = []
-
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.apply(note)
+        self.apply(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
 
     def to(self, device: torch.device) -> "CascadeBatch[F]":

@@ -6,8 +6,8 @@ file of a cascade of one's own (docs/cascades.md).
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -28,36 +28,22 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One ranker of the cascade: it keeps its best ``keep`` of the items that reach it.
+    """One ranker of the cascade: it keeps its best ``keep`` of the items that reach it."""
 
-    Args:
-        name: of its model's file and metrics.
-        keep: q, its quota.
-        model: one of ``deep_components.models.MODELS``.
-        exposed_groups: when it served, it saw the items of its cascade's first so many groups; None = all of them.
-    """
-
-    name: str
-    keep: int
-    model: str
-    exposed_groups: int | None = None
+    name: str  # of its model's file and metrics
+    keep: int  # q, its quota
+    model: str  # one of deep_components.models.MODELS
+    exposed_groups: int | None = None  # when it served, it saw the items of the first so many groups; None = all
 
 
 @dataclass(frozen=True)
 class Group:
-    """Items of a request that left the online system at the same point.
+    """Items of a request that left the online system at the same point."""
 
-    Args:
-        name: the group's name in the log.
-        size: how many items of it a request has at the most; what the log has beyond is not used.
-        position: the group's common position in the true order; None says that every item has its own.
-        index_field: the column of RecFlow's all_stage files with the items' own positions.
-    """
-
-    name: str
-    size: int = 10
-    position: int | None = None
-    index_field: str | None = None
+    name: str  # in the log
+    size: int = 10  # items of it that a request has at the most; what the log has beyond is not used
+    position: int | None = None  # the group's common position in the true order; None: every item has its own
+    index_field: str | None = None  # the column of RecFlow's all_stage files with the items' own positions
 
     def label(self) -> int:
         """The label shared by the group's items. Only for groups with a common position."""
@@ -67,19 +53,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Cascade:
-    """Stages in serving order, item groups from best to worst; the first group is the ground truth.
-
-    Args:
-        stages: two to four.
-        groups: two or more.
-        num_relevant: upper limit of K, the ground-truth items of a request that count.
-        name: of the setting, in folders and results.
-    """
+    """Two to four stages in serving order; two or more item groups from best to worst, the ground truth first."""
 
     stages: tuple[Stage, ...]
     groups: tuple[Group, ...]
-    num_relevant: int = 10
-    name: str = "custom"
+    num_relevant: int = 10  # upper limit of K, the ground-truth items of a request that count
+    name: str = "custom"  # of the setting, in folders and results
 
     @property
     def num_items(self) -> int:
@@ -109,9 +88,7 @@ class Cascade:
     def icc_cuts(self) -> dict[str, int]:
         """Stage -> where ICC cuts it: at its quota, but the last stage at the quota of the one before it, as the
         original does."""
-        cuts = self.quotas
-        names = self.stage_names
-        return cuts | {names[-1]: cuts[names[-2]]}
+        return self.quotas | {self.stages[-1].name: self.stages[-2].keep}
 
     def to_json(self) -> dict[str, Any]:
         """The cascade as plain JSON values."""
@@ -153,11 +130,9 @@ def _entry(kind: type[Any], content: Any, source: str, what: str) -> dict[str, A
         if get_origin(known[key].type) is not tuple and type(value) not in kinds:
             wanted = "a whole number" if int in kinds else "a text"
             raise InputError(f"{source}: {key} of {what} is {value!r}, not {wanted}")
-    missing = [
-        field.name for field in known.values() if field.default is field.default_factory and field.name not in content
-    ]
-    if missing:
-        raise InputError(f"{source}: {what} has no {missing[0]}; see docs/cascades.md")
+    for name, field in known.items():
+        if name not in content and field.default is MISSING:
+            raise InputError(f"{source}: {what} has no {name}; see docs/cascades.md")
     return dict(content)
 
 
@@ -167,36 +142,34 @@ def _list(top: Mapping[str, Any], name: str, source: str) -> Sequence[Any]:
     return top[name]
 
 
-def _problems(cascade: Cascade) -> list[str]:
+def _problems(cascade: Cascade) -> Iterator[str]:
     """What is wrong with a cascade, a sentence each."""
-    found = []
     if len(cascade.stages) not in STAGES_ALLOWED:
-        found.append(f"a cascade has {STAGES_ALLOWED[0]} to {STAGES_ALLOWED[-1]} stages, not {len(cascade.stages)}")
+        yield f"a cascade has {STAGES_ALLOWED[0]} to {STAGES_ALLOWED[-1]} stages, not {len(cascade.stages)}"
     if len(cascade.groups) < 2:
-        found.append("a cascade has two groups or more, the first of which is the ground truth")
+        yield "a cascade has two groups or more, the first of which is the ground truth"
     for what, names in (("stage", cascade.stage_names), ("group", [group.name for group in cascade.groups])):
-        wrong = [name for name in names if not _NAME.fullmatch(name) or (what == "stage" and name in _RESERVED)]
-        if wrong:
-            found.append(f"{what} {wrong[0]!r}: a name is of lower-case letters, digits and _, and not reserved")
+        for name in names:
+            if not _NAME.fullmatch(name) or (what == "stage" and name in _RESERVED):
+                yield f"{what} {name!r}: a name is of lower-case letters, digits and _, and not reserved"
         if len(set(names)) < len(names):
-            found.append(f"two of its {what}s have the same name")
+            yield f"two of its {what}s have the same name"
     if not _NAME.fullmatch(cascade.name):
-        found.append(f"name {cascade.name!r}: a name is of lower-case letters, digits and _")
+        yield f"name {cascade.name!r}: a name is of lower-case letters, digits and _"
     for group in cascade.groups:
         if group.size < 1:
-            found.append(f"group {group.name}: size is 1 or more")
+            yield f"group {group.name}: size is 1 or more"
         if group.position is not None and group.index_field is not None:
-            found.append(f"group {group.name} has position and index_field; give one of them")
+            yield f"group {group.name} has position and index_field; give one of them"
     left = cascade.num_items
     for stage in cascade.stages:
         if not 0 < stage.keep <= left:
-            found.append(f"stage {stage.name} keeps {stage.keep}; it is reached by {left} items, so 1 to {left}")
+            yield f"stage {stage.name} keeps {stage.keep}; it is reached by {left} items, so 1 to {left}"
         left = stage.keep
         if stage.exposed_groups is not None and not 0 < stage.exposed_groups <= len(cascade.groups):
-            found.append(f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}")
+            yield f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}"
     if cascade.num_relevant < 1:
-        found.append("num_relevant is 1 or more")
-    return found
+        yield "num_relevant is 1 or more"
 
 
 TWO_STAGE = Cascade(

@@ -39,13 +39,8 @@ def load_trained(run: Path, models: Mapping[str, nn.Module], stores: Mapping[str
     """Read every stage's parameters and tables from ``run``, cast to the types of ``models`` and ``stores``.
 
     A compacted table gets the rows of its ids; an id that the file lacks gets its initial value, which is that of the
-    file's seed.
-
-    Returns:
-        the seed of the initial values; None where the files' tables are all whole.
-
-    Raises:
-        InputError: a file is missing or damaged, or does not fit the models.
+    file's seed. Returns this seed; None where the files' tables are all whole. InputError when a file is missing or
+    damaged, or does not fit the models.
     """
     seed = None
     for stage, model in models.items():
@@ -82,7 +77,5 @@ def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], targets: Mapping
         found = tuple(arrays[name].shape) if name in arrays else None
         wanted = tuple(targets[name].shape) if name in targets else None
         if found != wanted:
-            raise InputError(
-                f"{path}: parameter {name} has shape {found}, but the model wants {wanted}; use the data and the sizes "
-                "(--emb_dim, --nn_units) that it was trained with"
-            )
+            raise InputError(f"{path}: parameter {name} has shape {found}, but the model wants {wanted}; use the data "
+                             "and the sizes (--emb_dim, --nn_units) that it was trained with")  # fmt: skip

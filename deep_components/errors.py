@@ -9,12 +9,8 @@ class InputError(ValueError):
 
 
 class StoppedError(Exception):
-    """A signal stopped the work where it can be continued; the message says how.
-
-    Args:
-        message: one sentence.
-        signal_number: commands exit with 128 + this.
-    """
+    """A signal stopped the work where it can be continued; the message, one sentence, says how. Commands exit with
+    128 + ``signal_number``."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -77,12 +77,7 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
     """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken with a
-    warning unless it ``must_have_checksum``.
-
-    Raises:
-        FileNotFoundError, OSError: it cannot be read.
-        ValueError: it is no JSON object, or not what was written.
-    """
+    warning unless it ``must_have_checksum``. ValueError when it is no JSON object, or not what was written."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")

@@ -19,13 +19,8 @@ def survival(scores: Tensor, alive: Tensor, quota: int) -> Tensor:
     the mean over all orders of the tied items: a constant score gives chance, and neither the items' order in the
     request nor their labels matter.
 
-    Args:
-        scores: [R, N].
-        alive: [R, N] float64, how much of each item reaches the stage; 0 for a missing item.
-        quota: number of items the stage keeps.
-
-    Returns:
-        [R, N] float64; sums to min(quota, what is alive).
+    ``alive`` [R, N] float64 is how much of each item reaches the stage, 0 for a missing item. Returns [R, N] float64,
+    which sums to min(quota, what is alive).
     """
     ordered, order = torch.where(alive > 0, scores, -torch.inf).sort(dim=-1, descending=True)
     weight = alive.gather(-1, order)
@@ -43,25 +38,14 @@ def recall(scores: Tensor, mask: Tensor, relevant: Tensor, quota: int) -> Tensor
 
 
 def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> Tensor:
-    """Recall of the whole cascade: each stage keeps its best ``quotas[i]`` of what the stages before it kept. [R].
-
-    Args:
-        scores: one [R, N] per stage, in serving order.
-        mask: [R, N] bool.
-        relevant: [R, N] bool.
-        quotas: one per stage.
-
-    Returns:
-        the share of the K ground-truth items that survive every stage; NaN for a request without any.
-    """
+    """Recall of the whole cascade, [R]: the share of the K ground-truth items that survive every stage, where each
+    keeps its best ``quotas[i]`` of what the stages before it kept, by its ``scores[i]`` [R, N], in serving order."""
     return cascade_survival(scores, mask, relevant, quotas)[-1]
 
 
 def cascade_survival(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> list[Tensor]:
-    """The share of the ground-truth items that is left after each stage of the cascade: one [R] per stage.
-
-    Arguments as in :func:`joint_recall`, which is the last of them.
-    """
+    """The share of the ground-truth items that is left after each stage: one [R] per stage, arguments as in
+    :func:`joint_recall`, which is the last of them."""
     relevant = relevant & mask
     alive, left = mask.double(), []
     for stage_scores, quota in zip(scores, quotas, strict=True):
@@ -118,17 +102,9 @@ def cascade_metrics(
 ) -> dict[str, Tensor]:
     """All metrics of a cascade per request, under the names of the paper's tables.
 
-    Args:
-        scores: stage -> [R, N], in serving order.
-        labels: [R, N].
-        mask: [R, N] bool.
-        relevant: [R, N] bool.
-        quotas: stage -> items it keeps.
-        num_relevant: the K in the names and the cut of NDCG.
-
-    Returns:
-        ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``, ``<stage>_kendall_tau``, and
-        ``survival_after_<stage>``: the share of the ground truth left after the stage, in the cascade; [R] each.
+    ``scores``: stage -> [R, N], in serving order; ``quotas``: stage -> items it keeps; ``num_relevant``: the K in the
+    names and the cut of NDCG. Returns ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``,
+    ``<stage>_kendall_tau``, and ``survival_after_<stage>``: the share of the ground truth left after it; [R] each.
     """
     left = cascade_survival([scores[stage] for stage in quotas], mask, relevant, list(quotas.values()))
     metrics = {f"joint_recall@{num_relevant}@{list(quotas.values())[-1]}": left[-1]}

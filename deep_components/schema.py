@@ -6,7 +6,7 @@ checksum of the schema have the same columns with the same meaning.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -19,25 +19,15 @@ KINDS = ("id", "time", "number")
 
 @dataclass(frozen=True)
 class Field:
-    """One column of a side.
+    """One column of a side."""
 
-    Args:
-        name: unique on its side, an identifier.
-        side: "request" (one value a request), "history" (one a past event) or "item" (one a candidate).
-        kind: "id" and "time" are indices into an embedding table; "number" is a float that goes to the models as it is.
-        size: rows of the table, so indices are 0 .. size - 1; 1 for numbers.
-        padding: the index whose row is zero and stays zero.
-        unknown: the index that stands for ids that the training days do not have; None where each id has its own row.
-        table: fields with one table share its rows; by default the field's own name. Empty for numbers.
-    """
-
-    name: str
-    side: str
-    kind: str = "id"
-    size: int = 1
-    padding: int = 0
-    unknown: int | None = None
-    table: str = ""
+    name: str  # unique on its side, an identifier
+    side: str  # "request" (one value a request), "history" (one a past event) or "item" (one a candidate)
+    kind: str = "id"  # "id" and "time" are indices into a table; "number" is a float that models get as it is
+    size: int = 1  # rows of the table, so indices are 0 .. size - 1; 1 for numbers
+    padding: int = 0  # the index whose row is zero and stays zero
+    unknown: int | None = None  # stands for ids that the training days do not have; None where each has its own row
+    table: str = ""  # fields with one table share its rows; by default the field's own name. Empty for numbers
 
     def __post_init__(self) -> None:
         if self.kind != "number" and not self.table:
@@ -109,34 +99,31 @@ class Schema:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _problems(listed: Sequence[Field]) -> list[str]:
+def _problems(listed: Sequence[Field]) -> Iterator[str]:
     """What is wrong with the fields of a schema, a sentence each."""
-    found, tables = [], dict[str, Table]()
-    seen = set[tuple[str, str]]()
+    tables, seen = dict[str, Table](), set[tuple[str, str]]()
     for field in listed:
         what = f"field {field.name!r} of side {field.side!r}"
         if not isinstance(field.name, str) or not field.name.isidentifier() or field.name in ("mask", "label", "group"):
-            found.append(f"{what}: the name is no identifier, or is reserved")
+            yield f"{what}: the name is no identifier, or is reserved"
         if field.side not in SIDES or field.kind not in KINDS:
-            found.append(f"{what}: side is one of {', '.join(SIDES)} and kind one of {', '.join(KINDS)}")
+            yield f"{what}: side is one of {', '.join(SIDES)} and kind one of {', '.join(KINDS)}"
         if (field.side, field.name) in seen:
-            found.append(f"{what} is there twice")
+            yield f"{what} is there twice"
         seen.add((field.side, field.name))
         if type(field.size) is not int or type(field.padding) is not int or not 0 <= field.padding < field.size:
-            found.append(f"{what}: size and padding are whole numbers with 0 <= padding < size")
-        elif field.unknown is not None and not (type(field.unknown) is int and 0 <= field.unknown < field.size):
-            found.append(f"{what}: unknown is an index below size")
-        if field.kind != "number":
-            table = Table(field.size, field.padding, field.unknown)
-            if not isinstance(field.table, str) or not field.table.isidentifier():
-                found.append(f"{what}: table {field.table!r} is no identifier")
-            elif tables.setdefault(field.table, table) != table:
-                found.append(f"{what}: table {field.table} has another size, padding or unknown in another field")
-        elif field.table:
-            found.append(f"{what}: a number has no table")
+            yield f"{what}: size and padding are whole numbers with 0 <= padding < size"
+        if field.unknown is not None and not (type(field.unknown) is int and 0 <= field.unknown < field.size):
+            yield f"{what}: unknown is an index below size"
+        if field.kind == "number":
+            if field.table:
+                yield f"{what}: a number has no table"
+        elif not isinstance(field.table, str) or not field.table.isidentifier():
+            yield f"{what}: table {field.table!r} is no identifier"
+        elif (table := Table(field.size, field.padding, field.unknown)) != tables.setdefault(field.table, table):
+            yield f"{what}: table {field.table} has another size, padding or unknown in another field"
     if not any(field.side == "item" for field in listed):
-        found.append("there is no field of side 'item', so all items of a request would be alike")
-    return found
+        yield "there is no field of side 'item', so all items of a request would be alike"
 
 
 _RECFLOW_REQUEST = ("weekday", "hour", "minute", "user", "device", "gender", "age", "province")

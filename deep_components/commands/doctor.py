@@ -44,7 +44,6 @@ class Finding(NamedTuple):
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """What to check, and how closely."""
     parser = argparse.ArgumentParser(
         description="Check the environment and a log; say what is wrong and what to do.",
         epilog="Exit code: 0 nothing FAILs, 1 something does, 2 wrong arguments.",
@@ -55,11 +54,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cache_dir", type=Path, help="where the columnar cache lies (default: DATA_DIR/cache)")
     parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
     parser.add_argument("--full", action="store_true", help="read all of every day, and compare it with the manifest")
-    parser.add_argument(
-        "--write_manifest",
-        action="store_true",
-        help=f"write DATA_DIR/{MANIFEST_FILE}: the checksums against which the files are compared from then on",
-    )
+    parser.add_argument("--write_manifest", action="store_true",
+                        help=f"write DATA_DIR/{MANIFEST_FILE}: the checksums against which the files are compared from "
+                        "then on")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -97,9 +94,6 @@ def checked(subject: str, check: Callable[[], str]) -> Finding:
         return Finding(FAIL, subject, str(error))
 
 
-# ---- environment -----------------------------------------------------------------------------------------------------
-
-
 def environment() -> Iterator[Finding]:
     """Python, the pinned packages, the device, kernels, memory."""
     yield Finding(OK, "python", f"{sys.version.split()[0]}, {sys.executable}")
@@ -117,8 +111,8 @@ def environment() -> Iterator[Finding]:
 def packages(requirements: Path) -> Iterator[Finding]:
     """The pinned packages beside those installed; the pins are the file's or, where there is none, those that the
     project was installed with."""
+    there = requirements.exists()
     try:
-        there = requirements.exists()
         lines = requirements.read_text().splitlines() if there else importlib.metadata.requires("lcron") or []
     except importlib.metadata.PackageNotFoundError:
         yield Finding(WARN, "packages", f"{requirements}: no such file, so the versions to compare with are unknown")
@@ -130,10 +124,9 @@ def packages(requirements: Path) -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding(FAIL, name, f"not installed; {install}")
             continue
-        if installed.partition("+")[0] == pin:
-            yield Finding(OK, name, installed)
-        else:
-            yield Finding(WARN, name, f"{installed}, the project is tested with {pin}; {install}")
+        same = installed.partition("+")[0] == pin
+        text = installed if same else f"{installed}, the project is tested with {pin}; {install}"
+        yield Finding(OK if same else WARN, name, text)
 
 
 def _device() -> Finding:
@@ -146,9 +139,6 @@ def _device() -> Finding:
     return Finding(WARN if built else OK, "device", f"{built or 'CPU'}; {os.cpu_count()} processors")
 
 
-# ---- log -------------------------------------------------------------------------------------------------------------
-
-
 def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
     """The log as a whole, each of its days, and the room that preparing it and a run take."""
     root = args.data_dir or PROJECT / "data"
@@ -158,11 +148,8 @@ def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
     if not root.is_dir():
         yield Finding(FAIL, "log", f"{root}: no such folder; --data_dir names the folder of a log")
         return
-    cascades = (
-        [SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))]
-        if args.cascade
-        else list(SETTINGS.values())
-    )
+    named = args.cascade
+    cascades = [SETTINGS.get(named) or Cascade.from_toml(Path(named))] if named else list(SETTINGS.values())
     try:
         log = open_log(root)
         days = log.days(named=True)
@@ -184,12 +171,9 @@ def _days(log: Log, days: list[str]) -> Iterator[Finding]:
     yield checked("days", lambda: f"{len(log.days())}, {days[0]} .. {days[-1]}{alone}")
     absent = [day for day in log.protocol_days if day not in days]
     if absent and len(absent) < len(log.protocol_days) and log.origin == "unlabelled":
-        yield Finding(
-            WARN,
-            "published protocol",
-            f"lacks {', '.join(absent)}; without them a training takes all days here but the last, {days[-1]}, which "
-            "tests; --train_days=DAY,DAY and --test_day=DAY name others",
-        )
+        text = (f"lacks {', '.join(absent)}; without them a training takes all days here but the last, {days[-1]}, "
+                "which tests; --train_days=DAY,DAY and --test_day=DAY name others")  # fmt: skip
+        yield Finding(WARN, "published protocol", text)
 
 
 def _manifest(log: Log) -> Finding:
@@ -227,18 +211,14 @@ def _full(log: Log, day: str, cascade: Cascade, zone: str) -> Iterator[Finding]:
     yield checked(f"{day} {cascade.name}", encode)
     for text, count in repairs.items():
         if count:
-            text = f"{text}: {count:,}; data/README.md says what is done with them"
-            yield Finding(WARN, f"{day} {cascade.name}", text)
-
-
-# ---- room ------------------------------------------------------------------------------------------------------------
+            advice = "data/README.md says what is done with them"
+            yield Finding(WARN, f"{day} {cascade.name}", f"{text}: {count:,}; {advice}")
 
 
 def _space(log: Log, days: list[str], cascades: list[Cascade], cache_dir: Path | None) -> Iterator[Finding]:
     """On the disks of the cache, unless the log is one, and of a run."""
     if not isinstance(log, ColumnarLog):
-        files = [path for day in days for path in log.day_files(day)]
-        source = sum(path.stat().st_size for path in files)
+        source = sum(path.stat().st_size for day in days for path in log.day_files(day))
         yield _room("cache", cache_dir or default_cache_dir(log.folder), source * len(cascades) // 4, "--cache_dir")
     rows = sum(table.size for table in log.schema.tables.values())
     stages = max(len(cascade.stages) for cascade in cascades)

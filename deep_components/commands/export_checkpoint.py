@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The run and where its models go."""
     parser = argparse.ArgumentParser(description="Write models for the original code.", allow_abbrev=False)
     parser.add_argument("--run", type=Path, required=True, help="a run's folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets <stage>.pt for every stage")

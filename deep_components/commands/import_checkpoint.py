@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """One file for each stage of the setting."""
     parser = argparse.ArgumentParser(description="Read checkpoints of the original code.", allow_abbrev=False)
     parser.add_argument("--setting", choices=sorted(SETTINGS), required=True)
     for stage in THREE_STAGE.stage_names:
@@ -39,9 +38,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: Path) -> None:
     """Write ``<stage>.safetensors`` and config.json from the original's state_dict files.
 
-    Sizes (ids of every field, embedding dimension, tower width) are read off the parameters.
-
-    Raises InputError when a file is damaged, holds more than tensors, or its parameters are not the stage's model.
+    Sizes (ids of every field, embedding dimension, tower width) are read off the parameters. InputError when a file is
+    damaged, holds more than tensors, or its parameters are not the stage's model.
     """
     states = {stage.name: _read(stage, files[stage.name]) for stage in cascade.stages}
     sizes = {stage.name: _sizes(stage, files[stage.name], states[stage.name]) for stage in cascade.stages}
@@ -55,14 +53,14 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
     remove_run(output_dir, cascade.stage_names)
     arrays = {stage: {name: as_array(value) for name, value in state.items()} for stage, state in states.items()}
     save_models(output_dir, arrays, {"data": "unknown", "loss_type": "imported"})
-    others = {"loss_type": "imported", "seed": None, "epochs": None, "seq_len": HISTORY_LENGTH}
+    arguments |= {"loss_type": "imported", "seed": None, "epochs": None, "seq_len": HISTORY_LENGTH}
     config: dict[str, Any] = {
         "setting": cascade.name,
         "cascade": cascade.to_json(),
         "data": "unknown",
         "schema": schema.to_json(),
         "schema_checksum": schema.checksum,
-        "arguments": arguments | others | {"time_zone": DEFAULT_TIME_ZONE},
+        "arguments": arguments | {"time_zone": DEFAULT_TIME_ZONE},
         "train_days": [],
         "imported_from": {stage: str(files[stage]) for stage in cascade.stage_names},
         "commit": None,

@@ -28,22 +28,15 @@ from deep_components.reporting.tables import (
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The runs, and how they are compared."""
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folders that hold evaluated runs, at any depth"
-    )
-    parser.add_argument(
-        "--compare", metavar="NAME", help=f"the row to compare with every other trained row (default: {OUR_METHOD})"
-    )
-    parser.add_argument(
-        "--test",
-        choices=["welch", "paired"],
-        default="welch",
-        help="over seeds: Welch's t-test (default), or the t-test paired by seed",
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="folders that hold evaluated runs, at any depth")  # fmt: skip
+    parser.add_argument("--compare", metavar="NAME",
+                        help=f"the row to compare with every other trained row (default: {OUR_METHOD})")  # fmt: skip
+    parser.add_argument("--test", choices=["welch", "paired"], default="welch",
+                        help="over seeds: Welch's t-test (default), or the t-test paired by seed")  # fmt: skip
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """The runs to collect, and what to make of them."""
     parser = argparse.ArgumentParser(description="Print one table of many runs.", allow_abbrev=False)
     add_run_arguments(parser)
     parser.add_argument("--kind", choices=["metrics", "costs", "streaming"], default="metrics",

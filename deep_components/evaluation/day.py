@@ -49,17 +49,13 @@ def score_day(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order, in one pass.
-
-    Returns:
-        on the CPU: stage -> [R, N]; and "request_id" [R], "labels", "mask" and "group" [R, N].
-    """
+    """Scores of every stage over every request of the day, in file order: stage -> [R, N] on the CPU, and "request_id"
+    [R], "labels", "mask" and "group" [R, N]."""
     first = next(iter(stores.values()))
     lookup = TableLookup(first.schema, first.ids, {})
     parts: dict[str, list[Tensor]] = {}
-    with tqdm(
-        total=len(day), unit="req", desc=f"scoring {day.day}", disable=not sys.stderr.isatty(), leave=False
-    ) as bar:
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=len(day), unit="req", desc=f"scoring {day.day}", disable=hidden, leave=False) as bar:
         for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
             columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, **vars(batch.targets)}
@@ -71,18 +67,11 @@ def score_day(
 
 def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -> dict[str, Any]:
     """Evaluate the run in args.output_dir (evaluation_parser): writes per_request.npz, metrics.json, and if asked for
-    scores.npz.
-
-    Args:
-        cascade: what the run must be of; None takes any.
-
-    Returns:
-        the content of metrics.json.
-    """
+    scores.npz. Returns the content of metrics.json. ``cascade`` is what the run must be of; None takes any."""
     run: Path = args.output_dir
     config, log = read_training(run), open_log(args.data_dir)
-    own = _checked_cascade(run, config, cascade)
-    _check_log(run, config, log)
+    own = cascade_of(run, config)
+    _check(run, config, log, own, cascade)
     trained = argparse.Namespace(**config["arguments"])
     name = test_day(log, args.test_day)
     day = log.open_day(name, own, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
@@ -104,25 +93,16 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     return results
 
 
-def _checked_cascade(run: Path, config: Mapping[str, Any], wanted: Cascade | None) -> Cascade:
-    """The run's own cascade. InputError when it is not the ``wanted`` one."""
-    own = cascade_of(run, config)
+def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted: Cascade | None) -> None:
+    """InputError unless the run is of the ``wanted`` cascade and can be evaluated on the log."""
     if wanted is not None and own != wanted:
         what = f"a {own.name} run" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
         raise InputError(f"{run}: {what}; evaluate it with the command of that setting, or with run_test")
-    return own
-
-
-def _check_log(run: Path, config: Mapping[str, Any], log: Log) -> None:
-    """InputError unless the run can be evaluated on the log."""
+    same = "evaluate on the same log"
     if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
-        raise InputError(
-            f"{log.folder}: its fields or id counts differ from those of the run's data; evaluate on the same log"
-        )
+        raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
     if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
-        raise InputError(
-            f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; evaluate on the same log"
-        )
+        raise InputError(f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; {same}")
 
 
 def _scores(
@@ -170,24 +150,14 @@ def summary(cascade: Cascade, scored: Mapping[str, Tensor]) -> tuple[dict[str, T
     """
     mask = scored["mask"]
     for stage in cascade.stage_names:
-        broken = int((~scored[stage].isfinite() & mask).sum())
-        if broken:
-            raise InputError(
-                f"{stage}.safetensors gives {broken} scores that are not finite; train again with a lower --lr"
-            )
+        if broken := int((~scored[stage].isfinite() & mask).sum()):
+            raise InputError(f"{stage}.safetensors gives {broken} scores that are not finite; train again with a lower "
+                             "--lr")  # fmt: skip
     relevant = (scored["group"] == 0) & mask
-    metrics = cascade_metrics(
-        {stage: scored[stage] for stage in cascade.stage_names},
-        scored["labels"],
-        mask,
-        relevant,
-        cascade.quotas,
-        cascade.num_relevant,
-    )
-    results: dict[str, Any] = {}
-    for name, values in metrics.items():
-        mean = values.nanmean().item()
-        results[name] = mean if np.isfinite(mean) else None
+    scores = {stage: scored[stage] for stage in cascade.stage_names}
+    metrics = cascade_metrics(scores, scored["labels"], mask, relevant, cascade.quotas, cascade.num_relevant)
+    means = {name: values.nanmean().item() for name, values in metrics.items()}
+    results: dict[str, Any] = {name: mean if np.isfinite(mean) else None for name, mean in means.items()}
     results["num_requests"] = len(mask)
     results["num_requests_without_ground_truth"] = int((~relevant.any(dim=-1)).sum())
     return metrics, results

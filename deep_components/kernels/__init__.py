@@ -5,6 +5,7 @@ user's cache directory. Without a compiler :func:`load_kernels` gives None, and 
 operators: the same formulas, to rounding, in several times the time.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -13,10 +14,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +27,17 @@ SOURCE = Path(__file__).with_name("kernels.c")
 _REAL = {torch.float32: "float", torch.float64: "double"}
 _C_TYPE = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas", "-fPIC")
-_FUNCTIONS = (
-    *("attention_forward", "attention_backward", "bias_relu", "relu_backward"),
-    *("gather", "scatter_add", "catch_up", "adam_rows"),
-)
+# The arguments of kernels.c's functions: i int64_t, p a pointer, r REAL.
+_ARGUMENTS = {
+    "attention_forward": "iiiippppprp",
+    "attention_backward": "iiiipppppppp",
+    "bias_relu": "iiiipp",
+    "relu_backward": "iiiipppp",
+    "gather": "iip",
+    "scatter_add": "iip",
+    "catch_up": "iipppppiipppprrp",
+    "adam_rows": "iipppppiprrrrrr",
+}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_ALLOCATION = 1 << 30
 _ROWS_PER_SUM = 512  # rows whose gradients are summed in one piece, whatever the number of threads
@@ -67,40 +75,25 @@ class Kernels:
         if openmp is not None:  # what the library's calls to OpenMP are bound to
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
-        self.dtype, self._real = dtype, _C_TYPE[dtype]
-        for name in _FUNCTIONS:
-            getattr(self._library, name).restype = ctypes.c_int64
+        self.dtype = dtype
+        types = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "r": _C_TYPE[dtype]}
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = ctypes.c_int64, [types[kind] for kind in arguments]
 
     def attention_forward(
         self, history: Tensor, items: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, padding: float
     ) -> Tensor:
         """logits[b, n, l] = bias + sum_h weight[h] ReLU(history[b, l, h] + items[b, n, h]); ``padding`` where not mask.
 
-        Args:
-            history: [B, L, H].
-            items: [B, N, H].
-            weight: [H].
-            bias: [1].
-            mask: [B, L] bool.
-            padding: the logit of padding.
-
-        Returns:
-            [B, N, L].
+        Shapes: history [B, L, H], items [B, N, H], weight [H], bias [1], mask [B, L] bool; logits [B, N, L].
         """
         (batch, length, units), num_items = history.shape, items.shape[1]
         self._expect((history, items, weight, bias), (history.shape, (batch, num_items, units), (units,), (1,)))
         _expect((mask,), ((batch, length),), torch.bool)
         logits = history.new_empty(batch, num_items, length)
-        sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
-        arrays = (_address(history), _address(items), _address(weight), _address(bias), _address(mask))
-        self._run(
-            self._library.attention_forward,
-            ctypes.c_int64(batch),
-            *sizes,
-            *arrays,
-            self._real(padding),
-            _address(logits),
-        )
+        sizes = (batch, num_items, length, units)
+        self._run("attention_forward", *sizes, history, items, weight, bias, mask, padding, logits)
         return logits
 
     def attention_backward(
@@ -112,9 +105,8 @@ class Kernels:
         self._expect((history, items, weight, grad), shapes)
         _expect((mask,), ((batch, length),), torch.bool)
         grads = torch.empty_like(history), torch.empty_like(items), history.new_empty(batch, units)
-        sizes = tuple(map(ctypes.c_int64, (num_items, length, units)))
-        arrays = tuple(map(_address, (history, items, weight, mask, grad, *grads)))
-        self._run(self._library.attention_backward, ctypes.c_int64(batch), *sizes, *arrays)
+        sizes = (batch, num_items, length, units)
+        self._run("attention_backward", *sizes, history, items, weight, mask, grad, *grads)
         return grads[0], grads[1], grads[2].sum(dim=0)
 
     def bias_relu(self, x: Tensor, bias: Tensor) -> None:
@@ -126,8 +118,7 @@ class Kernels:
         group = rows // len(bias) if len(bias) > 1 else _ROWS_PER_SUM
         if len(bias) == 1:
             bias = bias.expand(-(-rows // group), -1).contiguous()
-        sizes = tuple(map(ctypes.c_int64, (rows, group, x.shape[1])))
-        self._run(self._library.bias_relu, ctypes.c_int64(len(bias)), *sizes, _address(bias), _address(x))
+        self._run("bias_relu", len(bias), rows, group, x.shape[1], bias, x)
 
     def relu_backward(self, out: Tensor, grad: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The gradients before ReLU(x + bias) = out: of x [M, H], and of bias [G, H] with G = ``groups``."""
@@ -135,46 +126,28 @@ class Kernels:
         self._expect((out, grad), (out.shape, out.shape))
         group = rows // groups if groups > 1 else _ROWS_PER_SUM
         passed, sums = torch.empty_like(out), out.new_empty(-(-rows // group), out.shape[1])
-        sizes = tuple(map(ctypes.c_int64, (rows, group, out.shape[1])))
-        self._run(
-            self._library.relu_backward, ctypes.c_int64(len(sums)), *sizes, *map(_address, (out, grad, passed, sums))
-        )
+        self._run("relu_backward", len(sums), rows, group, out.shape[1], out, grad, passed, sums)
         return passed, sums if groups > 1 else sums.sum(dim=0, keepdim=True)
 
     def gather(self, uses: Sequence[TableUse]) -> None:
         """values[i] = table[ids[i]] for every use. IndexError when an id is not a row of its table."""
-        if self._library.gather(*_uses_as_c(uses)):
+        if self._call("gather", *_uses_as_c(uses)):
             raise IndexError("an id is not one of its table's rows")
 
     def scatter_add(self, uses: Sequence[TableUse]) -> None:
         """table[ids[i]] += values[i] for every use, but for ids that are its padding. Uses of one table stand together
         and are added in their order. The ids must be rows, which :meth:`gather` has checked."""
-        self._library.scatter_add(*_uses_as_c(uses))
+        self._call("scatter_add", *_uses_as_c(uses))
 
     def catch_up(
-        self,
-        rows: Tensor,
-        table: Tensor,
-        moments: tuple[Tensor, Tensor],
-        last: Tensor,
-        now: int,
-        rule: tuple[Tensor, Tensor],
-        kept: tuple[Tensor, Tensor],
-        lr: float,
-        eps: float,
-    ) -> Tensor:
-        """Bring distinct ``rows`` [U] int64 of a table to step ``now`` (tables/deferred_adam.py); their values [U, d].
+        self, rows: Tensor, table: Tensor, moments: tuple[Tensor, Tensor], last: Tensor, now: int,
+        rule: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], lr: float, eps: float,
+    ) -> Tensor:  # fmt: skip
+        """Bring distinct ``rows`` [U] int64 of a table to step ``now`` (tables/deferred_adam.py); returns them [U, d].
 
-        Args:
-            rows: which.
-            table: [rows, d]; it, ``moments`` and ``last`` [rows] int32 are changed in place.
-            moments: Adam's two, [rows, d] each.
-            last: the step each row was last brought to.
-            now: the step to bring them to.
-            rule: weights and nodes of the drift rules of steps 0 .. now, [steps, nodes] each.
-            kept: what k = 0 .. now steps leave of the two moments, [now + 1] each.
-            lr: learning rate.
-            eps: Adam's epsilon.
+        ``table`` and Adam's two ``moments`` [rows, d] and the steps ``last`` [rows] int32 that the rows were last
+        brought to are changed in place. ``rule``: weights and nodes of the drift rules of steps 0 .. now, [steps,
+        nodes] each. ``kept``: what k = 0 .. now steps leave of the two moments, [now + 1] each.
         """
         out = table.new_empty(len(rows), table.shape[1])
         self._expect((table, *moments, *rule), (*[table.shape] * 3, *[rule[0].shape] * 2))
@@ -182,39 +155,31 @@ class Kernels:
         _expect_rows(rows, last, len(table))
         if min(len(rule[0]), len(kept[0])) <= now:
             raise ValueError(f"rules of {len(rule[0])} steps do not reach step {now}")
-        self._run(self._library.catch_up, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
-            *map(_address, (rows, table, *moments, last)), ctypes.c_int64(now), ctypes.c_int64(rule[0].shape[1]),
-            *map(_address, (*rule, *kept)), self._real(lr), self._real(eps), _address(out),
-        )  # fmt: skip
+        nodes = rule[0].shape[1]
+        arrays = (rows, table, *moments, last)
+        self._run("catch_up", *out.shape, *arrays, now, nodes, *rule, *kept, lr, eps, out)
         return out
 
     def adam_rows(
-        self,
-        rows: Tensor,
-        table: Tensor,
-        moments: tuple[Tensor, Tensor],
-        last: Tensor,
-        now: int,
-        grad: Tensor,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
+        self, rows: Tensor, table: Tensor, moments: tuple[Tensor, Tensor], last: Tensor, now: int,
+        grad: Tensor, lr: float, betas: tuple[float, float], eps: float,
+    ) -> None:  # fmt: skip
         """Adam's step number ``now`` of distinct ``rows`` with gradients [U, d]; else as in :meth:`catch_up`."""
         self._expect((table, *moments, grad), (*[table.shape] * 3, (len(rows), table.shape[1])))
         _expect_rows(rows, last, len(table))
         b1, b2 = betas
         numbers = (1 - b1, b2, 1 - b2, (1 - b2**now) ** 0.5, lr / (1 - b1**now), eps)
-        self._run(self._library.adam_rows, ctypes.c_int64(len(rows)), ctypes.c_int64(table.shape[1]),
-            *map(_address, (rows, table, *moments, last)), ctypes.c_int64(now), _address(grad),
-            *map(self._real, numbers),
-        )  # fmt: skip
+        self._run("adam_rows", *grad.shape, rows, table, *moments, last, now, grad, *numbers)
 
     def _expect(self, tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
         _expect(tensors, shapes, self.dtype)
 
-    def _run(self, function: Callable[..., int], *arguments: object) -> None:
-        if function(*arguments):
+    def _call(self, name: str, *arguments: object) -> int:
+        values = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+        return int(getattr(self._library, name)(*values))
+
+    def _run(self, name: str, *arguments: object) -> None:
+        if self._call(name, *arguments):
             raise MemoryError("the attention's working memory cannot be allocated")
 
 
@@ -235,21 +200,20 @@ def _expect_rows(rows: Tensor, last: Tensor, table_rows: int) -> None:
         raise IndexError("a row is not one of the table's")
 
 
-def _uses_as_c(uses: Sequence[TableUse]) -> tuple[ctypes.c_int64, ctypes.c_int64, Any]:
+def _uses_as_c(uses: Sequence[TableUse]) -> tuple[int, int, object]:
     """Number of uses, d, and the uses."""
-    array = (_Use * len(uses))()
     dim = uses[0].table.shape[1]
     for use in uses:
         if use.ids.dtype != torch.int64 or use.ids.dim() != 1 or use.values.shape != (len(use.ids), dim):
             raise ValueError(f"ids {tuple(use.ids.shape)} do not belong to values {tuple(use.values.shape)}")
         if use.table.shape[1] != dim or not use.table.is_contiguous() or use.values.stride(1) != 1:
             raise ValueError("tables have rows of one width, and the rows of values are contiguous")
-    for index, use in enumerate(uses):
-        array[index] = _Use(
-            *(len(use.ids), len(use.table), use.ids.stride(0), use.values.stride(0), use.padding),
-            *(use.ids.data_ptr(), use.table.data_ptr(), use.values.data_ptr()),
-        )
-    return ctypes.c_int64(len(uses)), ctypes.c_int64(uses[0].table.shape[1]), array
+    array = (_Use * len(uses))(*(
+        _Use(len(use.ids), len(use.table), use.ids.stride(0), use.values.stride(0), use.padding,
+             use.ids.data_ptr(), use.table.data_ptr(), use.values.data_ptr())
+        for use in uses
+    ))  # fmt: skip
+    return len(uses), dim, array
 
 
 def keep_freed_memory() -> None:
@@ -267,12 +231,9 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     try:
         return Kernels(_compiled(_REAL[dtype]), dtype)
     except (OSError, KeyError, AttributeError, ValueError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.warning(
-            "the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "
-            "install gcc, or silence this with --no-compile",
-            str(reason).strip().splitlines()[-1] if str(reason).strip() else type(error).__name__,
-        )
+        reason = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
+        logger.warning("the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "
+                       "install gcc, or silence this with --no-compile", reason.splitlines()[-1])  # fmt: skip
         return None
 
 
@@ -286,17 +247,18 @@ def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
 
 def _compiled(real: str) -> Path:
     """The shared library for a number type. OSError or SubprocessError when it cannot be made."""
-    compiler = _compiler()
+    names = filter(None, (os.environ.get("CC"), "gcc", "cc", "clang"))
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise OSError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     flags = (*_FLAGS, "-fopenmp") if _openmp() is not None else _FLAGS
     identity = [SOURCE.read_text(), *flags, real, version, platform.machine(), _processor()]
     name = f"kernels-{real}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    library = folder / name
+    library = _cache_folder() / name
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary) / name
-            compiled = Path(temporary) / "kernels.o"
+        with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
+            built, compiled = Path(temporary) / name, Path(temporary) / "kernels.o"
             # OpenMP is not linked: its names are bound to PyTorch's own copy, so that there is one pool of threads. Two
             # would fight for the cores.
             compile_it = [compiler, *flags, f"-DREAL={real}", "-c", str(SOURCE), "-o", str(compiled)]
@@ -311,14 +273,6 @@ def _openmp() -> Path | None:
     package = Path(torch.__file__).parent
     found = [*package.glob("lib/libgomp*.so*"), *package.parent.glob("torch.libs/libgomp*.so*")]
     return found[0] if len(found) == 1 else None
-
-
-def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CC"), "gcc", "cc", "clang")):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise OSError("there is no C compiler")
 
 
 def _cache_folder() -> Path:
@@ -337,12 +291,9 @@ def _cache_folder() -> Path:
 @cache
 def _private_folder() -> Path:
     """For this process only, where there is no cache directory."""
-    folder = tempfile.TemporaryDirectory(prefix="lcron-kernels-")
-    _kept.append(folder)
-    return Path(folder.name)
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+    folder = tempfile.mkdtemp(prefix="lcron-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _processor() -> str:
@@ -352,7 +303,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

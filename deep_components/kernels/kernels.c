@@ -262,6 +262,11 @@ int64_t scatter_add(int64_t uses, int64_t d, const use *restrict all) {
     return 0;
 }
 
+/* Rows lie anywhere in memory: ask for one ahead. */
+#define ASK_FOR_ROW(row) \
+    (__builtin_prefetch(table + (row) * d, 1), __builtin_prefetch(moment1 + (row) * d, 1), \
+     __builtin_prefetch(moment2 + (row) * d, 1), __builtin_prefetch(brought_to + (row), 1))
+
 /* Bring rows[0 .. count] of a table to step `now` as Adam without gradients would, and copy them to out. The drift
  * rules of step t are weights[t, :] and nodes[t, :]; kept1[k] and kept2[k] are what k steps leave of the moments. */
 int64_t catch_up(int64_t count, int64_t d, const int64_t *restrict rows, REAL *restrict table,
@@ -273,13 +278,7 @@ int64_t catch_up(int64_t count, int64_t d, const int64_t *restrict rows, REAL *r
         MY_RANGE(count);
         const REAL *restrict weights_now = weights + now * num_nodes, *restrict nodes_now = nodes + now * num_nodes;
         for (int64_t i = first; i < last; i++) {
-            if (i + 8 < last) { /* rows lie anywhere in memory: ask for them ahead */
-                const int64_t ahead = rows[i + 8] * d;
-                __builtin_prefetch(table + ahead, 1);
-                __builtin_prefetch(moment1 + ahead, 1);
-                __builtin_prefetch(moment2 + ahead, 1);
-                __builtin_prefetch(brought_to + rows[i + 8], 1);
-            }
+            if (i + 8 < last) ASK_FOR_ROW(rows[i + 8]);
             const int64_t row = rows[i], since = brought_to[row], k = now - since;
             REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
             if (k > 0) {
@@ -313,13 +312,7 @@ int64_t adam_rows(int64_t count, int64_t d, const int64_t *restrict rows, REAL *
     IN_PARALLEL {
         MY_RANGE(count);
         for (int64_t i = first; i < last; i++) {
-            if (i + 8 < last) {
-                const int64_t ahead = rows[i + 8] * d;
-                __builtin_prefetch(table + ahead, 1);
-                __builtin_prefetch(moment1 + ahead, 1);
-                __builtin_prefetch(moment2 + ahead, 1);
-                __builtin_prefetch(brought_to + rows[i + 8], 1);
-            }
+            if (i + 8 < last) ASK_FOR_ROW(rows[i + 8]);
             const int64_t row = rows[i];
             REAL *restrict p = table + row * d, *restrict m = moment1 + row * d, *restrict v = moment2 + row * d;
             for (int64_t c = 0; c < d; c++) {

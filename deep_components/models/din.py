@@ -51,16 +51,8 @@ class DIN(nn.Module):
         return run_tower(self.tower, own, self.kernels, shared=features.request).squeeze(-1)
 
     def interest(self, history: Tensor, history_mask: Tensor, items: Tensor) -> Tensor:
-        """Attention-weighted history per item.
-
-        Args:
-            history: [B, L, H].
-            history_mask: [B, L] bool.
-            items: [B, N, I]; the fields that the history has too take part.
-
-        Returns:
-            [B, N, H].
-        """
+        """Attention-weighted history per item: [B, N, H] from history [B, L, H], its mask [B, L] and items [B, N, I],
+        of which the fields that the history has too take part."""
         inner, outer = cast(nn.Linear, self.attention[0]), cast(nn.Linear, self.attention[2])
         width = self.history_width
         history_part = F.linear(history, inner.weight[:, :width], inner.bias)  # [B, L, 80]
@@ -87,14 +79,7 @@ def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) ->
 
     Linear(10d -> H) of a concatenation is the sum of its parts, so nothing of size B x N x L x 10d is made; the hidden
     B x N x L x H activations are made a few requests at a time and made again in the backward pass instead of stored.
-
-    Args:
-        history_part: [B, L, H].
-        item_part: [B, N, H].
-        weight: [H].
-
-    Returns:
-        [B, N, L].
+    Shapes: history_part [B, L, H], item_part [B, N, H], weight [H]; the logits are [B, N, L].
     """
     return _AttentionLogits.apply(history_part, item_part, weight)
 

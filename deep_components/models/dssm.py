@@ -12,12 +12,8 @@ from deep_components.schema import Schema
 class DSSM(nn.Module):
     """score(request, item) = user_tower(request, mean history) . item_tower(item).
 
-    Towers are [input -> u -> u/2 -> u/4] with u = ``nn_units``.
-
-    Args:
-        schema: gives the inputs' widths.
-        emb_dim: d, numbers an id is embedded in.
-        nn_units: u, a multiple of 4.
+    Towers are [input -> u -> u/2 -> u/4] with u = ``nn_units``, a multiple of 4. ``schema`` gives the inputs' widths;
+    ``emb_dim`` is d, the numbers an id is embedded in.
     """
 
     def __init__(self, schema: Schema, emb_dim: int = 8, nn_units: int = 128) -> None:

@@ -30,20 +30,20 @@ _MODULES = {
 def to_original(model: str, parameters: Mapping[str, T]) -> dict[str, T]:
     """Parameters of a dssm, mlp or din under the original's names. KeyError for one that the original does not have."""
     tables = {f"embedding.{table}": f"{original}.weight" for table, original in _TABLES.items()}
-    modules = _MODULES[model]
-    renamed = {}
-    for name, value in parameters.items():
-        module, _, rest = name.partition(".")
-        renamed[tables[name] if module == "embedding" else f"{modules[module]}.{rest}"] = value
-    return renamed
+    return _renamed(parameters, tables, _MODULES[model])
 
 
 def from_original(model: str, parameters: Mapping[str, T]) -> dict[str, T]:
     """The reverse of :func:`to_original`. KeyError for a name that the original's dssm, mlp or din does not have."""
     tables = {f"{original}.weight": f"embedding.{table}" for table, original in _TABLES.items()}
-    modules = {original: module for module, original in _MODULES[model].items()}
+    return _renamed(parameters, tables, {original: module for module, original in _MODULES[model].items()})
+
+
+def _renamed(parameters: Mapping[str, T], tables: Mapping[str, str], modules: Mapping[str, str]) -> dict[str, T]:
     renamed = {}
     for name, value in parameters.items():
         module, _, rest = name.partition(".")
+        if name not in tables and module not in modules:
+            raise KeyError(name)
         renamed[tables[name] if name in tables else f"{modules[module]}.{rest}"] = value
     return renamed

@@ -20,13 +20,10 @@ def tower(widths: Sequence[int]) -> nn.Sequential:
 
 
 def run_tower(layers: nn.Sequential, inputs: Tensor, kernels: Kernels | None, shared: Tensor | None = None) -> Tensor:
-    """The output of a :func:`tower`, [..., N, widths[-1]].
+    """The output of a :func:`tower`, [..., N, widths[-1]], for ``inputs`` [..., N, widths[0]].
 
-    Args:
-        layers: the tower.
-        inputs: [..., N, widths[0]] or, with ``shared``, the last features of it.
-        kernels: compiled loops for a CPU; None for PyTorch's operators.
-        shared: [..., S], the first features, which all N have in common; their part is computed once.
+    With ``shared`` [..., S], the first features, which all N have in common, ``inputs`` are the others; the part of the
+    shared ones is computed once. ``kernels``: compiled loops for a CPU; None for PyTorch's operators.
     """
     linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
     hidden = inputs
@@ -71,16 +68,9 @@ class _CompiledLinearReLU(torch.autograd.Function):
 
 
 def mean_history(history: Tensor, history_mask: Tensor) -> Tensor:
-    """Sum of all L history embeddings divided by max(number of events, 1).
+    """Sum of all L history embeddings [B, L, W] divided by max(number of events, 1): [B, W].
 
     Padding positions take part in the sum: they look up row 0, which is zero in every table but category_one's.
-
-    Args:
-        history: [B, L, W].
-        history_mask: [B, L] bool.
-
-    Returns:
-        [B, W].
     """
     events = history_mask.sum(dim=-1, keepdim=True).clamp(min=1)  # [B, 1]
     return history.sum(dim=1) / events.to(history.dtype)

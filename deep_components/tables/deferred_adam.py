@@ -27,17 +27,12 @@ _STEPS_AT_A_TIME = 2048  # rules are fitted in blocks of so many steps
 
 
 class DriftRule:
-    """Nodes and weights of F(t; v) for t = 0, 1, 2, ..., fitted as far as they are asked for.
-
-    Args:
-        betas: Adam's, of the bias correction.
-        decays: what the moments are really multiplied by: float32 Adam uses 1 - float32(1 - b1) and float32(b2).
-    """
+    """Nodes and weights of F(t; v) for t = 0, 1, 2, ..., fitted as far as they are asked for. ``betas`` are Adam's, of
+    the bias correction; ``decays`` what the moments are really multiplied by (:func:`_decays`)."""
 
     def __init__(self, betas: tuple[float, float], decays: tuple[float, float]) -> None:
         self.betas, self.decays = betas, decays
-        self.weights = np.empty((0, _NODES))
-        self.nodes = np.empty((0, _NODES))
+        self.weights, self.nodes = np.empty((0, _NODES)), np.empty((0, _NODES))
 
     def extend(self, steps: int) -> None:
         """Have the rules of t = 0 .. steps - 1 at least."""
@@ -81,30 +76,18 @@ class DeferredAdam:
     """Adam (no weight decay, constant lr) over one embedding table, equal to dense torch.optim.Adam.
 
     A step reads the rows it needs by :meth:`gather`, which brings them up to date, and hands their gradients to
-    :meth:`step`. :meth:`flush` brings the whole table up to date, before anything else reads it. The table may lie
-    elsewhere than the computation: in host memory, say, while only a batch's rows travel to a GPU.
+    :meth:`step`. :meth:`flush` brings the whole table up to date, before anything else reads it. The table [rows, d]
+    may lie elsewhere than the computation: in host memory, say, while only a batch's rows travel to a GPU. ``kernels``
+    are compiled loops for a table of their type on a CPU.
 
-    Args:
-        table: parameter [rows, d].
-        lr: learning rate.
-        betas: decay of the two moments.
-        eps: Adam's epsilon.
-        kernels: compiled loops for a table of their type on a CPU.
-
-    Attributes:
-        steps: made so far.
-        first, second: Adam's moments [rows, d].
-        last: [rows] int32, the step that each row was last brought to.
+    Attributes: ``steps`` made so far; Adam's moments ``first`` and ``second`` [rows, d]; ``last`` [rows] int32, the
+    step that each row was last brought to.
     """
 
     def __init__(
-        self,
-        table: nn.Parameter,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, table: nn.Parameter, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         kernels: Kernels | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.table, self.lr, self.betas, self.eps, self.kernels = table, lr, betas, eps, kernels
         self.steps = 0
         self.first, self.second = torch.zeros_like(table), torch.zeros_like(table)
@@ -117,10 +100,8 @@ class DeferredAdam:
         rows = rows.to(self.table.device, non_blocking=self.table.is_cuda)
         fitted, moments = _fitted(self.table, self.betas, self.steps), (self.first, self.second)
         if self.kernels is not None:
-            rule, kept = (fitted.weights, fitted.nodes), (fitted.kept_first, fitted.kept_second)
-            return self.kernels.catch_up(
-                rows, self.table.detach(), moments, self.last, self.steps, rule, kept, self.lr, self.eps
-            )
+            table, rule, kept = self.table.detach(), fitted[:2], fitted[2:]
+            return self.kernels.catch_up(rows, table, moments, self.last, self.steps, rule, kept, self.lr, self.eps)
         since = self.last[rows].long()
         k = self.steps - since
         m, v = self.first[rows], self.second[rows]
@@ -171,12 +152,8 @@ class DeferredAdam:
     def restore(self, state: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
         """The reverse of :meth:`state`, or of the state of a dense torch.optim.Adam, which brings all rows to one step.
 
-        Args:
-            state: the saved tensors.
-            rows: [saved rows] int64, the rows that the saved ones have in this table; None when all, in their order.
-
-        Raises:
-            ValueError: the state cannot be that of this table.
+        ``rows`` [saved rows] int64 are those of the saved ones in this table; None when all, in their order. ValueError
+        when the state cannot be that of this table.
         """
         self.steps = int(state["step"])
         index = slice(None) if rows is None else rows.to(self.table.device)

@@ -15,10 +15,8 @@ class IdSet:
     """A set of ids from 0 .. size - 1 that gives each of its ids a row: its rank among them.
 
     A bit per id and a count per 64 bits (rank by counting bits: Jacobson, FOCS 1989): 82 million ids take 15 MB, and a
-    look-up touches two words.
-
-    Args:
-        bits: [ceil(size / 64)] uint64; bit k of word w says whether id 64 w + k is in the set.
+    look-up touches two words. ``bits`` [ceil(size / 64)] uint64: bit k of word w says whether id 64 w + k is in
+    the set.
     """
 
     def __init__(self, bits: np.ndarray) -> None:

@@ -19,13 +19,10 @@ def fill_initial_rows(table: Tensor, seed: int, name: str, ids: np.ndarray, padd
 
 
 def initial_rows(seed: int, table: str, ids: np.ndarray, dim: int) -> Tensor:
-    """Rows of a table's initial value, N(0, 1), each a function of (seed, table, id) alone.
+    """Rows of a table's initial value, N(0, 1), each a function of (seed, table, id) alone: float64 [len(ids), dim].
 
     A counter-based generator (splitmix64 of the key and the counter, then Box-Muller) instead of a stream: adding or
     leaving out ids never changes another id's row.
-
-    Returns:
-        float64 [len(ids), dim].
     """
     key = np.frombuffer(hashlib.sha256(f"{seed}/{table}".encode()).digest()[:8], np.uint64)
     counters = (ids.astype(np.uint64)[:, None] * np.uint64(dim) + np.arange(dim, dtype=np.uint64)) * np.uint64(2)

@@ -15,10 +15,8 @@ from deep_components.tables.id_set import IdSet
 class TableLookup:
     """Translates the ids of batches; belongs to the thread that assembles them.
 
-    Args:
-        schema: of the log.
-        ids: table -> the log's indices that it has rows for, in their order; other tables have a row per index.
-        pulled: table -> its rows; for these tables the distinct rows of a batch are listed.
+    ``ids``: table -> the log's indices that it has rows for, in their order; other tables have a row per index.
+    ``pulled``: table -> its number of rows; for these tables the distinct rows of a batch are listed.
     """
 
     def __init__(self, schema: Schema, ids: Mapping[str, IdSet], pulled: Mapping[str, int]) -> None:
@@ -32,7 +30,7 @@ class TableLookup:
 
     def rows(self, batch: CascadeBatch[Features]) -> CascadeBatch[RowFeatures]:
         """Rows in place of a log's indices. KeyError when a table without an unknown row lacks an id."""
-        new = {table: torch.from_numpy(self._rows_of(table, self._all(batch.features, table))) for table in self.ids}
+        new = {table: self._rows_of(table, _concatenated(batch.features, self._uses[table])) for table in self.ids}
         return CascadeBatch(batch.request_id, RowFeatures(**self._replaced(batch.features, new)), batch.targets)
 
     def slots(self, batch: CascadeBatch[RowFeatures]) -> CascadeBatch[SlotFeatures]:
@@ -45,14 +43,11 @@ class TableLookup:
         features = SlotFeatures(**self._replaced(batch.features, new), rows=rows)
         return CascadeBatch(batch.request_id, features, batch.targets)
 
-    def _all(self, features: Features, table: str) -> np.ndarray:
-        return _concatenated(features, self._uses[table]).numpy()
-
-    def _rows_of(self, table: str, ids: np.ndarray) -> np.ndarray:
-        unknown = self._tables[table].unknown
+    def _rows_of(self, table: str, used: Tensor) -> Tensor:
+        ids, unknown = used.numpy(), self._tables[table].unknown
         if unknown is not None:
             ids = np.where(self.ids[table].contains(ids), ids, unknown)
-        return self.ids[table].rows(ids)
+        return torch.from_numpy(self.ids[table].rows(ids))
 
     def _replaced(self, features: Features | RowFeatures, new: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fields of the features with other ids for some tables, given in the order of their uses."""

@@ -44,16 +44,11 @@ class RowOptimizer(Protocol):
 class EmbeddingStore:
     """The tables of one stage: shared code, never shared weights.
 
-    Args:
-        stage: whose tables these are; with a seed it determines the initial values.
-        schema: fields and tables.
-        dim: embedding dimension d.
-        ids: tables that are compacted: a row for each of these indices of the log, in their order.
+    ``stage`` says whose tables these are; with a seed it determines the initial values. ``dim`` is the embedding
+    dimension d. ``ids``: the compacted tables, a row for each of these indices of the log, in their order.
 
-    Attributes:
-        tables: name -> parameter [rows, d]. A table's padding row is zero and gets no gradient.
-        optimizers: of the tables that are pulled and pushed.
-        kernels: the compiled look-up, for tables on a CPU.
+    Attributes: ``tables``, name -> parameter [rows, d], whose padding row is zero and gets no gradient; ``optimizers``
+    of the tables that are pulled and pushed; ``kernels``, the compiled look-up, for tables on a CPU.
     """
 
     def __init__(self, stage: str, schema: Schema, dim: int, ids: Mapping[str, IdSet] | None = None) -> None:
@@ -70,8 +65,6 @@ class EmbeddingStore:
         self._widths = {side: schema.width(side, dim) for side in SIDES}
         self._numbers = [(field.side, field.name) for field in schema.fields if not field.table]
         self._padding = {name: padding_row(schema, self.ids, name) for name in self.rows}
-
-    # ---- rows --------------------------------------------------------------------------------------------------------
 
     def pull(self, table: str, rows: Tensor) -> Tensor:
         """The current values [U, d], without gradient, of distinct rows [U] int64 of a table."""
@@ -90,21 +83,12 @@ class EmbeddingStore:
         for optimizer in self.optimizers.values():
             optimizer.flush()
 
-    # ---- looking up --------------------------------------------------------------------------------------------------
-
     def embed(
         self, features: RowFeatures | SlotFeatures, pulled: Mapping[str, Tensor] | None = None
     ) -> EmbeddedFeatures:
-        """Look up all fields.
-
-        Args:
-            features: rows; or slots, of the tables that ``pulled`` has values for.
-            pulled: table -> values [U, d] of the distinct rows that ``features.rows`` lists.
-
-        Raises:
-            TypeError: features of another kind of id.
-            IndexError: an id is not one of its table's rows.
-        """
+        """Look up all fields of ``features``, which hold rows, or slots of the tables in ``pulled``: table -> values
+        [U, d] of the distinct rows that ``features.rows`` lists. TypeError for another kind of id; IndexError for an id
+        that is not one of its table's rows."""
         if not isinstance(features, RowFeatures | SlotFeatures):
             raise TypeError(f"{type(features).__name__} holds other ids than rows or slots; use TableLookup first")
         pulled = pulled or {}
@@ -153,8 +137,6 @@ class EmbeddingStore:
         batch, length = features.history_mask.shape
         items = next((ids.shape[1] for ids in features.item.values()), 0)
         return {"request": (batch,), "history": (batch, length), "item": (batch, items)}[side] + (self._widths[side],)
-
-    # ---- values ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -205,12 +187,7 @@ class _CompiledLookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: Kernels,
-        uses: list[_Use],
-        shapes: list[tuple[int, ...]],
-        names: list[str],
-        *tables: Tensor,
+        ctx: Any, kernels: Kernels, uses: list[_Use], shapes: list[tuple[int, ...]], names: list[str], *tables: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.kernels, ctx.uses, ctx.names = kernels, uses, names
         ctx.shapes = [table.shape for table in tables]

@@ -41,7 +41,9 @@ def initial_cascade(
         itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         step = memory.step_bytes(args.batch_size, cascade.num_items, history_length, args.nn_units, stages, itemsize)
-        _check_memory(stages * in_pulled, stages * in_dense + step, device, args.table_memory == "host")
+        needed = {device: stages * in_dense + step}
+        home = torch.device("cpu") if args.table_memory == "host" else device
+        memory.check_memory(needed | {home: needed.get(home, 0) + stages * in_pulled})
     seed: int | None = None if args.init_from is not None else args.seed
     models = build_models(cascade, schema, args.emb_dim, args.nn_units, seed)
     stores = build_stores(cascade, schema, args.emb_dim, seed, ids)
@@ -72,12 +74,3 @@ def compacted_ids(
         for day in days:
             ids[name] = ids[name] | day.ids(name)
     return ids
-
-
-def _check_memory(pulled: int, rest: int, device: torch.device, on_host: bool) -> None:
-    """InputError when there are too few bytes for the pulled tables and the rest."""
-    cpu = torch.device("cpu")
-    if on_host and device != cpu:
-        memory.check_memory({device: rest, cpu: pulled})
-    else:
-        memory.check_memory({device: pulled + rest})

@@ -121,25 +121,17 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     keep_freed_memory()
     log = open_log(args.data_dir)
     names = training_days(log, args.train_days)
-    days = [
-        log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len)
-        for name in (names if args.epochs else [])
-    ]
+    opened = names if args.epochs else []
+    days = [log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len) for name in opened]
     steps = [steps_of(day, args.batch_size) for day in days]
     config = run_config(cascade, args, loss, log, names, days) | environment(device, kernels is not None)
     length = config["arguments"]["seq_len"]
     models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device)
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
-        models,
-        stores,
-        loss,
-        args.lr,
-        args.optimizer,
-        kernels=kernels,
-        autocast=AUTOCAST[args.autocast],
+        models, stores, loss, args.lr, args.optimizer, kernels=kernels, autocast=AUTOCAST[args.autocast],
         skip_nonfinite=args.on_nonfinite == "skip",
-    )
+    )  # fmt: skip
     return Run(args, config, trainer, days, steps, device, initial_seed)
 
 
@@ -154,13 +146,13 @@ def _generators(seed: int, device: torch.device) -> Iterator[None]:
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
     folder, stages, position = run.folder, list(run.trainer.models), Position()
-    if run.args.resume and _can_resume(run):
+    resumes = run.args.resume and _can_resume(run)
+    if resumes:
         arrays, saved = load_state(folder / STATE_FILE)
         run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
         position = Position(**saved)
-        remove_results(folder, stages)  # they must not stand beside this training's
-    else:
-        remove_results(folder, stages)
+    remove_results(folder, stages)  # they must not stand beside this training's
+    if not resumes:
         (folder / STATE_FILE).unlink(missing_ok=True)  # first: an old state never stands beside a new config.json
     remove_leftovers(folder, stages)
     write_json(folder / CONFIG_FILE, run.config)
@@ -177,9 +169,8 @@ def _can_resume(run: Run) -> bool:
     if has_state:
         return True
     if (folder / COST_FILE).exists():
-        raise InputError(
-            f"{folder / STATE_FILE}: no such file, but the training is complete; leave out --resume to train again"
-        )
+        raise InputError(f"{folder / STATE_FILE}: no such file, but the training is complete; leave out --resume to "
+                         "train again")  # fmt: skip
     logger.info("--resume: %s holds no saved state; training starts at the beginning", folder)
     return False
 
@@ -204,27 +195,18 @@ def _check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
 def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tuple[Position, float]:
     """Train from ``position`` to the end; the state is saved after every day, and every --save_minutes within it.
 
-    Returns:
-        the position reached, and the seconds of all steps.
-
-    Raises:
-        StoppedError: a signal asked to stop; the state is saved.
+    Returns the position reached, and the seconds of all steps. StoppedError when a signal asked to stop.
     """
     args, path = run.args, run.folder / STEP_LOG_FILE
     log = StepLog(path, run.config["data"], args.loss_type, position.step, run.trainer.skip_nonfinite, scalars)
     total = args.epochs * sum(run.steps)
     if 0 < total < FEW_STEPS:
         logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)
-    with (
-        stop_signals() as stops,
-        tqdm(
-            total=total * args.batch_size,
-            initial=position.step * args.batch_size,
-            unit="req",
-            desc=args.loss_type,
-            disable=not sys.stderr.isatty(),
-        ) as bar,
-    ):
+    progress = tqdm(
+        total=total * args.batch_size, initial=position.step * args.batch_size, unit="req", desc=args.loss_type,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+    with stop_signals() as stops, progress as bar:
         for epoch in range(position.epoch, args.epochs):
             for index in range(position.day if epoch == position.epoch else 0, len(run.days)):
                 position = _train_day(run, replace(position, epoch=epoch, day=index), log, bar, stops)
@@ -270,13 +252,12 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
     run.trainer.flush()
     note = {"data": run.config["data"], "loss_type": run.args.loss_type, "initial_seed": run.initial_seed}
     save_trained(run.folder, run.trainer.models, run.trainer.stores, note)
-    gpu = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
     cost = {
         "steps": position.step,
         "requests": position.step * run.args.batch_size,
         "seconds": seconds,
         "device": str(run.device),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
-        "peak_gpu_memory_bytes": gpu,
+        "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
     }
     write_json(run.folder / COST_FILE, cost)  # last: where it is, all is complete

@@ -31,34 +31,22 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim's names of Adam's two moment
 class Trainer:
     """Stage models, their embedding stores, a loss and its optimizers; one call of :meth:`step` per batch.
 
-    Args:
-        models: stage -> model, in serving order.
-        stores: stage -> its embedding tables, on their devices.
-        loss: the method; its parameters train too.
-        lr: learning rate.
-        optimizer: "deferred_adam" (dense Adam; large ID tables cost what a batch touches of them), "adam" (torch's,
-            dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
-        large_table: rows from which "deferred_adam" defers a table; below, a dense step is cheaper.
-        kernels: compiled loops for models and tables on a CPU.
-        autocast: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
-        skip_nonfinite: leave out steps whose loss or gradient is not finite; the device is waited for.
+    ``models`` and ``stores`` are by stage, in serving order, on their devices; the parameters of ``loss`` train too.
 
-    Attributes:
-        prepare: rewrites a log's batch for :meth:`step`; a loader's thread may call it ahead.
+    * ``optimizer``: "deferred_adam" (dense Adam; ID tables of ``large_table`` rows or more cost what a batch touches of
+      them), "adam" (torch's, dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
+    * ``kernels``: compiled loops for models and tables on a CPU.
+    * ``autocast``: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
+    * ``skip_nonfinite``: leave out steps whose loss or gradient is not finite; the device is waited for.
+
+    ``prepare`` rewrites a log's batch for :meth:`step`; a loader's thread may call it ahead.
     """
 
     def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        stores: Mapping[str, EmbeddingStore],
-        loss: nn.Module,
-        lr: float,
-        optimizer: str = "deferred_adam",
-        large_table: int = LARGE_TABLE,
-        kernels: Kernels | None = None,
-        autocast: torch.dtype | None = None,
-        skip_nonfinite: bool = False,
-    ) -> None:
+        self, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], loss: nn.Module, lr: float,
+        optimizer: str = "deferred_adam", large_table: int = LARGE_TABLE, kernels: Kernels | None = None,
+        autocast: torch.dtype | None = None, skip_nonfinite: bool = False,
+    ) -> None:  # fmt: skip
         self.models, self.stores, self.loss = models, stores, loss
         self.autocast, self.skip_nonfinite = autocast, skip_nonfinite
         first = next(iter(stores.values()))
@@ -159,7 +147,7 @@ class Trainer:
         InputError when a parameter is missing or has another shape.
         """
         for name, parameter in self.parameters.items():
-            self._copy(parameter, state, f"parameter/{name}", name)
+            self._copy(parameter, state, "parameter", name)
         self._restore_dense_optimizer(state)
         for stage, store in self.stores.items():
             for table in store.optimizers:
@@ -167,9 +155,7 @@ class Trainer:
         try:
             torch.set_rng_state(state["generator/cpu"])
         except (KeyError, TypeError, RuntimeError) as error:
-            raise InputError(
-                "the saved state does not fit: generator/cpu is missing or damaged; train again"
-            ) from error
+            raise _does_not_fit("generator/cpu is missing or damaged") from error
         if self.device.type == "cuda" and "generator/cuda" in state:
             torch.cuda.set_rng_state(state["generator/cuda"], self.device)
 
@@ -179,11 +165,10 @@ class Trainer:
             name = names[id(parameter)]
             if f"step/{name}" not in state:
                 continue
-            entries: dict[str, Any] = {"step": state[f"step/{name}"].clone()}
-            for key in _MOMENTS:
-                entries[key] = torch.zeros_like(parameter)
-                self._copy(entries[key], state, f"{key}/{name}", name)
-            self.dense_optimizer.state[parameter] = entries
+            entries: dict[str, Any] = {key: torch.zeros_like(parameter) for key in _MOMENTS}
+            for key, values in entries.items():
+                self._copy(values, state, key, name)
+            self.dense_optimizer.state[parameter] = {"step": state[f"step/{name}"].clone(), **entries}
 
     def _restore_table(self, stage: str, table: str, state: Mapping[str, Tensor]) -> None:
         name = f"{stage}/embedding.{table}"
@@ -191,29 +176,32 @@ class Trainer:
         if not own:
             return  # no step has been made
         try:
-            known = state.get(f"ids/{table}")
             rows = None
-            if known is not None and table in self.prepare.ids:
-                rows = saved_rows(self.prepare.ids[table], known, len(own["exp_avg"]))
+            if f"ids/{table}" in state and table in self.prepare.ids:
+                rows = saved_rows(self.prepare.ids[table], state[f"ids/{table}"], len(own["exp_avg"]))
                 if rows is None:
                     raise ValueError("its ids are not those of this log")
             self.stores[stage].optimizers[table].restore(own, rows)
         except (KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise InputError(f"the saved state does not fit: {name}: {error}; train again") from error
+            raise _does_not_fit(f"{name}: {error}") from error
 
-    def _copy(self, target: Tensor, state: Mapping[str, Tensor], key: str, name: str) -> None:
-        """Copy a saved tensor; that of a compacted table row by row."""
-        saved, table = state.get(key), name.rpartition("embedding.")[2]
+    def _copy(self, target: Tensor, state: Mapping[str, Tensor], kind: str, name: str) -> None:
+        """Copy the saved ``kind/name``; that of a compacted table row by row."""
+        saved, table = state.get(f"{kind}/{name}"), name.rpartition("embedding.")[2]
         known = state.get(f"ids/{table}") if "embedding." in name else None
         if saved is not None and known is not None and table in self.prepare.ids:
             rows = saved_rows(self.prepare.ids[table], known, len(saved))
             if rows is None or saved.shape[1:] != target.shape[1:]:
-                raise InputError(f"the saved state does not fit: {name} has other ids or another shape; train again")
+                raise _does_not_fit(f"{name} has other ids or another shape")
             target[rows.to(target.device)] = saved.to(target)
         elif saved is None or saved.shape != target.shape:
-            raise InputError(f"the saved state does not fit: {name} is missing or has another shape; train again")
+            raise _does_not_fit(f"{name} is missing or has another shape")
         else:
             target.copy_(saved)
+
+
+def _does_not_fit(what: str) -> InputError:
+    return InputError(f"the saved state does not fit: {what}; train again")
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:

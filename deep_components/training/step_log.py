@@ -20,17 +20,10 @@ logger = logging.getLogger(__name__)
 class StepLog:
     """Writes the steps. Terms stay on the device until :meth:`flush`: a step waits for nothing.
 
-    Args:
-        path: the file; lines of steps beyond ``kept_steps`` are dropped.
-        origin: what the data are.
-        method: the loss's name.
-        kept_steps: the steps made before. Nothing but curves and times is taken from their lines: a damaged one is
-            dropped with a warning.
-        skips: whether steps that are not finite were left out; otherwise they are an error.
-        scalars: also gets every step.
-
-    Attributes:
-        seconds: of all steps.
+    ``kept_steps`` have been made before: of the file at ``path`` their lines stay, but for damaged ones, which are
+    dropped with a warning, as nothing but curves and times is taken from them. ``origin`` says what the data are,
+    ``method`` names the loss, ``skips`` says whether steps that are not finite were left out (otherwise they are an
+    error), and ``scalars`` also gets every step. ``seconds`` are those of all steps.
     """
 
     def __init__(

@@ -32,7 +32,6 @@ class ScalarLog:
                 self._writer.add_scalar(tag, value, record["step"])
 
     def flush(self) -> None:
-        """Let TensorBoard see what was written."""
         self._writer.flush()
 
 
@@ -52,9 +51,8 @@ def _summary_writer() -> type["SummaryWriter"]:
     try:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
     except ImportError as error:
-        raise InputError(
-            "--tensorboard: the package tensorboard is missing; install it (pip install tensorboard), or leave it out"
-        ) from error
+        raise InputError("--tensorboard: the package tensorboard is missing; install it (pip install tensorboard), "
+                         "or leave it out") from error  # fmt: skip
     return SummaryWriter
 
 

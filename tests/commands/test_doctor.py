@@ -115,6 +115,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda root: os.truncate(recflow.request_path(root, DAYS[0]), 0),
         (f"{DAYS[0]} two_stage", "request_id_dict", "ends too early", "fetch the file again"),
     ),
+    "a cut feather file": (
+        lambda root: os.truncate(recflow.feather_path(root, DAYS[2]), 1000),
+        ("three_stage", f"all_stage/{DAYS[2]}.feather: not a readable Feather"),
+    ),
     "a day that is no date": (
         lambda root: recflow.feather_path(root, DAYS[0]).rename(recflow.feather_path(root, "2024-02-31")),
         ("log", "2024-02-31 is no date"),
@@ -135,19 +139,12 @@ def test_what_is_wrong_and_what_to_do(root: Path, capsys: pytest.CaptureFixture[
     assert "each line says what to do" in text.splitlines()[-1]
 
 
-def test_a_cut_feather_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    os.truncate(recflow.feather_path(root, DAYS[2]), 1000)
-    text = report(capsys, root, code=1)
-    for cascade in ("two_stage", "three_stage"):
-        line(text, "FAIL", cascade, f"all_stage/{DAYS[2]}.feather: not a readable Feather")
-
-
 def test_the_full_reading_finds_what_the_quick_one_does_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recflow.history_path(root, DAYS[1])
     content = path.read_bytes()
     path.write_bytes(content[:60_000] + content[60_001:])
     text = report(capsys, root, "--full", code=1)
-    assert text.count("FAIL ") == 2 and text.count(str(path)) == 2
+    assert text.count("\n  FAIL ") == 2 and text.count(str(path)) == 2
     assert text.splitlines()[-1].startswith("2 FAIL")
 
 
@@ -184,19 +181,19 @@ def test_the_environment(tmp_path: Path) -> None:
     assert "pip install numpy==0.1" in other.text and "pip install no-such-package==1.0" in absent.text
 
 
-def test_the_environment_of_an_installed_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pins = ["numpy==0.1", 'ray==2.0; extra == "ray"']
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: pins)
-    assert [finding.subject for finding in doctor.packages(tmp_path / "none")] == ["numpy"]
+@pytest.mark.parametrize(("pins", "found"), [(["numpy==0.1", 'ray==2.0; extra == "ray"'], "numpy"), (None, "packages")])
+def test_the_environment_of_an_installed_project(
+    pins: list[str] | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pins are those it was installed with; without any the versions cannot be compared."""
 
+    def requires(name: str) -> list[str]:
+        if pins is None:
+            raise doctor.importlib.metadata.PackageNotFoundError(name)
+        return pins
 
-def test_an_environment_without_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", absent)
-    assert [finding.level for finding in doctor.packages(tmp_path / "none")] == ["WARN"]
-
-
-def absent(name: str) -> None:
-    raise doctor.importlib.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", requires)
+    assert [(finding.level, finding.subject) for finding in doctor.packages(tmp_path / "none")] == [("WARN", found)]
 
 
 def test_sizes_in_words() -> None:
@@ -224,7 +221,7 @@ def test_a_flipped_bit_in_a_day_s_file(root: Path, capsys: pytest.CaptureFixture
     open_log(root).open_day(DAYS[0], TWO_STAGE)
     report(capsys, root)  # the sizes fit
     text = report(capsys, root, "--full", code=1)
-    assert text.count("FAIL ") == 2 and text.count(f"{path}: has not the SHA-256") == 2  # once a setting
+    assert text.count("\n  FAIL ") == 2 and text.count(f"{path}: has not the SHA-256") == 2  # once a setting
     with path.open("ab") as file:
         file.write(b"x")
     line(report(capsys, root, code=1), "FAIL", "manifest", f"{path}: has ")
