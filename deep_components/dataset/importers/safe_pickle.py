@@ -113,13 +113,17 @@ def _empty_array(*_: Any) -> PickledArray:
 
 # What permitted names stand for; a callable on the stack is one of these. Protocol 2 writes int as long, str as
 # unicode, and b"" as a call of bytes. The factories that a defaultdict may name are never called.
-_BUILTINS = dict.fromkeys(("dict", "list", "int", "long", "float", "set", "str", "unicode"), _no_call)
+_BUILTINS: dict[str, Callable[..., Any]] = dict.fromkeys(
+    ("dict", "list", "int", "long", "float", "set", "str", "unicode"), _no_call
+)
 _BUILTINS["bytes"] = lambda: b""
-_MULTIARRAY = {
+_MULTIARRAY: dict[str, Callable[..., Any]] = {
     "_reconstruct": _empty_array,
     "scalar": lambda kind, data: _array((), kind, data, False).to_numpy().item(),
 }
-_NUMERIC = {"_frombuffer": lambda data, kind, shape, order: _array(shape, kind, data, order == "F")}
+_NUMERIC: dict[str, Callable[..., Any]] = {
+    "_frombuffer": lambda data, kind, shape, order: _array(shape, kind, data, order == "F")
+}
 _PERMITTED: dict[str, dict[str, Callable[..., Any]]] = {
     "numpy": {"ndarray": _no_call, "dtype": _PickledDtype},
     "collections": {"defaultdict": lambda *_: {}, "OrderedDict": lambda *_: {}},
