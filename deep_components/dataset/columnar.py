@@ -275,12 +275,7 @@ def write_day(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_day(
-    folder: Path,
-    day: str,
-    cascade: Cascade,
-    made_from: Mapping[str, Any] | None = None,
-) -> DayCache:
+def read_day(folder: Path, day: str, cascade: Cascade, made_from: Mapping[str, Any] | None = None) -> DayCache:
     """Open the day in ``folder``; its columns are mapped, and keep no file open.
 
     The content is verified once a tree of processes: a day that this process or a parent has verified, and whose files
