@@ -207,11 +207,8 @@ def encode_day(
     """Write the day to ``folder``, in the columnar format.
 
     The day's files are read once, in pieces of some thousand requests. Beyond a piece, the memory taken is that of the
-    requests' own fields and of the true positions: some 0.6 KB a request.
-
-    Raises:
-        InputError: a file is missing, damaged, or holds a value that cannot be encoded.
-        OSError: the folder cannot be written.
+    requests' own fields and of the true positions: some 0.6 KB a request. Raises InputError when a file is missing,
+    damaged, or holds a value that cannot be encoded; OSError when the folder cannot be written.
     """
     logger.info("%s: encoding into the columnar cache (once)", day)
     feather, items, histories = recflow.day_paths(data_dir, day)
@@ -250,9 +247,7 @@ def encode_day(
 class _RequestIndex:
     """Finds the rows of requests in a day's columns; ``path`` may name each request once.
 
-    Attributes:
-        taken: [R] bool, the requests that the file has named.
-        not_found: how many of its requests have no row.
+    ``taken`` [R] bool are the requests that the file has named, ``not_found`` counts those of its own without a row.
     """
 
     def __init__(self, path: Path, request_ids: np.ndarray) -> None:
@@ -323,11 +318,8 @@ class _TruePositions:
 
 
 class _Encoder:
-    """Encodes pieces of a day into its columns.
-
-    Attributes:
-        without_position: how many ground-truth items were left out because the log does not say where they stood.
-    """
+    """Encodes pieces of a day into its columns; ``without_position`` counts the ground-truth items that were left out
+    because the log does not give their position."""
 
     def __init__(self, schema: Schema, zone: ZoneInfo, files: ColumnFiles) -> None:
         self._tables, self._zone, self._files = schema.tables, zone, files
