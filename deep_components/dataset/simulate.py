@@ -138,18 +138,15 @@ class SimulationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_days(self.days)
+        days = self.days
+        if not days or not all(map(is_date, days)) or any(later <= earlier for earlier, later in pairwise(days)):
+            raise InputError(
+                f"--days={','.join(days)}: not dates in order; write days as YYYY-MM-DD, each once, earliest first, "
+                "separated by commas"
+            )
         for name, (low, high) in LIMITS.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"--{name}={value}: out of range; give a whole number from {low:,} to {high:,}")
-
-
-def _check_days(days: tuple[str, ...]) -> None:
-    if not days or not all(map(is_date, days)) or any(later <= earlier for earlier, later in pairwise(days)):
-        raise InputError(
-            f"--days={','.join(days)}: not dates in order; write days as YYYY-MM-DD, each once, earliest first, "
-            "separated by commas"
-        )
 
 
 def parse_days(text: str) -> tuple[str, ...]:
@@ -304,10 +301,18 @@ class World:
         video = shuffled(ranks, self.settings.videos, self.keys[Stream.VIDEO_IDS])
         author_rank = self.author_law.rank(self.uniform(Stream.AUTHOR, video))
         author = shuffled(author_rank, self.settings.authors, self.keys[Stream.AUTHOR_IDS])
-        at_home = self.uniform(Stream.AT_HOME, video) < HOME_CATEGORY
-        category = self.category_law.rank(self._of(author, Stream.AUTHOR_CATEGORY, video, Stream.OWN_CATEGORY, at_home))
-        at_home = self.uniform(Stream.HOME_UPLOAD_TYPE, video) < HOME_UPLOAD_TYPE
-        upload_type = self._of(author, Stream.AUTHOR_UPLOAD_TYPE, video, Stream.OWN_UPLOAD_TYPE, at_home)
+
+        def trait(home_share: float, home: Stream, of_author: Stream, own: Stream) -> np.ndarray:
+            """The author's number for a share of the videos, elsewhere the video's own."""
+            at_home = self.uniform(home, video) < home_share
+            return np.where(at_home, self.uniform(of_author, author), self.uniform(own, video))
+
+        category = self.category_law.rank(
+            trait(HOME_CATEGORY, Stream.AT_HOME, Stream.AUTHOR_CATEGORY, Stream.OWN_CATEGORY)
+        )
+        upload_type = trait(
+            HOME_UPLOAD_TYPE, Stream.HOME_UPLOAD_TYPE, Stream.AUTHOR_UPLOAD_TYPE, Stream.OWN_UPLOAD_TYPE
+        )
         # Exponential age at the log's beginning, at least one second, so that the upload is always before the request.
         age_days = -MEAN_AGE_DAYS * np.log1p(-self.uniform(Stream.UPLOAD_AGE, video))
         newest = _day_begin_ms(self.settings.days[0]) // 1000 - 1
@@ -329,12 +334,6 @@ class World:
         }
         popularity = math.sqrt(12) * (0.5 - self.video_law.share(ranks))
         return Videos(items, popularity, quality=QUALITY_WEIGHT * traits[..., 0], factors=traits[..., 1:])
-
-    def _of(
-        self, author: np.ndarray, authors: Stream, video: np.ndarray, videos: Stream, at_home: np.ndarray
-    ) -> np.ndarray:
-        """The author's number where the video is ``at_home``, elsewhere the video's own."""
-        return np.where(at_home, self.uniform(authors, author), self.uniform(videos, video))
 
 
 def category_one(category_two: np.ndarray) -> np.ndarray:

@@ -401,9 +401,8 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
         f"{num_test} test requests; coarse_neg and prerank_neg are sampled. Written by the importer of MovieLens; the "
         "data's own terms of use apply."
     )
-    paths = {"input": str(input_dir), "output_dir": str(output_dir)}
-    arguments = {"days": num_days, "test_share": test_share, "seed": seed}
-    write_origin(output_dir, {"data": "movielens-1m", "note": note, **paths, **arguments})
+    arguments = {"input": str(input_dir), "output_dir": str(output_dir), "days": num_days, "test_share": test_share}
+    write_origin(output_dir, {"data": "movielens-1m", "note": note, "seed": seed, **arguments})
     logger.info("%s: %d training and %d test requests, %d days", output_dir, num_training, num_test, num_days)
 
 
