@@ -40,17 +40,12 @@ def cached_day(
     read: Callable[[Path], DayCache],
     build: Callable[[Path], None],
 ) -> DayCache:
-    """The day that ``identity`` describes, built first when there is none or when it is damaged.
+    """The day that ``identity``, all that its content depends on, describes: built when there is none or it is damaged.
 
-    Args:
-        parent: where the cascade's days lie.
-        day_and_log: what is the same for all versions of the day; others than this one are removed when it is built.
-        identity: all that the day's content depends on.
-        read: opens the day in a folder; InputError when it is damaged.
-        build: writes the day to a folder that is not there.
+    ``parent`` is where the cascade's days lie; others of the same ``day_and_log`` are removed when one is built.
+    ``read`` opens the day in a folder, with an InputError when it is damaged; ``build`` writes it to a new folder.
 
-    Raises:
-        InputError: the day cannot be built, or the cache cannot be written.
+    Raises InputError when the day cannot be built, or the cache cannot be written.
     """
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = parent / f"{day_and_log}-{key}"

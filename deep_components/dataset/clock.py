@@ -56,10 +56,5 @@ def wall_clock(seconds: np.ndarray, zone: ZoneInfo) -> tuple[np.ndarray, np.ndar
 
 
 def _utc_offsets(seconds: np.ndarray, zone: ZoneInfo) -> np.ndarray:
-    return np.array([_utc_offset(time, zone) for time in seconds.tolist()], np.int64)
-
-
-def _utc_offset(seconds: int, zone: ZoneInfo) -> int:
-    offset = datetime.fromtimestamp(seconds, UTC).astimezone(zone).utcoffset()
-    assert offset is not None
-    return int(offset.total_seconds())
+    offsets = (datetime.fromtimestamp(time, UTC).astimezone(zone).utcoffset() for time in seconds.tolist())
+    return np.array([offset.total_seconds() for offset in offsets if offset is not None], np.int64)

@@ -61,20 +61,15 @@ class Column:
 
 def columns_of(schema: Schema) -> dict[str, Column]:
     """Name -> column, of all columns of a day; item.group may be absent."""
-
-    def dtypes(*kinds: type[np.generic]) -> tuple[np.dtype, ...]:
-        return tuple(np.dtype(kind) for kind in kinds)
-
-    columns = {"request_id": Column("request", dtypes(np.int64))}
+    columns = {"request_id": Column("request", (np.dtype(np.int64),))}
     for entry in schema.fields:
         if entry.size > _MAX_SIZE:
             raise InputError(f"field {entry.name} of side {entry.side}: size {entry.size} is above {_MAX_SIZE}")
-        index = (np.min_scalar_type(entry.size - 1),)
-        column = Column(entry.side, index, entry.size) if entry.table else Column(entry.side, dtypes(np.float32))
-        columns[f"{entry.side}.{entry.name}"] = column
-    columns |= {f"{side}.mask": Column(side, dtypes(np.bool_), 2) for side in ("history", "item")}
-    columns["item.label"] = Column("item", dtypes(np.int64, np.int32, np.int16))
-    columns[_OPTIONAL] = Column("item", dtypes(np.uint8))
+        kind = np.min_scalar_type(entry.size - 1) if entry.table else np.dtype(np.float32)
+        columns[f"{entry.side}.{entry.name}"] = Column(entry.side, (kind,), entry.size if entry.table else None)
+    columns |= {f"{side}.mask": Column(side, (np.dtype(np.bool_),), 2) for side in ("history", "item")}
+    columns["item.label"] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
+    columns[_OPTIONAL] = Column("item", (np.dtype(np.uint8),))
     return columns
 
 
@@ -104,10 +99,7 @@ class DayCache:
         return _used_ids(self.schema, table, self.columns) if bits is None else IdSet(bits)
 
     def with_history(self, length: int | None) -> "DayCache":
-        """The same day, of whose histories the last ``length`` positions are handed out; None = all.
-
-        Raises InputError when they have not so many.
-        """
+        """The same day with the last ``length`` history positions, None = all; InputError when it has fewer."""
         there = self.columns["history.mask"].shape[1]
         if length is not None and length > there:
             raise InputError(f"--seq_len={length}: the histories of the log have {there} positions")
@@ -154,11 +146,8 @@ class ColumnFiles:
     """The columns of one day, written whole or piece by piece; made by :func:`write_day`.
 
     A file is mapped only while a piece is written, so that the pages of the whole day never count as memory; its space
-    on the disk is reserved first, so that a full disk is an OSError and not a SIGBUS.
-
-    Attributes:
-        requests: R, the rows of every column.
-        repairs: what the importer left out or repaired, counted; a user sees it whenever the day is opened.
+    on the disk is reserved first, so that a full disk is an OSError and not a SIGBUS. ``requests`` is R, the rows of
+    every column; ``repairs`` counts what the importer left out or repaired, which a user sees on each opening.
     """
 
     def __init__(self, folder: Path, schema: Schema, requests: int) -> None:
@@ -170,9 +159,7 @@ class ColumnFiles:
     def write(self, name: str, values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> None:
         """Put ``values`` at the ``rows`` of column ``name``; rows never written are zero.
 
-        Raises:
-            InputError: the schema has no such column, or it cannot hold the values.
-            OSError: the disk is full.
+        Raises InputError when the schema has no such column or it cannot hold the values, OSError on a full disk.
         """
         values = self._converted(name, values)
         path = self.folder / f"{name}.npy"
@@ -228,35 +215,21 @@ class ColumnFiles:
             path = self.folder / f"{_ID_SETS}{table}.npy"
             np.save(path, _used_ids(self.schema, table, columns).bits)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        write_json(
-            self.folder / META_FILE,
-            {
-                "format": FORMAT_VERSION,
-                "schema": self.schema.to_json(),
-                "made_from": made_from,
-                "repairs": self.repairs,
-                "files": files,
-            },
-        )
+        meta = {"format": FORMAT_VERSION, "schema": self.schema.to_json(), "made_from": made_from}
+        write_json(self.folder / META_FILE, meta | {"repairs": self.repairs, "files": files})
 
 
 @contextmanager
 def write_day(
     folder: Path, schema: Schema, requests: int, made_from: Mapping[str, Any] | None = None
 ) -> Iterator[ColumnFiles]:
-    """Write a day: the block fills every column of ``schema``, and the finished day is renamed to ``folder``.
-
-    ::
+    """Write a day: the block fills every column of ``schema``, and the finished day is renamed to ``folder``::
 
         with write_day(Path("log/2024-01-13"), schema, requests=1000) as day:
             day.write("item.video", videos)  # [1000, N]
-            ...
 
-    When the block fails, or a column is missing or does not fit the schema, nothing is left.
-
-    Raises:
-        InputError: the folder is there already, or a column is missing or does not fit the schema.
-        OSError: the folder cannot be written.
+    When the block fails, nothing is left. Raises InputError when the folder is there already, or a column is missing or
+    does not fit the schema; OSError when the folder cannot be written.
     """
     if folder.exists():
         raise InputError(f"{folder}: is there already; remove it or write the day elsewhere")
@@ -275,25 +248,14 @@ def write_day(
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_day(
-    folder: Path,
-    day: str,
-    cascade: Cascade,
-    made_from: Mapping[str, Any] | None = None,
-) -> DayCache:
-    """Open the day in ``folder``; its columns are mapped, and keep no file open.
+def read_day(folder: Path, day: str, cascade: Cascade, made_from: Mapping[str, Any] | None = None) -> DayCache:
+    """Open the day in ``folder``, as :func:`write_day` leaves it; its columns are mapped, and keep no file open.
 
     The content is verified once a tree of processes: a day that this process or a parent has verified, and whose files
-    still have the same inodes, sizes and times, is not read through again.
+    still have the same inodes, sizes and times, is not read through again. A request must have the cascade's N items,
+    and the day must say that it was made from ``made_from`` (None = anything).
 
-    Args:
-        folder: as :func:`write_day` leaves it.
-        day: what it is called, a date.
-        cascade: whose N items, and as many groups, a request must have.
-        made_from: what the day must say that it was made from; None = anything.
-
-    Raises:
-        InputError: a file is missing, damaged, or does not fit the schema or the cascade.
+    Raises InputError when a file is missing, damaged, or does not fit the schema or the cascade.
     """
     meta = _read_meta(folder)
     schema = Schema.from_json(meta["schema"], str(folder / META_FILE))
@@ -306,16 +268,8 @@ def read_day(
         if count:
             logger.warning("%s: %s: %d", day, repair, count)
     contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
-    return DayCache(
-        day,
-        columns,
-        schema,
-        cascade.group_of_item,
-        columns["history.mask"].shape[1],
-        meta["repairs"],
-        hashlib.sha256(contents.encode()).hexdigest(),
-        id_bits,
-    )
+    checksum, length = hashlib.sha256(contents.encode()).hexdigest(), columns["history.mask"].shape[1]
+    return DayCache(day, columns, schema, cascade.group_of_item, length, meta["repairs"], checksum, id_bits)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -327,10 +281,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise InputError(f"{path}: format {meta['format']!r}, not {FORMAT_VERSION}; make the day again")
         if not all(type(count) is int for count in meta["repairs"].values()):
             raise ValueError("repairs holds what is no count")
-        wrong = {
-            name for name, file in meta["files"].items() if (type(file["size"]), type(file["sha256"])) != (int, str)
-        }
-        if wrong or "made_from" not in meta or "schema" not in meta:
+        sums = all((type(file["size"]), type(file["sha256"])) == (int, str) for file in meta["files"].values())
+        if not sums or "made_from" not in meta or "schema" not in meta:
             raise ValueError("made_from, schema, or size and sha256 of a file are missing")
     except InputError:
         raise

@@ -13,12 +13,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date
 from deep_components.dataset.columnar import META_FILE, DayCache, history_length_of, read_day, schema_of
-from deep_components.dataset.importers.recflow import open_recflow
+from deep_components.dataset.importers.recflow import RecFlowLog, open_recflow
 from deep_components.dataset.importers.recflow_files import origin_in
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
@@ -27,70 +26,9 @@ from deep_components.schema import Schema
 LOG_FILE = "log.json"
 
 
-class Log(Protocol):
-    """What training and evaluation know of a log."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-
-    @property
-    def origin(self) -> str:
-        """What made it: "recflow", "simulated", "movielens-1m", ..."""
-
-    @property
-    def schema(self) -> Schema:
-        """The fields of its days."""
-
-    @property
-    def protocol_days(self) -> tuple[str, ...]:
-        """The days of the published protocol, which are used where all of them are there; none for logs without one."""
-
-    @property
-    def history_length(self) -> int:
-        """L, the history positions of a request: the maximum of --seq_len."""
-
-    def days(self, named: bool = False) -> list[str]:
-        """The days that are complete, in order; at least one.
-
-        Raises InputError when there is none; and when a day lacks a file, unless the user has ``named`` the days to
-        use: a day that fell out silently would change what is trained and tested on.
-        """
-
-    def open_day(
-        self,
-        day: str,
-        cascade: Cascade,
-        cache_dir: Path | None = None,
-        zone: str = DEFAULT_TIME_ZONE,
-        history_length: int | None = None,
-    ) -> DayCache:
-        """One day, with the item groups of the cascade.
-
-        Args:
-            day: one of :meth:`days`.
-            cascade: which item groups to take.
-            cache_dir: where days that must be encoded are cached; None = beside the log.
-            zone: the log's time zone, for days that must be encoded.
-            history_length: how many of the last history positions batches have; None = all.
-
-        Raises:
-            InputError: a file is missing or cannot be used, or the cache cannot be written.
-        """
-
-    def files(self) -> list[Path]:
-        """All files that the log consists of, for its manifest."""
-
-    def day_files(self, day: str) -> list[Path]:
-        """The files of one day."""
-
-    def checks(self, day: str, cascade: Cascade) -> dict[str, Callable[[], str]]:
-        """Quick checks of a day: name -> function that says what is sound, or raises InputError."""
-
-
 @dataclass(frozen=True)
 class ColumnarLog:
-    """A log in the columnar format; see :class:`Log`."""
+    """A log in the columnar format; its methods as RecFlowLog has them."""
 
     folder: Path
     origin: str
@@ -128,6 +66,9 @@ class ColumnarLog:
 
     def checks(self, day: str, cascade: Cascade) -> dict[str, Callable[[], str]]:
         return {"columns": lambda: f"all {len(self.open_day(day, cascade)):,} requests are sound"}
+
+
+Log = ColumnarLog | RecFlowLog
 
 
 def open_log(data_dir: Path) -> Log:

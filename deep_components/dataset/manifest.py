@@ -4,8 +4,6 @@ Feather and pickle files do not protect themselves. ``others/manifest.json`` is 
 compared with it before it is used, which for a day's files is once, when its cache is built.
 """
 
-import logging
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,6 @@ from deep_components.errors import InputError
 from deep_components.files import read_json, sha256_of, write_json
 
 MANIFEST_FILE = "others/manifest.json"
-
-logger = logging.getLogger(__name__)
 
 
 def write_manifest(root: Path, paths: Iterable[Path]) -> int:
@@ -54,24 +50,20 @@ def verify(root: Path, paths: Iterable[Path], sizes_only: bool = False) -> None:
                 f"{path}: not listed in {MANIFEST_FILE}; if the file is sound, write that again with "
                 "doctor --write_manifest"
             )
-        _compare(path, expected, sizes_only)
-
-
-def _compare(path: Path, expected: Any, sizes_only: bool) -> None:
-    try:
-        size = path.stat().st_size
-        sha256 = expected["sha256"] if sizes_only else math.nan if size != expected["size"] else sha256_of(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from error
-    if (size, sha256) != (expected["size"], expected["sha256"]):
-        what = f"has {size} bytes, not the {expected['size']}" if size != expected["size"] else "has not the SHA-256"
+        size = _entry(path, size_only=True)["size"]
+        if size != expected["size"]:
+            what = f"has {size} bytes, not the {expected['size']}"
+        elif not sizes_only and _entry(path)["sha256"] != expected["sha256"]:
+            what = "has not the SHA-256"
+        else:
+            continue
         raise InputError(
             f"{path}: {what} that {MANIFEST_FILE} names, so it is damaged or was replaced; fetch the file again"
         )
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path, size_only: bool = False) -> dict[str, Any]:
     try:
-        return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        return {"size": path.stat().st_size, "sha256": None if size_only else sha256_of(path)}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from error

@@ -20,7 +20,6 @@ uploads) and its own date; what a day takes from the days before it is the histo
 """
 
 import argparse
-import json
 import logging
 import math
 import sys
@@ -33,14 +32,18 @@ from pathlib import Path
 import numpy as np
 
 from deep_components.cli import progress, run_command
+from deep_components.dataset.clock import is_date
 from deep_components.dataset.importers.recflow_files import (
+    CATEGORY_ONE_PADDING,
     GROUP_NAMES,
     HISTORY_COLUMNS,
     HISTORY_LENGTH,
     ITEM_COLUMNS,
     ORIGIN_FILE,
+    PERIOD_1,
     DayLog,
     day_paths,
+    origin_in,
     write_day,
     write_id_counts,
     write_origin,
@@ -50,8 +53,6 @@ from deep_components.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FIRST_TRAINING_DAY, TEST_DAY = date(2024, 1, 13), date(2024, 2, 4)
-MAX_DAYS = (TEST_DAY - FIRST_TRAINING_DAY).days + 1  # every day of Period 1 before the test day, and the test day
 LOCAL_TIME = timezone(timedelta(hours=8))  # Asia/Shanghai, which has no summer time
 
 MAX_IDS = 2**31  # the rank -> id map multiplies two numbers below this in int64
@@ -66,7 +67,6 @@ LIMITS = {
 
 AGES, GENDERS, PROVINCES, UPLOAD_TYPES = 7, 3, 34, 10
 CATEGORIES_ONE, CATEGORIES_TWO = 40, 200
-CATEGORY_ONE_PADDING = 2  # readers pad category_level_one with 2, so no video has it
 
 GROUP_SIZE, NUM_CANDIDATES, NUM_FACTORS = 10, 120, 8
 REQUESTS_PER_CHUNK = 1024  # candidates are scored in chunks: about 100 MB of temporaries, whatever the day's size
@@ -138,35 +138,27 @@ class SimulationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_days(self.days)
+        days = self.days
+        if not days or not all(map(is_date, days)) or any(later <= earlier for earlier, later in pairwise(days)):
+            raise InputError(
+                f"--days={','.join(days)}: not dates in order; write days as YYYY-MM-DD, each once, earliest first, "
+                "separated by commas"
+            )
         for name, (low, high) in LIMITS.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise InputError(f"--{name}={value}: out of range; give a whole number from {low:,} to {high:,}")
 
 
-def _check_days(days: tuple[str, ...]) -> None:
-    try:
-        in_order = [str(date.fromisoformat(day)) for day in days] == list(days) and bool(days)
-    except ValueError:
-        in_order = False
-    if not in_order or any(later <= earlier for earlier, later in pairwise(days)):
-        raise InputError(
-            f"--days={','.join(days)}: not dates in order; write days as YYYY-MM-DD, each once, earliest first, "
-            "separated by commas"
-        )
-
-
 def parse_days(text: str) -> tuple[str, ...]:
-    """Dates separated by commas, or a number N: N - 1 days from FIRST_TRAINING_DAY, then TEST_DAY."""
+    """Dates separated by commas, or a number N: the first N - 1 days of Period 1, then its last, the test day."""
     if not text.strip().isdecimal():
         return tuple(day.strip() for day in text.split(","))
-    if not 1 <= int(text) <= MAX_DAYS:
+    if not 1 <= int(text) <= len(PERIOD_1):
         raise InputError(
-            f"--days={text}: a number means training days from {FIRST_TRAINING_DAY} and then the test day {TEST_DAY}; "
-            f"give a number from 1 to {MAX_DAYS}, or list dates"
+            f"--days={text}: a number means training days from {PERIOD_1[0]} and then the test day {PERIOD_1[-1]}; "
+            f"give a number from 1 to {len(PERIOD_1)}, or list dates"
         )
-    training = [FIRST_TRAINING_DAY + timedelta(days=number) for number in range(int(text) - 1)]
-    return tuple(str(day) for day in [*training, TEST_DAY])
+    return *PERIOD_1[: int(text) - 1], PERIOD_1[-1]
 
 
 # ---------------------------------------------------------------------------------------------- hashes and laws
@@ -309,10 +301,18 @@ class World:
         video = shuffled(ranks, self.settings.videos, self.keys[Stream.VIDEO_IDS])
         author_rank = self.author_law.rank(self.uniform(Stream.AUTHOR, video))
         author = shuffled(author_rank, self.settings.authors, self.keys[Stream.AUTHOR_IDS])
-        at_home = self.uniform(Stream.AT_HOME, video) < HOME_CATEGORY
-        category = self.category_law.rank(self._of(author, Stream.AUTHOR_CATEGORY, video, Stream.OWN_CATEGORY, at_home))
-        at_home = self.uniform(Stream.HOME_UPLOAD_TYPE, video) < HOME_UPLOAD_TYPE
-        upload_type = self._of(author, Stream.AUTHOR_UPLOAD_TYPE, video, Stream.OWN_UPLOAD_TYPE, at_home)
+
+        def trait(home_share: float, home: Stream, of_author: Stream, own: Stream) -> np.ndarray:
+            """The author's number for a share of the videos, elsewhere the video's own."""
+            at_home = self.uniform(home, video) < home_share
+            return np.where(at_home, self.uniform(of_author, author), self.uniform(own, video))
+
+        category = self.category_law.rank(
+            trait(HOME_CATEGORY, Stream.AT_HOME, Stream.AUTHOR_CATEGORY, Stream.OWN_CATEGORY)
+        )
+        upload_type = trait(
+            HOME_UPLOAD_TYPE, Stream.HOME_UPLOAD_TYPE, Stream.AUTHOR_UPLOAD_TYPE, Stream.OWN_UPLOAD_TYPE
+        )
         # Exponential age at the log's beginning, at least one second, so that the upload is always before the request.
         age_days = -MEAN_AGE_DAYS * np.log1p(-self.uniform(Stream.UPLOAD_AGE, video))
         newest = _day_begin_ms(self.settings.days[0]) // 1000 - 1
@@ -334,12 +334,6 @@ class World:
         }
         popularity = math.sqrt(12) * (0.5 - self.video_law.share(ranks))
         return Videos(items, popularity, quality=QUALITY_WEIGHT * traits[..., 0], factors=traits[..., 1:])
-
-    def _of(
-        self, author: np.ndarray, authors: Stream, video: np.ndarray, videos: Stream, at_home: np.ndarray
-    ) -> np.ndarray:
-        """The author's number where the video is ``at_home``, elsewhere the video's own."""
-        return np.where(at_home, self.uniform(authors, author), self.uniform(videos, video))
 
 
 def category_one(category_two: np.ndarray) -> np.ndarray:
@@ -548,8 +542,7 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
         raise InputError(f"--output_dir={output_dir}: is a file; name a folder")
     if output_dir.exists() and any(output_dir.iterdir()) and not _is_simulated(output_dir):
         raise InputError(f"--output_dir={output_dir}: holds something other than a simulated log; name an empty folder")
-    text = json.dumps(asdict(settings), indent=2, sort_keys=True) + "\n"
-    write_atomically(output_dir / UNFINISHED_FILE, lambda file: file.write(text.encode()))
+    write_atomically(output_dir / UNFINISHED_FILE, lambda file: None)
     (output_dir / ORIGIN_FILE).unlink(missing_ok=True)
     for pattern in day_paths(output_dir, "*"):
         for path in pattern.parent.glob(pattern.name):
@@ -560,17 +553,17 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
 def _is_simulated(root: Path) -> bool:
     """Whether a finished or an unfinished run of this module filled the folder."""
     try:
-        return (root / UNFINISHED_FILE).exists() or json.loads((root / ORIGIN_FILE).read_text())["data"] == "simulated"
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return (root / UNFINISHED_FILE).exists() or origin_in(root / ORIGIN_FILE, "data") == "simulated"
+    except InputError:
         return False
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes.",
+        description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")
-    days = f"dates separated by commas, or N: N - 1 days from {FIRST_TRAINING_DAY}, then {TEST_DAY} (%(default)s)"
+    days = f"dates separated by commas, or N: N - 1 days from {PERIOD_1[0]}, then {PERIOD_1[-1]} (%(default)s)"
     parser.add_argument("--days", default=",".join(SimulationSettings.days), help=days)
     for field in fields(SimulationSettings)[1:]:
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help="(%(default)s)")

@@ -236,15 +236,10 @@ def without(folder: Path, entry: str) -> None:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a flipped bit": lambda folder: flip(folder / "item.video.npy"),
-    "a flipped bit in a mask": lambda folder: flip(folder / "history.mask.npy"),
     "a cut column": lambda folder: os.truncate(folder / "request.user.npy", 130),
-    "a longer column": lambda folder: (folder / "request.user.npy").write_bytes(bytes(1000)),
     "a missing column": lambda folder: (folder / "item.label.npy").unlink(),
     "no meta.json": lambda folder: (folder / "meta.json").unlink(),
-    "an empty meta.json": lambda folder: (folder / "meta.json").write_bytes(b""),
-    "meta.json that is a list": lambda folder: (folder / "meta.json").write_bytes(b"[]"),
     "meta.json without the files": lambda folder: without(folder, "files"),
-    "meta.json without the repairs": lambda folder: without(folder, "repairs"),
 }
 
 

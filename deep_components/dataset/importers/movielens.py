@@ -13,7 +13,6 @@ import io
 import logging
 import sys
 from dataclasses import dataclass, fields
-from datetime import date, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,11 @@ import pandas as pd
 
 from deep_components.cli import progress, run_command
 from deep_components.dataset.importers.recflow_files import (
+    CATEGORY_ONE_PADDING,
     HISTORY_COLUMNS,
     HISTORY_LENGTH,
     ITEM_COLUMNS,
+    PERIOD_1,
     DayLog,
     day_paths,
     id_count_path,
@@ -37,11 +38,9 @@ GROUP_SIZE = 10
 WINDOW = 3 * GROUP_SIZE  # ratings of one request: rank_pos, rerank_neg, rank_neg
 MAX_WINDOW_SECONDS = 7 * 24 * 3600
 LIKED = 4  # stars from which a rated movie enters the history
-FIRST_DAY, TEST_DAY = date(2024, 1, 13), date(2024, 2, 4)
-MAX_DAYS = (TEST_DAY - FIRST_DAY).days + 1
+TEST_DAY = PERIOD_1[-1]
 DEFAULT_DAYS = 12
 DEFAULT_TEST_SHARE = 0.1535  # of users 1-2999 of the published file: 2,048 of 13,345 requests
-CATEGORY_PADDING = 2  # category_level_one is not shifted by its readers; they take id 2 for a missing item
 UPLOAD_SHIFT_YEARS = 60
 FIRST_YEAR, LAST_YEAR = 1971 - UPLOAD_SHIFT_YEARS, 2100  # a shifted upload_timestamp must be positive
 MAX_ID = 10_000_000  # embedding tables have a row for every id up to the largest
@@ -144,7 +143,7 @@ def read_movies(path: Path) -> Encoded:
         "category_level_two": _codes(table["Genres"]),
         "upload_type": _codes(year // 10),
         "upload_timestamp": new_year.astype("datetime64[s]").astype("int64"),
-        "category_level_one": first_genre + (first_genre >= CATEGORY_PADDING),
+        "category_level_one": first_genre + (first_genre >= CATEGORY_ONE_PADDING),
         "effective_view": 0,
     }
     return _encode(table["MovieID"], columns, {})
@@ -338,8 +337,8 @@ def split_days(requests: Requests, num_days: int, test_share: float) -> dict[str
             f"and --test_share={test_share}; lower one of them or give more ratings"
         )
     parts = np.array_split(training, num_days - 1)
-    days = {str(FIRST_DAY + timedelta(days=number)): requests.take(rows) for number, rows in enumerate(parts)}
-    return days | {str(TEST_DAY): requests.take(np.arange(first_test, len(requests)))}
+    days = {day: requests.take(rows) for day, rows in zip(PERIOD_1, parts, strict=False)}
+    return days | {TEST_DAY: requests.take(np.arange(first_test, len(requests)))}
 
 
 def day_log(requests: Requests, users: Encoded, movies: Encoded) -> DayLog:
@@ -370,8 +369,10 @@ def day_log(requests: Requests, users: Encoded, movies: Encoded) -> DayLog:
 
 
 def _check_arguments(output_dir: Path, num_days: int, test_share: float, seed: int) -> None:
-    if not 2 <= num_days <= MAX_DAYS:
-        raise InputError(f"--days={num_days}: must be from 2 to {MAX_DAYS}, the test day included; give fewer days")
+    if not 2 <= num_days <= len(PERIOD_1):
+        raise InputError(
+            f"--days={num_days}: must be from 2 to {len(PERIOD_1)}, the test day included; give fewer days"
+        )
     if not 0 < test_share < 1:
         raise InputError(f"--test_share={test_share}: must be between 0 and 1; give the share of the last requests")
     if not 0 <= seed <= MAX_SEED:
@@ -393,16 +394,15 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
     for day, requests in progress(days.items(), "writing", "day"):
         write_day(output_dir, day, day_log(requests, users, movies))
     write_id_counts(output_dir, users.counts | movies.counts)
-    num_test = len(days[str(TEST_DAY)])
+    num_test = len(days[TEST_DAY])
     num_training = sum(map(len, days.values())) - num_test
     note = (
         f"Genuine MovieLens-1M ratings of {ratings['user'].nunique()} users, cut into {num_training} training and "
         f"{num_test} test requests; coarse_neg and prerank_neg are sampled. Written by the importer of MovieLens; the "
         "data's own terms of use apply."
     )
-    paths = {"input": str(input_dir), "output_dir": str(output_dir)}
-    arguments = {"days": num_days, "test_share": test_share, "seed": seed}
-    write_origin(output_dir, {"data": "movielens-1m", "note": note, **paths, **arguments})
+    arguments = {"input": str(input_dir), "output_dir": str(output_dir), "days": num_days, "test_share": test_share}
+    write_origin(output_dir, {"data": "movielens-1m", "note": note, "seed": seed, **arguments})
     logger.info("%s: %d training and %d test requests, %d days", output_dir, num_training, num_test, num_days)
 
 

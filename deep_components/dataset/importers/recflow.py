@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 _REQUEST_IDS = ("user", "device", "gender", "age", "province")
 _CONTENT_IDS = ("video", "author", "category_two", "category_one", "upload_type")
 _TIMES = ("weekday", "hour", "minute")
+_FIRST_TIMES = {
+    "request": ("request_timestamp", MIN_REQUEST_SECONDS, 1990),
+    "item": ("upload_timestamp", MIN_SECONDS, 1900),
+}
 _ITEM_WIDTH = 7  # columns of an item's row that are used
 _HISTORY_WIDTH = 8
 _MAX_WIDTH = 64  # a wider row is damage, and would be paid for in memory
@@ -67,7 +71,15 @@ _MAX_VIDEO = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class RecFlowLog:
-    """A log in RecFlow's layout; see ``dataset.log.Log``."""
+    """A log in RecFlow's layout.
+
+    Attributes:
+        folder: where it lies.
+        origin: what made it: "recflow", "simulated", "movielens-1m", ...
+        schema: the fields of its days.
+        protocol_days: those of the published protocol, used where all of them are there; none for logs without one.
+        history_length: L, the history positions of a request: the maximum of --seq_len.
+    """
 
     folder: Path
     origin: str
@@ -76,6 +88,7 @@ class RecFlowLog:
     history_length: int = recflow.HISTORY_LENGTH
 
     def days(self, named: bool = False) -> list[str]:
+        """The days that are complete, in order, and the errors of ``recflow_files.available_days``."""
         return recflow.available_days(self.folder, named)
 
     def open_day(
@@ -86,6 +99,12 @@ class RecFlowLog:
         zone: str = DEFAULT_TIME_ZONE,
         history_length: int | None = None,
     ) -> DayCache:
+        """One of :meth:`days`, with the item groups of the cascade.
+
+        Days that must be encoded take their times in ``zone`` and are kept in ``cache_dir``, by default beside the log.
+        Batches have the last ``history_length`` positions, by default all. Raises InputError when a file is missing or
+        cannot be used, or the cache cannot be written.
+        """
         check_groups(cascade)
         identity = self._identity(day, cascade, zone)
         # The log is in the name too: logs that share a --cache_dir must not take each other's days for stale.
@@ -102,6 +121,7 @@ class RecFlowLog:
         return cached_day(parent, f"{day}-{log}", identity, read, build).with_history(history_length)
 
     def files(self) -> list[Path]:
+        """All files that the log consists of, for its manifest."""
         days = sorted(set().union(*recflow.days_of(self.folder)))
         paths = [path for day in days for path in self.day_files(day)]
         shared = (recflow.id_count_path(self.folder), self.folder / recflow.ORIGIN_FILE)
@@ -111,6 +131,7 @@ class RecFlowLog:
         return list(recflow.day_paths(self.folder, day))
 
     def checks(self, day: str, cascade: Cascade) -> dict[str, Callable[[], str]]:
+        """Quick checks of a day: name -> function that says what is sound, or raises InputError."""
         feather, requests, histories = self.day_files(day)
         truth = cascade.groups[0]
 
@@ -186,11 +207,8 @@ def encode_day(
     """Write the day to ``folder``, in the columnar format.
 
     The day's files are read once, in pieces of some thousand requests. Beyond a piece, the memory taken is that of the
-    requests' own fields and of the true positions: some 0.6 KB a request.
-
-    Raises:
-        InputError: a file is missing, damaged, or holds a value that cannot be encoded.
-        OSError: the folder cannot be written.
+    requests' own fields and of the true positions: some 0.6 KB a request. Raises InputError when a file is missing,
+    damaged, or holds a value that cannot be encoded; OSError when the folder cannot be written.
     """
     logger.info("%s: encoding into the columnar cache (once)", day)
     feather, items, histories = recflow.day_paths(data_dir, day)
@@ -229,9 +247,7 @@ def encode_day(
 class _RequestIndex:
     """Finds the rows of requests in a day's columns; ``path`` may name each request once.
 
-    Attributes:
-        taken: [R] bool, the requests that the file has named.
-        not_found: how many of its requests have no row.
+    ``taken`` [R] bool are the requests that the file has named, ``not_found`` counts those of its own without a row.
     """
 
     def __init__(self, path: Path, request_ids: np.ndarray) -> None:
@@ -302,11 +318,8 @@ class _TruePositions:
 
 
 class _Encoder:
-    """Encodes pieces of a day into its columns.
-
-    Attributes:
-        without_position: how many ground-truth items were left out because the log does not say where they stood.
-    """
+    """Encodes pieces of a day into its columns; ``without_position`` counts the ground-truth items that were left out
+    because the log does not give their position."""
 
     def __init__(self, schema: Schema, zone: ZoneInfo, files: ColumnFiles) -> None:
         self._tables, self._zone, self._files = schema.tables, zone, files
@@ -314,15 +327,12 @@ class _Encoder:
 
     def requests(self, path: Path, log: Mapping[str, np.ndarray]) -> None:
         """Encode the request side, columns of the feather file."""
-        ids = log["request_id"]
-        everything = slice(None)
+        ids, everything = log["request_id"], slice(None)
         self._files.write("request_id", ids)
         seconds = log["request_timestamp"] // 1000
-        _check_times(path, ids, "request_timestamp", seconds, MIN_REQUEST_SECONDS)
-        self._write_times("request", everything, seconds)
-        for field in _REQUEST_IDS:
-            encoded = self._encoded(path, field, log[LOG_COLUMN[field]], None, lambda row: f"request {ids[row[0]]}")
-            self._files.write(f"request.{field}", encoded)
+        self._write_times(path, "request", ids, everything, seconds)
+        fields = {field: log[LOG_COLUMN[field]] for field in _REQUEST_IDS}
+        self._write_ids(path, "request", everything, fields, np.True_, lambda row: f"request {ids[row[0]]}")
 
     def items(
         self,
@@ -349,16 +359,17 @@ class _Encoder:
             labels[:, :size] = np.where(known, LABEL_CEILING - position, 0)
             self.without_position += int((mask[:, :size] & ~known).sum())
             mask[:, :size] &= known
-        for field in _CONTENT_IDS:
-            column = values[:, :, recflow.ITEM_COLUMNS.index(LOG_COLUMN[field])]
-            encoded = self._encoded(
-                path, field, column, mask, lambda row: f"request {ids[row[0]]}, {cascade.groups[groups[row[1]]].name}"
-            )
-            encoded[~mask] = self._tables[field].padding
-            self._files.write(f"item.{field}", encoded, rows)
+        fields = {field: values[:, :, recflow.ITEM_COLUMNS.index(LOG_COLUMN[field])] for field in _CONTENT_IDS}
+        self._write_ids(
+            path,
+            "item",
+            rows,
+            fields,
+            mask,
+            lambda row: f"request {ids[row[0]]}, {cascade.groups[groups[row[1]]].name}",
+        )
         uploaded = np.where(mask, values[:, :, recflow.ITEM_COLUMNS.index("upload_timestamp")], 0)
-        _check_times(path, ids, "upload_timestamp", uploaded, MIN_SECONDS)
-        self._write_times("item", rows, uploaded, mask)
+        self._write_times(path, "item", ids, rows, uploaded, mask)
         self._files.write("item.label", labels.astype(np.int16), rows)
         self._files.write("item.mask", mask, rows)
 
@@ -374,52 +385,55 @@ class _Encoder:
                 )
         values, _ = _stack(path, "the history", ids, histories, length, _HISTORY_WIDTH)
         mask = values[:, :, recflow.HISTORY_COLUMNS.index("request_timestamp")] != 0
-        for field in _CONTENT_IDS:
-            column = values[:, :, recflow.HISTORY_COLUMNS.index(LOG_COLUMN[field])]
-            encoded = self._encoded(path, field, column, mask, lambda row: f"request {ids[row[0]]}, history")
-            encoded[~mask] = 0
-            self._files.write(f"history.{field}", encoded, rows)
+        fields = {field: values[:, :, recflow.HISTORY_COLUMNS.index(LOG_COLUMN[field])] for field in _CONTENT_IDS}
+        self._write_ids(path, "history", rows, fields, mask, lambda row: f"request {ids[row[0]]}, history")
         self._files.write("history.mask", mask, rows)
 
-    def _encoded(
+    def _write_ids(
         self,
         path: Path,
-        field: str,
-        ids: np.ndarray,
-        mask: np.ndarray | None,
+        side: str,
+        rows: np.ndarray | slice,
+        fields: Mapping[str, np.ndarray],
+        mask: np.ndarray | np.bool_,
         where: Callable[[tuple[int, ...]], str],
-    ) -> np.ndarray:
-        """Indices of ``ids``; a value outside 0 .. count where ``mask`` is an InputError."""
-        count = self._tables[field].size - 2
-        wrong = (ids < 0) | (ids > count)
-        if mask is not None:
-            wrong &= mask
-        if wrong.any():
-            first = tuple(int(axis[0]) for axis in np.nonzero(wrong))
-            raise InputError(
-                f"{path}: {where(first)}: {LOG_COLUMN[field]} is {ids[first]}, outside the 0 .. {count} that "
-                "others/id_cnt.pkl allows; fetch both files again"
-            )
-        encoded = ids if field in UNSHIFTED else ids + 1
-        return encoded.astype(np.min_scalar_type(count + 1))
+    ) -> None:
+        """Write the ids of each field as indices, padding where not ``mask``; where it is, a value outside 0 .. count
+        is an InputError that says ``where``."""
+        for field, ids in fields.items():
+            table = self._tables[field]
+            count = table.size - 2
+            wrong = ((ids < 0) | (ids > count)) & mask
+            if wrong.any():
+                first = tuple(int(axis[0]) for axis in np.nonzero(wrong))
+                raise InputError(
+                    f"{path}: {where(first)}: {LOG_COLUMN[field]} is {ids[first]}, outside the 0 .. {count} that "
+                    "others/id_cnt.pkl allows; fetch both files again"
+                )
+            encoded = (ids if field in UNSHIFTED else ids + 1).astype(np.min_scalar_type(count + 1))
+            encoded[~mask] = table.padding if side == "item" else 0
+            self._files.write(f"{side}.{field}", encoded, rows)
 
     def _write_times(
-        self, side: str, rows: np.ndarray | slice, seconds: np.ndarray, mask: np.ndarray | None = None
+        self,
+        path: Path,
+        side: str,
+        ids: Sequence[int] | np.ndarray,
+        rows: np.ndarray | slice,
+        seconds: np.ndarray,
+        mask: np.ndarray | np.bool_ = np.True_,
     ) -> None:
+        """Write the wall-clock fields, padding where not ``mask``. InputError for a time before 1990 (requests), 1900
+        (uploads), or after 2200."""
+        column, first, year = _FIRST_TIMES[side]
+        wrong = np.argwhere((seconds < first) | (seconds >= MAX_SECONDS))
+        if len(wrong):
+            raise InputError(
+                f"{path}: request {ids[wrong[0][0]]}: {column} is {seconds[tuple(wrong[0])]} s, outside {year} to 2200;"
+                " is it in the unit that data/README.md names?"
+            )
         for field, values in zip(_TIMES, wall_clock(seconds, self._zone), strict=True):
-            if mask is not None:
-                values[~mask] = 0
-            self._files.write(f"{side}.{field}", values, rows)
-
-
-def _check_times(path: Path, ids: Sequence[int] | np.ndarray, column: str, seconds: np.ndarray, first: int) -> None:
-    """InputError for a time before ``first`` or after 2200."""
-    wrong = np.argwhere((seconds < first) | (seconds >= MAX_SECONDS))
-    if len(wrong):
-        raise InputError(
-            f"{path}: request {ids[wrong[0][0]]}: {column} is {seconds[tuple(wrong[0])]} s, outside "
-            f"{1990 if first == MIN_REQUEST_SECONDS else 1900} to 2200; is it in the unit that data/README.md names?"
-        )
+            self._files.write(f"{side}.{field}", values * mask, rows)
 
 
 def _stack(

@@ -35,6 +35,7 @@ from deep_components.errors import InputError
 from deep_components.files import write_atomically
 
 HISTORY_LENGTH = 50
+CATEGORY_ONE_PADDING = 2  # readers do not shift category_level_one: 2 stands for a missing item, so no video has it
 GROUP_NAMES = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg", "rerank_pos", "rerank_neg")
 ITEM_COLUMNS = (
     "video_id", "author_id", "duration", "category_level_two", "upload_type", "upload_timestamp", "category_level_one",
@@ -48,8 +49,7 @@ ID_COUNT_FIELDS = (
     "user_id", "device_id", "age", "gender", "province", "video_id", "author_id", "category_level_one",
     "category_level_two", "upload_type",
 )  # fmt: skip
-REQUEST_COLUMNS = ("request_id", "request_timestamp", "user_id", "device_id", "age", "gender", "province")
-_INDICES = ("rank_index", "rerank_index")
+REQUEST_COLUMNS = ("request_id", "request_timestamp", *ID_COUNT_FIELDS[:5])
 ORIGIN_FILE = "others/origin.json"
 
 PERIOD_1 = tuple(str(datetime.date(2024, 1, 13) + datetime.timedelta(days=offset)) for offset in range(23))
@@ -155,9 +155,10 @@ def read_id_counts(root: Path) -> dict[str, int]:
             raise InputError(f"{path}: field {field} is there twice, with different counts; fetch the file again")
         counts[field] = value
     for field in ID_COUNT_FIELDS:
-        if type(counts.get(field)) is not int or not 0 < counts[field] < 1 << 32:
+        count = counts.get(field)
+        if type(count) is not int or not 0 < count < 1 << 32:
             raise InputError(
-                f"{path}: field {field} is {reprlib.repr(counts.get(field))}, not a count of ids; fetch the file again"
+                f"{path}: field {field} is {reprlib.repr(count)}, not a count of ids; fetch the file again"
             )
     return {field: counts[field] for field in ID_COUNT_FIELDS}
 
@@ -170,30 +171,28 @@ def read_request_dict(path: Path) -> Iterator[list[tuple[int, Groups]]]:
 
     InputError, when it comes to that, where the file has not that form.
     """
-    for requests in _keyed_by_request(path):
-        for request_id, groups in requests:
-            if not isinstance(groups, dict) or not all(isinstance(rows, PickledArray) for rows in groups.values()):
-                raise InputError(f"{path}: request {request_id} is not a dict of arrays by group; fetch the file again")
-        yield requests
+
+    def sound(groups: Any) -> bool:
+        return isinstance(groups, dict) and all(isinstance(rows, PickledArray) for rows in groups.values())
+
+    return _keyed_by_request(path, sound, "request {} is not a dict of arrays by group")
 
 
 def read_history_dict(path: Path) -> Iterator[list[tuple[int, PickledArray]]]:
-    """``seq_effective_50_dict/<day>.pkl``: (request_id, rows) of all requests, some thousand at a time.
-
-    InputError, when it comes to that, where the file has not that form.
-    """
-    for histories in _keyed_by_request(path):
-        for request_id, rows in histories:
-            if not isinstance(rows, PickledArray):
-                raise InputError(f"{path}: the history of request {request_id} is not an array; fetch the file again")
-        yield histories
+    """``seq_effective_50_dict/<day>.pkl``: (request_id, rows); as :func:`read_request_dict`."""
+    return _keyed_by_request(
+        path, lambda rows: isinstance(rows, PickledArray), "the history of request {} is not an array"
+    )
 
 
-def _keyed_by_request(path: Path) -> Iterator[list[tuple[int, Any]]]:
+def _keyed_by_request(path: Path, sound: Callable[[Any], bool], problem: str) -> Iterator[list[tuple[int, Any]]]:
     waiting: list[tuple[int, Any]] = []
     for items in iterate_pickle(path):
-        if not all(type(key) is int and -(1 << 63) <= key < 1 << 63 for key, _ in items):
-            raise InputError(f"{path}: not a dict keyed by request ids; fetch the file again")
+        for key, value in items:
+            if type(key) is not int:
+                raise InputError(f"{path}: not a dict keyed by request ids; fetch the file again")
+            if not sound(value):
+                raise InputError(f"{path}: {problem.format(key)}; fetch the file again")
         waiting += items
         if len(waiting) >= _REQUESTS_PER_PIECE:
             yield waiting
@@ -238,7 +237,10 @@ def read_requests(path: Path, truth_flag: str, truth_index: str | None) -> Reque
             disagree |= values != values[first_row]
         disagreeing.append(np.unique(ids[disagree]))
         if truth_index is not None:
-            rows = np.flatnonzero(_flags(path, truth_flag, batch(truth_flag)))
+            flags = batch(truth_flag)
+            if (wrong := flags[(flags < 0) | (flags > 1)]).size:
+                raise InputError(f"{path}: column {truth_flag} holds {wrong[0]}, not 0 or 1; fetch the file again")
+            rows = np.flatnonzero(flags)
             truths.append(np.stack([ids[rows], batch("video_id")[rows], batch(truth_index)[rows]]))
     joined = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in kept.items()}
     ids = joined["request_id"]
@@ -249,13 +251,6 @@ def read_requests(path: Path, truth_flag: str, truth_index: str | None) -> Reque
     fields = {name: values[np.sort(first)] for name, values in joined.items()}
     request_id, video_id, index = np.concatenate([np.zeros((3, 0), np.int64), *truths], axis=1)
     return Requests(fields, request_id, video_id, index, len(np.unique(np.concatenate(disagreeing))))
-
-
-def _flags(path: Path, name: str, values: np.ndarray) -> np.ndarray:
-    wrong = values[(values < 0) | (values > 1)]
-    if len(wrong):
-        raise InputError(f"{path}: column {name} holds {wrong[0]}, not 0 or 1; fetch the file again")
-    return values
 
 
 def check_feather(path: Path, truth_flag: str, truth_index: str | None) -> int:
@@ -282,10 +277,8 @@ def _record_batches(path: Path, columns: tuple[str, ...]) -> Iterator[Callable[[
             if schema.names.count(name) != 1:
                 problem = "there twice" if name in schema.names else "missing"
                 raise InputError(f"{path}: column {name} is {problem}; fetch the file again")
-            if not pa.types.is_integer(schema.field(name).type):
-                raise InputError(
-                    f"{path}: column {name} holds {schema.field(name).type}, not integers; fetch the file again"
-                )
+            if not pa.types.is_integer(kind := schema.field(name).type):
+                raise InputError(f"{path}: column {name} holds {kind}, not integers; fetch the file again")
             options = pa.ipc.IpcReadOptions(included_fields=[schema.names.index(name)])
             readers[name] = pa.ipc.open_file(source, options=options)
         for index in progress(range(readers[columns[0]].num_record_batches), f"reading {path.name}", "batch"):
@@ -313,9 +306,7 @@ def _integers(path: Path, readers: Mapping[str, Any], index: int, name: str) -> 
         raise InputError(f"{path}: column {name} has {column.null_count} missing values; fetch the file again")
     values = column.to_numpy(zero_copy_only=False)
     if values.dtype == np.uint64 and len(values) and values.max() > np.iinfo(np.int64).max:
-        raise InputError(
-            f"{path}: column {name} holds {values.max()}, which is no signed 64-bit integer; fetch it again"
-        )
+        raise InputError(f"{path}: column {name} holds {values.max()}, no signed 64-bit integer; fetch it again")
     return values.astype(np.int64, copy=False)
 
 
@@ -343,8 +334,7 @@ def write_day(root: Path, day: str, log: DayLog) -> None:
     """Write the three files of ``day`` under ``root``, each to a temporary name first."""
     table = _all_stage_table(log)
     write_atomically(
-        feather_path(root, day),
-        lambda file: pa.feather.write_feather(table, file, chunksize=_FEATHER_ROWS_PER_BATCH),
+        feather_path(root, day), lambda file: pa.feather.write_feather(table, file, chunksize=_FEATHER_ROWS_PER_BATCH)
     )
     ids = log.request["request_id"].tolist()
     group_rows = [list(log.groups[name]) for name in GROUP_NAMES]
@@ -364,8 +354,7 @@ def write_id_counts(root: Path, counts: Mapping[str, int]) -> None:
 
 
 def write_origin(root: Path, origin: Mapping[str, Any]) -> None:
-    """Write ``others/origin.json``: what made this log. ``origin["data"]`` ("simulated", "movielens-1m") is copied into
-    every result file."""
+    """Write ``others/origin.json``; ``origin["data"]``, what made this log, is copied into every result file."""
     text = json.dumps(dict(origin), indent=2, sort_keys=True) + "\n"
     write_atomically(root / ORIGIN_FILE, lambda file: file.write(text.encode()))
 
@@ -376,7 +365,9 @@ def _all_stage_table(log: DayLog) -> pa.Table:
     items = np.concatenate([log.groups[name] for name in names], axis=1)  # [R, 60, 8]
     requests, per_request = items.shape[:2]
     size = per_request // len(names)
-    merged = {name: np.zeros((requests, per_request), np.int64) for name in (*GROUP_NAMES, *_INDICES)}
+    merged = {
+        name: np.zeros((requests, per_request), np.int64) for name in (*GROUP_NAMES, "rank_index", "rerank_index")
+    }
     for number, name in enumerate(names):
         merged[name][:, number * size : (number + 1) * size] = 1
     merged["rank_index"][:, -size:] = log.rank_index

@@ -19,16 +19,7 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
-from tests.dataset.synthetic import (
-    COUNTS,
-    DAY,
-    edit_pickle,
-    edit_table,
-    random_log,
-    read_plain,
-    with_column,
-    write_log,
-)
+from tests.dataset.synthetic import COUNTS, DAY, edit_pickle, edit_table, random_log, read_plain, with_column, write_log
 
 REQUEST_FIELDS = ("weekday", "hour", "minute", "user", "device", "gender", "age", "province")
 CASCADES = (TWO_STAGE, THREE_STAGE)
@@ -391,71 +382,6 @@ def edit_history(root: Path, edit: Callable[[np.ndarray], Any]) -> None:
     edit_pickle(recflow.history_path(root, DAY), change)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_missing_file(tmp_path: Path, number: int) -> None:
-    write_log(tmp_path, random_log(1), "2024-01-16")
-    path = recflow.day_paths(write_log(tmp_path), DAY)[number]
-    path.unlink()
-    check_refused(tmp_path, str(path), "no such file", "data/README.md")
-
-
-ITEM_INDEX = {
-    "video_id": 0,
-    "author_id": 1,
-    "category_level_two": 3,
-    "upload_type": 4,
-    "category_level_one": 6,
-}
-HISTORY_INDEX = {
-    "video_id": 0,
-    "author_id": 1,
-    "category_level_two": 2,
-    "category_level_one": 3,
-    "upload_type": 4,
-}
-
-
-@pytest.mark.parametrize("field", ITEM_INDEX)
-@pytest.mark.parametrize("above", [True, False])
-def test_an_item_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
-    write_log(tmp_path)
-    value = COUNTS[field] + 1 if above else -1
-
-    def spoil(rows: np.ndarray) -> None:
-        rows[4, ITEM_INDEX[field]] = value
-
-    edit_group(tmp_path, "coarse_neg", spoil)
-    path = recflow.request_path(tmp_path, DAY)
-    texts = (f"request {first_request(tmp_path)}, coarse_neg", f"{field} is {value}", f"0 .. {COUNTS[field]}")
-    check_refused(tmp_path, str(path), *texts)
-
-
-@pytest.mark.parametrize("field", HISTORY_INDEX)
-@pytest.mark.parametrize("above", [True, False])
-def test_an_id_in_a_history_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
-    write_log(tmp_path)
-    value = COUNTS[field] + 1 if above else -1
-
-    def spoil(rows: np.ndarray) -> None:
-        rows[49, HISTORY_INDEX[field]] = value
-        rows[49, 7] = 1
-
-    edit_history(tmp_path, spoil)
-    request = first_request(tmp_path)
-    texts = (f"request {request}, history", f"{field} is {value}", f"0 .. {COUNTS[field]}")
-    check_refused(tmp_path, str(recflow.history_path(tmp_path, DAY)), *texts)
-
-
-@pytest.mark.parametrize("field", ["user_id", "device_id", "age", "gender", "province"])
-@pytest.mark.parametrize("above", [True, False])
-def test_a_request_s_id_out_of_range(tmp_path: Path, field: str, above: bool) -> None:
-    log = random_log()
-    log.request[field][3] = value = COUNTS[field] + 1 if above else -1
-    write_log(tmp_path, log)
-    texts = (f"request {log.request['request_id'][3]}", f"{field} is {value}", f"0 .. {COUNTS[field]}")
-    check_refused(tmp_path, str(recflow.feather_path(tmp_path, DAY)), *texts)
-
-
 def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     """Rows beyond the tenth, columns that are not used, padding events, groups of the other cascade."""
     write_log(tmp_path)
@@ -478,109 +404,6 @@ def test_ids_where_nothing_is_read_do_not_matter(tmp_path: Path) -> None:
     before["history_mask"][0, :5] = False
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values, err_msg=name)
-
-
-@pytest.mark.parametrize(
-    "shape", [(49, 10), (51, 10), (0, 10), (50, 7), (50,), (500,), (50, 10, 1), ()], ids=lambda shape: str(shape)
-)
-def test_a_history_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    write_log(tmp_path)
-    edit_history(tmp_path, lambda rows: np.zeros(shape, np.int64))
-    path = recflow.history_path(tmp_path, DAY)
-    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}", str(shape))
-
-
-@pytest.mark.parametrize("shape", [(10, 6), (10,), (10, 8, 1), (), (3, 0)], ids=lambda shape: str(shape))
-def test_items_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    write_log(tmp_path)
-    edit_group(tmp_path, "rank_neg", lambda rows: np.zeros(shape, np.int64))
-    path = recflow.request_path(tmp_path, DAY)
-    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}, rank_neg", str(shape))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1.5, 2.0**63, -(2.0**64)])
-@pytest.mark.parametrize("in_history", [False, True])
-def test_a_number_that_is_no_integer(tmp_path: Path, value: float, in_history: bool) -> None:
-    write_log(tmp_path)
-
-    def spoil(rows: np.ndarray) -> np.ndarray:
-        rows = rows.astype(np.float64)
-        rows[9, 1] = value
-        return rows
-
-    if in_history:
-        edit_history(tmp_path, spoil)
-    else:
-        edit_group(tmp_path, "prerank_neg", spoil)
-    path = (recflow.history_path if in_history else recflow.request_path)(tmp_path, DAY)
-    what = "the history" if in_history else "prerank_neg"
-    check_refused(tmp_path, str(path), f"request {first_request(tmp_path)}, {what}", "not an integer")
-
-
-def test_an_unsigned_number_beyond_int64(tmp_path: Path) -> None:
-    write_log(tmp_path)
-    edit_group(tmp_path, "rank_pos", lambda rows: np.full(rows.shape, (1 << 64) - 1, np.uint64))
-    check_refused(tmp_path, str(recflow.request_path(tmp_path, DAY)), "not an integer of 64 bits")
-
-
-@pytest.mark.parametrize("column", ["request_timestamp", "upload_timestamp"])
-def test_a_time_in_the_wrong_unit(tmp_path: Path, column: str) -> None:
-    log = random_log()
-    if column == "request_timestamp":
-        log.request[column][2] *= 1000
-        path = recflow.feather_path(tmp_path, DAY)
-    else:
-        log.groups["rank_pos"][2, 2, 5] = log.request["request_timestamp"][2]
-        path = recflow.request_path(tmp_path, DAY)
-    write_log(tmp_path, log)
-    check_refused(tmp_path, str(path), column, "to 2200")
-
-
-@pytest.mark.parametrize("index", [1 << 15, (1 << 63) - 1])
-def test_an_index_that_no_label_holds(tmp_path: Path, index: int) -> None:
-    write_log(tmp_path)
-
-    def spoil(table: pa.Table) -> pa.Table:
-        values = table["rank_index"].to_numpy().copy()
-        values[truth_rows(table, "rank_pos")[17]] = index
-        return with_column(table, "rank_index", values)
-
-    edit_table(recflow.feather_path(tmp_path, DAY), spoil)
-    path = recflow.feather_path(tmp_path, DAY)
-    check_refused(tmp_path, f"{path}: request ", f"rank_index is {index}, outside the 0 .. 32767")
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ([1, 2], "not a dict keyed by request ids"),
-        ({"a": {}}, "not a dict keyed by request ids"),
-        ({}, "none of its requests"),
-        ({5: {}}, "none of its requests"),
-        ({5: 1}, "request 5 is not a dict of arrays by group"),
-        ({5: {"rank_pos": [[1]]}}, "request 5 is not a dict of arrays by group"),
-    ],
-)
-def test_a_request_file_of_another_form(tmp_path: Path, content: Any, text: str) -> None:
-    write_log(tmp_path)
-    path = recflow.request_path(tmp_path, DAY)
-    edit_pickle(path, lambda _: content)
-    check_refused(tmp_path, str(path), text)
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (5, "not a dict keyed by request ids"),
-        ({5: None}, "history of request 5 is not an array"),
-        ({5: {"a": 1}}, "history of request 5 is not an array"),
-    ],
-)
-def test_a_history_file_of_another_form(tmp_path: Path, content: Any, text: str) -> None:
-    write_log(tmp_path)
-    path = recflow.history_path(tmp_path, DAY)
-    edit_pickle(path, lambda _: content)
-    check_refused(tmp_path, str(path), text)
 
 
 def test_an_array_without_its_state(tmp_path: Path) -> None:

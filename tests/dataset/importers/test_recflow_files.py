@@ -1,7 +1,6 @@
 """RecFlow's files: what is read, how little of it, and what is refused."""
 
 import json
-import re
 import tracemalloc
 from collections.abc import Mapping
 from itertools import chain
@@ -16,7 +15,7 @@ import pytest
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.recflow_files import GROUP_NAMES, REQUEST_COLUMNS, Requests, read_requests
 from deep_components.errors import InputError
-from tests.dataset.synthetic import COUNTS, DAY, edit_table, random_log, read_plain, with_column, write_log, write_plain
+from tests.dataset.synthetic import COUNTS, DAY, edit_table, random_log, read_plain, write_log, write_plain
 
 READ = (*REQUEST_COLUMNS, "video_id", "rank_pos", "rank_index")
 
@@ -101,27 +100,6 @@ def test_every_type_of_integer(tmp_path: Path, kind: pa.DataType) -> None:
     for array in (*found.fields.values(), found.truth_request_id, found.truth_video_id, found.truth_index):
         assert array.dtype == np.int64
     assert found.fields["request_id"].tolist() == [5, 6]
-
-
-@pytest.mark.parametrize("column", READ)
-def test_a_missing_column(tmp_path: Path, column: str) -> None:
-    with pytest.raises(InputError, match=rf"day.feather: column {column} is missing"):
-        read(tmp_path, table_of([1, 2]).drop_columns([column]))
-
-
-@pytest.mark.parametrize("column", READ)
-@pytest.mark.parametrize("values", [[1.0, 2.0], ["1", "2"], [True, False], [[1], [2]], [None, None]], ids=str)
-def test_a_column_of_another_type(tmp_path: Path, column: str, values: list[Any]) -> None:
-    kind = pa.array(values).type
-    with pytest.raises(InputError, match=rf"day.feather: column {column} holds {re.escape(str(kind))}, not integers"):
-        read(tmp_path, with_column(table_of([1, 2]), column, values))
-
-
-@pytest.mark.parametrize("column", READ)
-def test_missing_values(tmp_path: Path, column: str) -> None:
-    values = pa.array([1, None, 3, None], pa.int64())
-    with pytest.raises(InputError, match=rf"day.feather: column {column} has 2 missing values"):
-        read(tmp_path, with_column(table_of([1, 2, 3, 4]), column, values))
 
 
 def test_what_is_no_feather_file(tmp_path: Path) -> None:
@@ -240,23 +218,6 @@ def test_id_counts_by_the_names_of_the_released_file(tmp_path: Path) -> None:
     released["tag"] = "not read"
     assert counts(tmp_path, released) == COUNTS
     assert counts(tmp_path, COUNTS) == COUNTS
-
-
-@pytest.mark.parametrize("field", COUNTS)
-def test_id_counts_without_a_field(tmp_path: Path, field: str) -> None:
-    rest = {name: count for name, count in COUNTS.items() if name != field}
-    with pytest.raises(InputError, match=rf"others/id_cnt.pkl: field {field} is None"):
-        counts(tmp_path, rest)
-    for wrong in (0, -1, 1.0, True, "5", None, 1 << 32, [5], np.array([5]), np.array(5)):
-        with pytest.raises(InputError, match=rf"others/id_cnt.pkl: field {field} is .*not a count"):
-            counts(tmp_path, rest | {field: wrong})
-
-
-def test_id_counts_of_another_form(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"others/id_cnt.pkl: no such file"):
-        recflow.read_id_counts(tmp_path)
-    with pytest.raises(InputError, match=r"others/id_cnt.pkl: holds a list"):
-        counts(tmp_path, [1])
 
 
 def test_the_origin(tmp_path: Path) -> None:

@@ -527,29 +527,9 @@ OPCODES = sorted(opcode.code.encode("latin1") for opcode in pickletools.opcodes)
 
 
 @pytest.mark.usefixtures("little_memory")
-@given(data=st.data())
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-def test_wrong_bytes_give_a_value_or_are_refused(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(pickle.dumps(SMALL, data.draw(st.sampled_from(PROTOCOLS), "protocol")))
-    offsets = st.integers(0, len(content) - 1)
-    wrong = st.one_of(st.binary(min_size=1, max_size=1), st.sampled_from(OPCODES))
-    for number, byte in data.draw(st.lists(st.tuples(offsets, wrong), min_size=1, max_size=4), "changes"):
-        content[number : number + 1] = byte
-    loads_or_refuses(tmp_path, bytes(content))
-
-
-@pytest.mark.usefixtures("little_memory")
 @given(st.lists(st.one_of(st.sampled_from(OPCODES), st.binary(max_size=5)), max_size=30).map(b"".join))
 @settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_opcodes_give_a_value_or_are_refused(tmp_path: Path, content: bytes) -> None:
     loads_or_refuses(tmp_path, content)
