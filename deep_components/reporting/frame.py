@@ -40,12 +40,9 @@ _REQUIRED = dict.fromkeys(("setting", "data", "test_day", "loss_type"), str) | {
     "seed": int | None, "epochs": int, "num_requests": int
 }  # fmt: skip
 _COSTS = {
-    "steps": int,
-    "requests": int,
-    "seconds": float | int,
-    "peak_memory_bytes": int | None,
-    "peak_gpu_memory_bytes": int | None,
-}
+    "steps": int, "requests": int, "seconds": float | int,
+    "peak_memory_bytes": int | None, "peak_gpu_memory_bytes": int | None,
+}  # fmt: skip
 _INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
 
 logger = logging.getLogger(__name__)
@@ -208,12 +205,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
     if skipped:
         warnings.append(f"{folder}: {skipped} training steps were left out, because they were not finite")
     untrained = results["epochs"] == 0
-    versions, checksums = (
-        value if isinstance(value, dict) else {} for value in map(config.get, ("versions", "data_checksums"))
-    )
-    named = UNTRAINED if untrained else _given_name(folder, results["loss_type"])
+    both = (config.get(name) for name in ("versions", "data_checksums"))
+    versions, checksums = (value if isinstance(value, dict) else {} for value in both)
     row = {
-        "method": named,
+        "method": UNTRAINED if untrained else _given_name(folder, results["loss_type"]),
         **{name: results[name] for name in ("loss_type", "setting", "data", "seed", "epochs")},
         "untrained": untrained,
         "train_days": config.get("train_days"),
