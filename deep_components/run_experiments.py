@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import FrameType
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -49,10 +48,6 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -70,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
     user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
     user.add_argument("--seeds", "--seed", type=_seeds, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
-    user.add_argument("--methods", type=_names, help="only these of a table's rows, as lcron,bce")
+    user.add_argument(
+        "--methods",
+        type=lambda text: [*filter(None, text.split(","))],
+        help="only these of a table's rows, as lcron,bce",
+    )
     user.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     user.add_argument("--validation", action="store_true", help="for tuning: the last training day is the test day")
     user.add_argument("--streaming", action="store_true", help="each day tests what was trained on all days before it")
@@ -135,13 +134,6 @@ def _make_all(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
     return [ended[run.folder] for run in runs]
 
 
-def _check_folders(args: argparse.Namespace, runs: Sequence[Run]) -> None:
-    """InputError when a folder holds another run: better now than after hours."""
-    for run in runs:
-        if not args.force:
-            check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume)
-
-
 def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
     """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
     done = [outcome.run for outcome in outcomes if outcome.done]
@@ -164,9 +156,8 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
     failed = [outcome for outcome in outcomes if not outcome.done]
     if not failed:
         return 0
-    lines = [
-        f"error: {len(failed)} of {len(outcomes)} runs failed; the others are kept when the command is given again"
-    ]
+    count = f"{len(failed)} of {len(outcomes)}"
+    lines = [f"error: {count} runs failed; the others are kept when the command is given again"]
     for sentence in dict.fromkeys(outcome.error for outcome in failed):
         same = [outcome for outcome in failed if outcome.error == sentence]
         lines += [f"  {'; '.join(outcome.run.title for outcome in same)}: {sentence}"]
@@ -175,15 +166,12 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
     return REFUSED if all(outcome.code == REFUSED for outcome in failed) else 1
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str]) -> None:
     args, methods, training = parse_args(argv)
     runs = make_plan(args, methods, training)
-    _check_folders(args, runs)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for run in [] if args.force else runs:  # a folder that holds another run: better said now than after hours
+        check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.batch_divisor > 1:
         logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)
     outcomes = _make_all(args, runs)

@@ -11,18 +11,13 @@ import os
 import runpy
 import signal
 import sys
-from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str]) -> None:
     parent, module = int(argv[0]), argv[1]
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it ended before Linux was told
         raise SystemExit(130)

@@ -1,31 +1,22 @@
 """Where runs are made: a pool of processes on this machine, or a Ray cluster."""
 
-import os
 import queue
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 from deep_components.errors import InputError
-from deep_components.experiments.execution import Commands, Options, Outcome, Slot, execute
+from deep_components.experiments.execution import Commands, Options, Outcome, Slot, environment, execute
 from deep_components.experiments.plan import Run
 
 _TICK = 1.0  # seconds after which an engine lets its caller look at the progress
 
 
 def slots(jobs: int, devices: int, cores: int, device_named: bool = False, threads: int | None = None) -> list[Slot]:
-    """One slot for each run at a time, spread evenly over the CUDA devices; the cores are shared out.
-
-    Args:
-        jobs: runs at a time.
-        devices: CUDA devices there are.
-        cores: CPU cores there are.
-        device_named: the user's arguments name the device.
-        threads: of each run, where the user names them.
-
-    A single run is left to PyTorch's own choice of threads and device.
+    """One slot for each of ``jobs`` runs at a time, spread evenly over the CUDA devices unless the user's arguments
+    name one; the cores are shared out unless the user names the ``threads`` of a run. A single run is left to PyTorch's
+    own choice of threads and device.
     """
     if jobs == 1:
         return [Slot(threads=threads)]
@@ -78,22 +69,17 @@ def run_on_ray(runs: Sequence[Run], slot: Slot, gpus: bool, options: Options) ->
         raise InputError(
             f"--engine=ray: {sys.executable} lacks ray; run: {sys.executable} -m pip install -r requirements-ray.txt"
         ) from error
-    root = str(Path(__file__).parents[2])
-    environment = {"PYTHONPATH": os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)}
-    ray.init(runtime_env={"env_vars": environment}, include_dashboard=False, log_to_driver=False, logging_level="error")
+    known = {"env_vars": environment()}
+    ray.init(runtime_env=known, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         one_gpu = 1 if gpus and ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=1)(_on_a_node)
+        task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=1)(execute)
         waiting: dict[Any, Run] = {task.remote(run, slot, options): run for run in runs}
         while waiting:
             ended, _ = ray.wait(list(waiting), num_returns=1, timeout=_TICK)
             yield [_outcome(ray, reference, waiting.pop(reference)) for reference in ended]
     finally:
         ray.shutdown()
-
-
-def _on_a_node(run: Run, slot: Slot, options: Options) -> Outcome:
-    return execute(run, slot, options, Commands())
 
 
 def _outcome(ray: Any, reference: Any, run: Run) -> Outcome:

@@ -29,7 +29,6 @@ from deep_components.runs.records import (
 REFUSED = 2  # the exit code of a command that refuses its input
 SECONDS_TO_END = 60.0  # that the commands of a killed runner may need to save a large state
 
-_PROJECT = Path(__file__).parents[2]
 _ERROR_LINES = 200  # of the end of a log are searched for the error
 
 logger = logging.getLogger(__name__)
@@ -75,11 +74,11 @@ class Outcome:
 
 
 class Ended(Exception):  # noqa: N818 - not always an error
-    """How a run ended, raised where a command did not succeed; arguments as of :class:`Outcome`."""
+    """How a run ended, raised where a command did not succeed; ``how``: fields of :class:`Outcome`."""
 
-    def __init__(self, status: str, error: str = "", code: int = 0, log: Path | None = None) -> None:
-        super().__init__(error)
-        self.status, self.error, self.code, self.log = status, error, code, log
+    def __init__(self, status: str, **how: Any) -> None:
+        super().__init__(how.get("error", ""))
+        self.status, self.how = status, how
 
 
 class Commands:
@@ -102,16 +101,10 @@ class Commands:
             with self._guard:
                 if self._stopping:
                     raise Ended("interrupted")
-                process = subprocess.Popen(
-                    attached,
-                    cwd=cwd,
-                    env={**os.environ, **environment},
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    pass_fds=(lock,),
-                    start_new_session=True,  # Ctrl-C reaches the runner, which stops its commands
-                )
+                process = subprocess.Popen(  # in a new session: Ctrl-C reaches the runner, which stops its commands
+                    attached, cwd=cwd, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output,
+                    stderr=output, pass_fds=(lock,), start_new_session=True,
+                )  # fmt: skip
                 self._running.add(process)
             code = process.wait()
         with self._guard:
@@ -120,7 +113,7 @@ class Commands:
                 raise Ended("interrupted")
         text = log.read_bytes()[start:].decode(errors="replace")
         if code:
-            raise Ended("failed", error_sentence(text, code), code, log)
+            raise Ended("failed", error=error_sentence(text, code), code=code, log=log)
         for line in text.splitlines():
             if line not in self._said:  # runs repeat the warnings about their data
                 self._said.add(line)
@@ -146,19 +139,19 @@ def error_sentence(log: str, code: int) -> str:
     return lines[-1] if lines else f"ended with exit code {code}"
 
 
-def execute(run: Run, slot: Slot, options: Options, commands: Commands) -> Outcome:
+def execute(run: Run, slot: Slot, options: Options, commands: Commands | None = None) -> Outcome:
     """Make the run, or what is left of it. Errors end in the outcome, so that other runs go on."""
     started = time.monotonic()
     try:
-        ended = Ended(_make(run, slot, options, commands))
+        ended = Ended(_make(run, slot, options, commands or Commands()))
     except Ended as otherwise:
         ended = otherwise
     except InputError as refusal:
-        ended = Ended("failed", str(refusal), REFUSED)
+        ended = Ended("failed", error=str(refusal), code=REFUSED)
     except Exception as defect:  # of ours, in one run: it is logged whole, and the others go on
         logger.exception("%s", run.title)
-        ended = Ended("failed", f"{type(defect).__name__}: {defect}", 1)
-    return Outcome(run, ended.status, time.monotonic() - started, ended.error, ended.code, ended.log)
+        ended = Ended("failed", error=f"{type(defect).__name__}: {defect}", code=1)
+    return Outcome(run, ended.status, time.monotonic() - started, **ended.how)
 
 
 def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
@@ -172,16 +165,15 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
             return "kept"
         attempt = {"started": _now(), "host": socket.gethostname(), "device": slot.device, "threads": slot.threads}
         record = start_record(held, _about(run), attempt)
-        ended = Ended("finished")
+        status, said = "finished", ""
         try:
             for part in left:
                 _make_part(run, part, slot, commands, lock, record)
         except BaseException as error:
-            ended = error if isinstance(error, Ended) else Ended("failed", str(error))
+            status, said = error.status if isinstance(error, Ended) else "failed", str(error)
             raise
         finally:
-            said = {"error": ended.error} if ended.error else {}
-            end_record(run.folder, record, {**said, "ended": _now()}, ended.status)
+            end_record(run.folder, record, ({"error": said} if said else {}) | {"ended": _now()}, status)
         if options.discard_state:
             (run.folder / STATE_FILE).unlink(missing_ok=True)
         return "finished"
@@ -203,7 +195,7 @@ def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, 
 
     def command(words: Sequence[str]) -> None:
         device = [f"--device={slot.device}"] if slot.device else []
-        commands.run([*words, *device], run.cwd, _environment(slot), run.folder / LOG_FILE, lock)
+        commands.run([*words, *device], run.cwd, environment(slot.threads), run.folder / LOG_FILE, lock)
 
     held = read_folder(run.folder)
     if not held.trained(part.train_days, run.epochs):
@@ -215,28 +207,22 @@ def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, 
         add_streamed_day(run.folder, record, len(part.train_days))
 
 
-def _environment(slot: Slot) -> dict[str, str]:
-    paths = [str(_PROJECT), os.environ.get("PYTHONPATH", "")]
+def environment(threads: int | None = None) -> dict[str, str]:
+    """What a process needs to find the project, and its number of threads."""
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     changes = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    return changes | ({"OMP_NUM_THREADS": str(slot.threads)} if slot.threads else {})
+    return changes | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def _about(run: Run) -> dict[str, Any]:
     """What a run's record says of it."""
     last = run.parts[-1]
     return {
-        "name": run.name,
-        "variant": run.variant,
-        "setting": run.config["setting"],
-        "seed": run.seed,
-        "streaming": run.streaming,
-        "data": run.config["data"],
-        "data_dir": str(run.data_dir),
-        "train_days": list(last.train_days),
-        "test_day": last.test_day,
-        "data_checksums": dict(run.checksums),
+        "name": run.name, "variant": run.variant, "setting": run.config["setting"], "seed": run.seed,
+        "streaming": run.streaming, "data": run.config["data"], "data_dir": str(run.data_dir),
+        "train_days": list(last.train_days), "test_day": last.test_day, "data_checksums": dict(run.checksums),
         "identity": dict(run.config["arguments"]),
-    }
+    }  # fmt: skip
 
 
 def _now() -> str:

@@ -43,38 +43,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """All that is needed to make one run, on this machine or another that sees the same folders.
+    """All that is needed to make one run, on this machine or another that sees the same folders."""
 
-    Args:
-        name: the row's name, e.g. "lcron_tau_1".
-        variant: what sets this run apart from the method's main one, e.g. "lr0.001_bs512", "streaming"; or "".
-        folder: of its results.
-        data_dir: the log.
-        commands: modules that train and evaluate.
-        training: arguments of the training but the seed, folders and days.
-        evaluation: arguments of the evaluation but folders and day.
-        config: what its config.json will say, as far as it makes the run this one (runs/identity.py).
-        parts: one, or for a streaming run one a test day.
-        checksums: of each day's content.
-        steps: of the whole training.
-        days_named: the training is told each part's days, else it takes the user's or the log's usual ones.
-        cwd: where relative paths in the arguments start.
-    """
-
-    name: str
-    variant: str
-    folder: Path
+    name: str  # of the row, e.g. "lcron_tau_1"
+    variant: str  # what sets this run apart from the method's main one, e.g. "lr0.001_bs512", "streaming"; or ""
+    folder: Path  # of its results
     data_dir: Path
-    commands: tuple[str, str]
-    training: tuple[str, ...]
-    evaluation: tuple[str, ...]
-    config: Mapping[str, Any]
-    parts: tuple[Part, ...]
-    checksums: Mapping[str, str]
-    steps: int
+    commands: tuple[str, str]  # modules that train and evaluate
+    training: tuple[str, ...]  # its arguments but the seed, folders and days
+    evaluation: tuple[str, ...]  # its arguments but folders and day
+    config: Mapping[str, Any]  # what its config.json will say, as far as it makes the run this one (runs/identity.py)
+    parts: tuple[Part, ...]  # one, or for a streaming run one a test day
+    checksums: Mapping[str, str]  # of each day's content
+    steps: int  # of the whole training
     streaming: bool
-    days_named: bool
-    cwd: Path
+    days_named: bool  # the training is told each part's days, else it takes the user's or the log's usual ones
+    cwd: Path  # where relative paths in the arguments start
 
     @property
     def seed(self) -> int:
@@ -100,14 +84,9 @@ class Run:
 
 def methods_of(argv: Sequence[str]) -> list[Method]:
     """The methods of ``--method=NAME hyper-parameters --method=NAME hyper-parameters ...``."""
-    methods: list[Method] = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if name == "--method" and equals:
-            methods.append(Method(value, ()))
-        else:
-            methods[-1] = Method(methods[-1].name, (*methods[-1].arguments, argument))
-    return methods
+    starts = [index for index, word in enumerate(argv) if word.startswith("--method=")]
+    parts = [argv[start:end] for start, end in pairwise([*starts, len(argv)])]
+    return [Method(first.removeprefix("--method="), tuple(rest)) for first, *rest in parts]
 
 
 def schedule(
@@ -237,9 +216,9 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
 
 def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:
     """Where the runs of a row lie: in --output_dir itself for the one method of a script."""
-    if args.output_dir is not None and not (args.several or args.by_setting):
-        return args.output_dir.absolute() / (name if name.startswith(UNTRAINED) else "")
     row = f"{name}_{variant}" if variant else name
-    if args.output_dir is not None:
-        return args.output_dir.absolute() / (args.setting if args.by_setting else "") / row
-    return args.runs_dir.absolute() / args.setting / row / args.data_dir.resolve().name
+    if args.output_dir is None:
+        return args.runs_dir.absolute() / args.setting / row / args.data_dir.resolve().name
+    if not (args.several or args.by_setting):
+        row = name if name.startswith(UNTRAINED) else ""
+    return args.output_dir.absolute() / (args.setting if args.by_setting else "") / row

@@ -17,8 +17,6 @@ T = TypeVar("T")
 POINTS = 100  # of a drawn curve; the steps between two of them are averaged
 LARGEST = 1e100  # values are cut to it, so that neither their sum nor an axis's scale overflows
 
-_NO_TERMS = ("step", "seconds")
-
 
 def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.DataFrame]:
     """The loss, its terms and weights of a method over the requests trained on.
@@ -43,12 +41,9 @@ def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.Da
     requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if isinstance(batch, int) else 1)
     part = np.repeat(requests, np.diff(edges))
     seeds = [log[:length].clip(-LARGEST, LARGEST).groupby(part).mean() for log in logs]
-    curves = {}
-    for name in [name for name in seeds[0] if all(name in seed for seed in seeds)]:
-        values = pd.concat([seed[name] for seed in seeds], axis=1).dropna()
-        if len(values):
-            curves[str(name)] = _over_seeds(values)
-    return curves if "loss" in curves else {}
+    names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
+    curves = {str(name): _over_seeds(pd.concat([seed[name] for seed in seeds], axis=1)) for name in names}
+    return {name: curve for name, curve in curves.items() if len(curve)} if len(curves["loss"]) else {}
 
 
 def streaming_curves(runs: pd.DataFrame, metric: str, problems: list[str]) -> dict[str, pd.DataFrame]:
@@ -60,10 +55,8 @@ def streaming_curves(runs: pd.DataFrame, metric: str, problems: list[str]) -> di
     for name, group in runs.groupby("row", sort=False):
         seeds = [seed for seed in _read_each(group, read_streaming, problems) if seed]
         values = pd.DataFrame([{day: found.get(metric) for day, found in seed.items()} for seed in seeds]).T
-        values = values.where(values.map(is_number)).astype("float64").dropna().sort_index()
-        if len(values):
-            curves[str(name)] = _over_seeds(values)
-    return curves
+        curves[str(name)] = _over_seeds(values.where(values.map(is_number)).astype("float64").sort_index())
+    return {name: curve for name, curve in curves.items() if len(curve)}
 
 
 def read_steps(folder: Path) -> pd.DataFrame:
@@ -83,7 +76,7 @@ def read_steps(folder: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not readable ({error}); its curves are left out") from error
     if not all(isinstance(record, dict) and _logged(record, "loss") for record in records):
         raise InputError(f"{path}: a line lacks the loss; its curves are left out")
-    names = [name for name in (records[0] if records else {}) if name not in _NO_TERMS]
+    names = [name for name in (records[0] if records else {}) if name not in ("step", "seconds")]
     names = [name for name in names if all(_logged(record, name) for record in records)]
     return pd.DataFrame({printable(name): [r[name] for r in records] for name in names}, dtype="float64")
 
@@ -111,6 +104,7 @@ def _read_each(group: pd.DataFrame, read: Callable[[Path], T], problems: list[st
 
 
 def _over_seeds(values: pd.DataFrame) -> pd.DataFrame:
+    values = values.dropna()
     return pd.DataFrame({"mean": values.mean(axis=1), "low": values.min(axis=1), "high": values.max(axis=1)})
 
 

@@ -54,22 +54,13 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart that can be drawn at any width.
+    """A chart that can be drawn at any width."""
 
-    Args:
-        key: its file's name, and what its ids in the page begin with.
-        kind: score, differences, survival, streaming, loss or weights.
-        title: the method's name, or what it shows.
-        description: for readers who do not see it.
-        height: inches.
-        draw: draws into a figure.
-    """
-
-    key: str
-    kind: str
-    title: str
-    description: str
-    height: float
+    key: str  # its file's name, and what its ids in the page begin with
+    kind: str  # score, differences, survival, streaming, loss or weights
+    title: str  # the method's name, or what it shows
+    description: str  # for readers who do not see it
+    height: float  # inches
     draw: Callable[["Figure"], None]
 
     @contextmanager
@@ -143,9 +134,6 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
-# ---- a row per method ------------------------------------------------------------------------------------------------
-
-
 def _score(results: Results) -> list[Chart]:
     """The headline metric of every trained method, and the untrained cascade, which is chance, as a line."""
     cells = results.of(results.headline)
@@ -158,13 +146,11 @@ def _score(results: Results) -> list[Chart]:
         (name, cell["mean"], cell["mean"] - cell["std"], cell["mean"] + cell["std"], runs.get_group(name).to_list())
         for name, cell in trained.iterrows()
     ]
-    title = metric_title(results.headline)
-    described = "; ".join(f"{paper_name(name)} {mean:.4f}" for name, mean, *_ in dots)
-    described += "".join(f"; {name} {mean:.4f}" for name, mean in chance.items())
-    draw = partial(
-        _dots, dots=dots, ours=results.ours, line=(UNTRAINED, chance.iloc[0]) if len(chance) else None, label=title
-    )
-    return [Chart("metric", "score", title, described, _rows_height(len(dots)), draw)]
+    title, line = metric_title(results.headline), (UNTRAINED, chance.iloc[0]) if len(chance) else None
+    described = [f"{paper_name(name)} {mean:.4f}" for name, mean, *_ in dots]
+    described += [f"{name} {mean:.4f}" for name, mean in chance.items()]
+    draw = partial(_dots, dots=dots, ours=results.ours, line=line, label=title)
+    return [Chart("metric", "score", title, "; ".join(described), _rows_height(len(dots)), draw)]
 
 
 def _differences(results: Results) -> list[Chart]:
@@ -173,11 +159,9 @@ def _differences(results: Results) -> list[Chart]:
     made = made[made["interval_low"].notna()]
     if made.empty:
         return []
-    dots: list[Any] = []
-    for cell in made.to_dict("records"):
-        low, high = cell["interval_low"], cell["interval_high"]
-        middle = (low + high) / 2 if pd.isna(cell["difference"]) else cell["difference"]
-        dots.append((cell["method"], middle, low, high, []))
+    lows, highs = made["interval_low"], made["interval_high"]
+    middles = made["difference"].fillna((lows + highs) / 2)
+    dots: list[Any] = [(*found, []) for found in zip(made["method"], middles, lows, highs, strict=True)]
     title, label = f"{paper_name(str(results.ours))} minus each baseline", metric_title(results.headline)
     described = "; ".join(
         f"{paper_name(name)} {mean:+.4f} ({low:+.4f} to {high:+.4f})" for name, mean, low, high, _ in dots
@@ -234,9 +218,8 @@ def _stack(figure: "Figure", shares: pd.DataFrame) -> None:
         axes.barh(rows, widths, left=left, color=COLOURS[part % len(COLOURS)], height=0.75, label=name, edgecolor=PAPER)
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width > 0.12:
-                axes.text(
-                    start + width / 2, row, f"{width:.0%}", ha="center", va="center_baseline", color=PAPER, size=7
-                )
+                words: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": PAPER, "size": 7}
+                axes.text(start + width / 2, row, f"{width:.0%}", **words)
         left = left + widths.to_numpy()
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the ground-truth items")
@@ -254,9 +237,6 @@ def _method_axis(axes: "Axes", names: list[str], ours: str | None = None) -> Non
 
 def _rows_height(rows: int) -> float:
     return 0.75 + 0.22 * rows
-
-
-# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 def _streaming(results: Results, problems: list[str]) -> list[Chart]:
@@ -288,11 +268,8 @@ def _draw_lines(figure: "Figure", curves: dict[str, pd.DataFrame], x_label: str,
     for index, (name, curve) in enumerate(curves.items()):
         x = [days.index(day) for day in curve.index] if days else curve.index.to_numpy()
         style = line_style(index)
-        single = len(curves) == 1 and len(curve) > 1
-        every = max(1, len(curve) // 8)
-        axes.plot(
-            x, curve["mean"], label=_short(name), markevery=every, **(style | {"marker": ""} if single else style)
-        )
+        plain = {"marker": ""} if len(curves) == 1 and len(curve) > 1 else {}
+        axes.plot(x, curve["mean"], label=_short(name), markevery=max(1, len(curve) // 8), **style | plain)
         axes.fill_between(x, curve["low"], curve["high"], color=style["color"], alpha=0.18, linewidth=0)
     values = pd.concat(list(curves.values()))
     log = values["low"].min() > 0 and values["high"].max() > _LOG_FROM * values["mean"].median()

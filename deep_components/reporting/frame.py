@@ -36,25 +36,14 @@ UNTRAINED = "untrained"
 ARGUMENT = "arguments."  # before the names of columns that hold a training's arguments
 DATA_CHECKSUM = "data_checksums."  # before the names of columns that hold the checksum of a training day
 
-_REQUIRED = {
-    "setting": str,
-    "data": str,
-    "test_day": str,
-    "loss_type": str,
-    "seed": int | None,
-    "epochs": int | None,
-    "num_requests": int,
-}
+_REQUIRED = dict.fromkeys(("setting", "data", "test_day", "loss_type"), str) | {
+    "seed": int | None, "epochs": int | None, "num_requests": int
+}  # fmt: skip
 _COSTS = {
-    "steps": int,
-    "requests": int,
-    "seconds": float | int,
-    "peak_memory_bytes": int | None,
-    "peak_gpu_memory_bytes": int | None,
-}
+    "steps": int, "requests": int, "seconds": float | int,
+    "peak_memory_bytes": int | None, "peak_gpu_memory_bytes": int | None,
+}  # fmt: skip
 _INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
-_DICTIONARIES = ("versions", "data_checksums")
-_FOLDERS_NAMED = 3
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +115,7 @@ def _by_seed(name: str, group: pd.DataFrame) -> pd.DataFrame:
     """The runs of a row in order of seeds."""
     if group["untrained"].all():
         group = group[group["seed"].isna() | ~group.duplicated("seed")]  # one cascade, evaluated beside several methods
-    if (group.duplicated("seed") & group["seed"].notna()).any():
+    if group["seed"].dropna().duplicated().any():
         folders = ", ".join(map(str, group["folder"]))
         raise InputError(f"{name}: two runs in {folders} have the same seed; name each run once")
     return group.sort_values("seed", na_position="first", kind="stable")
@@ -159,9 +148,6 @@ def printable(text: str) -> str:
 def is_number(value: Any) -> bool:
     """A number that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(paths: Sequence[Path]) -> Collected:
@@ -219,9 +205,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
     if skipped:
         warnings.append(f"{folder}: {skipped} training steps were left out, because they were not finite")
     untrained = results["epochs"] == 0
-    versions, checksums = (value if isinstance(value, dict) else {} for value in map(config.get, _DICTIONARIES))
+    both = (config.get(name) for name in ("versions", "data_checksums"))
+    versions, checksums = (value if isinstance(value, dict) else {} for value in both)
     row = {
-        "method": UNTRAINED if untrained else _given_name(folder, results["loss_type"]) or results["loss_type"],
+        "method": UNTRAINED if untrained else _given_name(folder, results["loss_type"]),
         **{name: results[name] for name in ("loss_type", "setting", "data", "seed", "epochs")},
         "untrained": untrained,
         "train_days": config.get("train_days"),
@@ -256,16 +243,12 @@ def _clean(value: Any) -> Any:
 
 
 def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    if not isinstance(config.get("arguments"), dict) or not {"seed", "epochs"} <= results.keys():
-        raise InputError(f"{path}: not the results of a run; evaluate the run again")
-    for name, kind in _REQUIRED.items():
-        if not _is_a(results.get(name), kind):
-            raise InputError(f"{path}: field {name} is missing or damaged; evaluate the run again")
-    for name in filter(_is_metric, results):
-        if results[name] is not None and not is_number(results[name]):
-            raise InputError(f"{path}: {name} is {results[name]!r}, not a number; evaluate the run again")
-    if not any("@" in name for name in results):
-        raise InputError(f"{path}: holds no metric; evaluate the run again")
+    wrong = [name for name, kind in _REQUIRED.items() if name not in results or not _is_a(results[name], kind)]
+    wrong += [name for name in filter(_is_metric, results) if not (results[name] is None or is_number(results[name]))]
+    wrong += [] if isinstance(config.get("arguments"), dict) else [f"arguments of {CONFIG_FILE}"]
+    wrong += [] if any("@" in name for name in results) else ["joint_recall"]
+    if wrong:
+        raise InputError(f"{path}: field {wrong[0]} is missing or damaged; evaluate the run again")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -273,12 +256,12 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and (not isinstance(value, int) or -(1 << 63) <= value < 1 << 63)
 
 
-def _given_name(folder: Path, loss_type: str) -> str | None:
-    """The script's name for the run. InputError when the folder was trained with another loss since."""
+def _given_name(folder: Path, loss_type: str) -> str:
+    """The script's name for the run, else the loss. InputError when the folder was trained with another loss since."""
     path = folder / RUN_FILE
     content = read_json(path)
     if content is None:
-        return None
+        return loss_type
     name, arguments = content.get("name"), content.get("identity")
     if not isinstance(name, str) or not name:
         raise InputError(f"{path}: field name is missing or damaged; make the run again")
@@ -292,18 +275,15 @@ def _given_name(folder: Path, loss_type: str) -> str | None:
 
 def _costs(folder: Path, warnings: list[str]) -> dict[str, Any]:
     """What the training took; damage is named in ``warnings``."""
-    path = folder / COST_FILE
     try:
-        cost = read_json(path)
+        cost = read_json(folder / COST_FILE)
+        if cost is None or all(_is_a(cost.get(name), kind) for name, kind in _COSTS.items()):
+            return cost or {}
+        problem = f"{folder / COST_FILE}: a number is missing or damaged"
     except InputError as error:
-        warnings.append(f"{error}; what this run took is left out")
-        return {}
-    if cost is None:
-        return {}
-    if not all(_is_a(cost.get(name), kind) for name, kind in _COSTS.items()):
-        warnings.append(f"{path}: a number is missing or damaged; what this run took is left out")
-        return {}
-    return cost
+        problem = str(error)
+    warnings.append(f"{problem}; what this run took is left out")
+    return {}
 
 
 def _skipped_steps(folder: Path) -> int | None:
@@ -322,33 +302,27 @@ def _check_per_request(folder: Path, results: Mapping[str, Any], metrics: Sequen
         return
     try:
         for name in ("request_id", *metrics):
-            values, mean = per_request(folder, name), results.get(name)
-            if values is None:
-                raise ValueError(f"{name} is missing")
-            if values.shape != (results["num_requests"],) or values.dtype.kind not in "if":
+            values = per_request(folder, name)
+            if values is None or values.shape != (results["num_requests"],) or values.dtype.kind not in "if":
                 raise ValueError(f"{name} is no number per request")
-            defined = values[~np.isnan(values)]
-            if name == "request_id":
-                continue
-            if (mean is None) != (len(defined) == 0):
-                raise ValueError(f"{name} is not that of metrics.json")
-            if mean is not None and not math.isclose(defined.mean(), mean, abs_tol=1e-6):
-                raise ValueError(f"{name} has the mean {defined.mean():.6f}, not {mean:.6f} as in metrics.json")
+            found = pd.Series(values, dtype="float64").mean()  # NaN where no request has a value
+            mean = math.nan if results.get(name) is None else results[name]
+            if name in metrics and not np.isclose(found, mean, rtol=1e-9, atol=1e-6, equal_nan=True):
+                raise ValueError(f"{name} has the mean {found:.6f}, not {mean:.6f} as in {METRICS_FILE}")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
 
 
 def _check_equal(name: str, folders: Iterable[Path], values: Iterable[Any]) -> None:
     """InputError that names the folders by their value, the rarest first, unless all values are equal."""
-    by_value: dict[Any, list[Path]] = {}
+    by_value: dict[Any, list[str]] = {}
     for folder, value in zip(folders, values, strict=True):
-        by_value.setdefault(value, []).append(folder)
+        by_value.setdefault(value, []).append(str(folder))
     if len(by_value) < 2:
         return
     parts = []
     for value, group in sorted(by_value.items(), key=lambda item: len(item[1])):
-        more = f" and {len(group) - _FOLDERS_NAMED} more" if len(group) > _FOLDERS_NAMED else ""
-        parts.append(f"{value} in {', '.join(str(folder) for folder in group[:_FOLDERS_NAMED])}{more}")
+        parts.append(f"{value} in {', '.join(group[:3])}{f' and {len(group) - 3} more' if len(group) > 3 else ''}")
     raise InputError(
         f"the runs differ in {name}, so their numbers cannot stand in one table: {'; '.join(parts)}; leave out those "
         "that do not belong"

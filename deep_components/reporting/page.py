@@ -38,6 +38,9 @@ from deep_components.reporting.tables import (
 
 FOLDER = Path(__file__).with_name("page")
 
+_KINDS = ("score", "differences", "survival", "streaming", "loss", "weights")
+_IN_SCRIPT = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&"})  # so that no JSON ends its element
+
 _STYLE = Style(
     row=paper_name, metric=metric_title, plus_minus=" ± ", best=Markup("<b>{}</b>"), best_word="Bold",
     marks={
@@ -59,7 +62,7 @@ def render(results: Results, charts: list[Chart], problems: list[str]) -> str:
         style=Markup(f":root{{{colours}}}\n" + (FOLDER / "style.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(_in_script(json_table(partial(metrics_document, results)))),
+        data=Markup(json_table(partial(metrics_document, results)).translate(_IN_SCRIPT)),
         title=_title(results),
         summary=_summary(results),
         results=results,
@@ -73,14 +76,6 @@ def render(results: Results, charts: list[Chart], problems: list[str]) -> str:
         level=f"{SIGNIFICANCE:.0%}",
         confidence=f"{CONFIDENCE:.0%}",
     )
-
-
-_KINDS = ("score", "differences", "survival", "streaming", "loss", "weights")
-
-
-def _in_script(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _title(results: Results) -> str:
@@ -97,11 +92,10 @@ def _summary(results: Results) -> list[str]:
         return []
     best = [str(row) for row in trained.index[trained["best"]]]
     first = results.ours if results.ours is not None and results.ours in trained.index else str(trained.index[0])
-    verb = "has the best {}," if first in best else "reaches a {} of"
-    seeds = "one seed" if cells.loc[first, "seeds"] == 1 else f"{cells.loc[first, 'seeds']} seeds"
-    sentences = [
-        f"{paper_name(first)} {verb.format(metric_title(results.headline))} {_score(cells.loc[first])} ({seeds})."
-    ]
+    title, seeds = metric_title(results.headline), cells.loc[first, "seeds"]
+    reaches = f"has the best {title}," if first in best else f"reaches a {title} of"
+    number = f"{mean_and_std(cells.loc[first])} ({'one seed' if seeds == 1 else f'{seeds} seeds'})"
+    sentences = [f"{paper_name(first)} {reaches} {number}."]
     verdicts = list(cells["ours_is"].dropna())
     tested = [verdict for verdict in verdicts if verdict != "not tested"]
     if tested:
@@ -111,17 +105,10 @@ def _summary(results: Results) -> list[str]:
         number = "No difference can" if not tested else f"{len(verdicts) - len(tested)} more cannot"
         sentences.append(f"{number} be tested: {', '.join(cells['no_test'].dropna().unique())}.")
     if best and first not in best:
-        sentences.append(f"The best is {', '.join(map(paper_name, best))} with {_score(cells.loc[best[0]])}.")
+        sentences.append(f"The best is {', '.join(map(paper_name, best))} with {mean_and_std(cells.loc[best[0]])}.")
     for row, cell in cells[cells["untrained"] & cells["mean"].notna()].iterrows():
-        sentences.append(f"Chance, the {row} cascade, has {_score(cell)}.")
+        sentences.append(f"Chance, the {row} cascade, has {mean_and_std(cell)}.")
     return sentences
-
-
-def _score(cell: pd.Series) -> str:
-    return mean_and_std(cell["mean"], cell["std"])
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _tables(results: Results) -> dict[str, Any]:
@@ -145,23 +132,18 @@ def _configuration(results: Results) -> dict[str, Table | None]:
     """The arguments that all trained runs share, those in which methods differ, and where the runs come from."""
     runs = results.runs if results.runs["untrained"].all() else results.runs[~results.runs["untrained"]]
     firsts = runs.drop_duplicates("row").to_dict("records")
-    arguments = pd.DataFrame([{k: _words(v) for k, v in method_arguments(run).items()} for run in firsts])
-    arguments = arguments.fillna(NOTHING).sort_index(axis=1)
+    arguments = pd.DataFrame([method_arguments(run) for run in firsts], [paper_name(run["row"]) for run in firsts])
+    arguments = arguments.astype(object).map(_words).sort_index(axis=1)
     differ = arguments.nunique() > 1
-    differing = arguments.loc[:, differ]
-    names = [[paper_name(run["row"])] for run in firsts]
-    rows = [[*name, *values] for name, values in zip(names, differing.to_numpy().tolist(), strict=True)]
-    origins = [
-        [
-            paper_name(run["row"]),
-            *map(_words, [run["seed"], run["commit"], run["device"], run["versions"], run["folder"]]),
-        ]
-        for run in results.runs.to_dict("records")
-    ]
+    differing, shared = arguments.loc[:, differ], arguments.loc[:, ~differ].iloc[0]
+    origins = results.runs[["row", "seed", "commit", "device", "versions", "folder"]].astype(object).map(_words)
+    origins["row"] = results.runs["row"].map(paper_name)
     return {
-        "differing": Table("", ["method", *differing], rows) if differ.any() else None,
-        "shared": Table("", ["argument", "value"], [[k, v] for k, v in arguments.loc[:, ~differ].iloc[0].items()]),
-        "runs": Table("", ["method", "seed", "commit", "device", "versions", "folder"], origins),
+        "differing": Table("", ["method", *differing], differing.reset_index().to_numpy().tolist())
+        if differ.any()
+        else None,
+        "shared": Table("", ["argument", "value"], shared.reset_index().to_numpy().tolist()),
+        "runs": Table("", ["method", *origins.columns[1:]], origins.to_numpy().tolist()),
     }
 
 

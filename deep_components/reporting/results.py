@@ -9,17 +9,24 @@ import pandas as pd
 
 from deep_components.errors import InputError
 from deep_components.reporting.frame import Collected, arguments_of, label_rows, per_request
-from deep_components.reporting.paper import PaperNumber, follows_protocol, paper_number
+from deep_components.reporting.paper import follows_protocol, paper_number
 from deep_components.reporting.statistics import SIGNIFICANCE, Test, bootstrap_intervals, holm, t_test
 
 OUR_METHOD = "lcron"
 DECIMALS = 4  # of the paper's tables
 
-NO_TEST_SEEDS = "fewer than two seeds with a value"
-NO_TEST_PAIRS = "fewer than two common seeds with a value"
-NO_TEST_VARIATION = "the values do not vary over seeds"
+Interval = tuple[float, float] | tuple[None, None]
 
 _TITLES = {"ndcg": "NDCG", "tau": "tau"}
+_NUMBERS = [
+    *("mean", "std", "paper_mean", "paper_std", "difference_to_paper"),
+    *("difference", "interval_low", "interval_high", "p", "p_holm"),
+]
+_COLUMNS = [
+    *("method", "untrained", "metric", "mean", "std", "seeds", "best"),
+    *("paper_mean", "paper_std", "paper_table", "difference_to_paper"),
+    *("ours", "difference", "interval_low", "interval_high", "p", "p_holm", "ours_is", "no_test"),
+]
 
 
 def metric_title(name: str) -> str:
@@ -85,23 +92,15 @@ class Results:
     def by_score(self) -> "Results":
         """The same with the rows in order of the headline's mean, the highest first, untrained ones last."""
         first = self.of(self.headline).sort_values(["untrained", "mean"], ascending=[True, False], kind="stable")
-        rank = {method: rank for rank, method in enumerate(first.index)}
-
-        def ordered(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-            return frame.sort_values(column, key=lambda names: names.map(rank), kind="stable", ignore_index=True)
-
-        return replace(self, runs=ordered(self.runs, "row"), cells=ordered(self.cells, "method"))
+        runs = self.runs.sort_values("row", key=first.index.get_indexer, kind="stable", ignore_index=True)
+        cells = self.cells.sort_values("method", key=first.index.get_indexer, kind="stable", ignore_index=True)
+        return replace(self, runs=runs, cells=cells)
 
 
 def build_results(collected: Collected, compare: str | None = None, test: Test = "welch") -> Results:
-    """The results of the runs.
+    """The results of the runs; ``compare`` names the row to compare with every other trained one, else ``lcron`` is.
 
-    Args:
-        collected: what :func:`~deep_components.reporting.frame.read_runs` found.
-        compare: the row to compare with every other trained row; default: ``lcron``, if there is one.
-        test: see :func:`~deep_components.reporting.statistics.t_test`.
-
-    Raises InputError when there is no row ``compare``, or a row has a seed twice.
+    InputError when there is no row ``compare``, or a row has a seed twice.
     """
     runs = label_rows(collected.runs)
     first, metrics = runs.iloc[0], collected.runs["metrics"].iloc[0]
@@ -109,21 +108,29 @@ def build_results(collected: Collected, compare: str | None = None, test: Test =
     cells = pd.DataFrame([_cell(name, group, metric) for name, group in groups.items() for metric in metrics])
     cells["best"] = _best(cells)
     trained = {name: group for name, group in groups.items() if not group["untrained"].all()}
-    ours = _our_row(list(trained), compare)
+    if compare is not None and compare not in trained:
+        names = ", ".join(trained) or "none is trained"
+        raise InputError(f"--compare={compare}: no such row; the trained rows are: {names}")
+    ours: str | None = compare or OUR_METHOD
     notes = []
-    if ours is not None and len(trained) > 1:
+    if len(trained) < 2:
+        ours = None
+    elif ours in trained:
         made = [record for metric in metrics for record in _compare(trained, ours, metric, test)]
         cells = cells.merge(pd.DataFrame(made), on=["method", "metric"], how="left", sort=False)
         notes = _notes(made)
-    elif len(trained) > 1:
-        notes = [f"No row is called {OUR_METHOD}, so none is compared with the others; choose one with --compare."]
+    else:
+        ours, notes = (
+            None,
+            [f"No row is called {ours}, so none is compared with the others; choose one with --compare."],
+        )
     return Results(
         runs=runs,
         cells=cells.reindex(columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, "float64")),
         metrics=metrics,
         about={name: first[name] for name in ("setting", "data", "test_day", "test_day_checksum")}
         | {"num_requests": int(first["num_requests"])},
-        ours=ours if len(trained) > 1 else None,
+        ours=ours,
         test=test,
         warnings=sorted({warning for found in runs["warnings"] for warning in found}),
         notes=notes,
@@ -131,20 +138,11 @@ def build_results(collected: Collected, compare: str | None = None, test: Test =
     )
 
 
-_NUMBERS = (
-    *("mean", "std", "paper_mean", "paper_std", "difference_to_paper"),
-    *("difference", "interval_low", "interval_high", "p", "p_holm"),
-)
-_COLUMNS = [
-    *("method", "untrained", "metric", "mean", "std", "seeds", "best"),
-    *("paper_mean", "paper_std", "paper_table", "difference_to_paper"),
-    *("ours", "difference", "interval_low", "interval_high", "p", "p_holm", "ours_is", "no_test"),
-]
-
-
 def _cell(name: str, group: pd.DataFrame, metric: str) -> dict[str, Any]:
-    values = group[metric]
-    mean, paper = float(values.mean(skipna=False)), _paper(group, metric)
+    values, runs = group[metric], group.to_dict("records")
+    mean, paper = float(values.mean(skipna=False)), None
+    if all(follows_protocol(run, arguments_of(run)) for run in runs):
+        paper = paper_number(runs[0]["setting"], runs[0]["method"], arguments_of(runs[0]), metric)
     return {
         "method": name,
         "untrained": bool(group["untrained"].all()),
@@ -152,20 +150,11 @@ def _cell(name: str, group: pd.DataFrame, metric: str) -> dict[str, Any]:
         "mean": mean,
         "std": float(values.std(skipna=False)),
         "seeds": len(values),
-        "best": False,
         "paper_mean": paper.mean if paper else None,
         "paper_std": paper.std if paper else None,
         "paper_table": paper.table if paper else None,
         "difference_to_paper": mean - paper.mean if paper else None,
     }
-
-
-def _paper(group: pd.DataFrame, metric: str) -> PaperNumber | None:
-    records = group.to_dict("records")
-    if not all(follows_protocol(run, arguments_of(run)) for run in records):
-        return None
-    first = records[0]
-    return paper_number(first["setting"], first["method"], arguments_of(first), metric)
 
 
 def _best(cells: pd.DataFrame) -> pd.Series:
@@ -175,27 +164,19 @@ def _best(cells: pd.DataFrame) -> pd.Series:
     return several & (printed == printed.groupby(cells["metric"]).transform("max"))
 
 
-def _our_row(trained: Sequence[str], compare: str | None) -> str | None:
-    if (compare or OUR_METHOD) in trained:
-        return compare or OUR_METHOD
-    if compare is None:
-        return None
-    names = ", ".join(trained) or "none is trained"
-    raise InputError(f"--compare={compare}: no such row; the trained rows are: {names}")
-
-
 def _compare(trained: dict[str, pd.DataFrame], ours: str, metric: str, test: Test) -> list[dict[str, Any]]:
     """A record per baseline: ours against it in a metric; Holm's correction runs over the baselines."""
     baselines = {name: group for name, group in trained.items() if name != ours}
     intervals = _intervals(trained[ours], list(baselines.values()), metric)
     records = []
-    for (name, group), interval in zip(baselines.items(), intervals, strict=True):
+    for (name, group), (low, high) in zip(baselines.items(), intervals, strict=True):
         a, b = _samples(trained[ours], group, metric, test)
-        p, no_test = _test(a, b, test)
-        record: dict[str, Any] = {"method": name, "metric": metric, "ours": ours, "p": p, "no_test": no_test}
-        record["difference"] = float(a.mean() - b.mean()) if len(a) and len(b) else None
-        record["interval_low"], record["interval_high"] = interval or (None, None)
-        records.append(record)
+        p, reason = t_test(a, b, test), "the values do not vary over seeds"
+        if min(len(a), len(b)) < 2:
+            reason = f"fewer than two {'common ' if test == 'paired' else ''}seeds with a value"
+        record: dict[str, Any] = {"method": name, "metric": metric, "ours": ours, "p": p}
+        record |= {"no_test": reason if p is None else None, "interval_low": low, "interval_high": high}
+        records.append(record | {"difference": float(a.mean() - b.mean()) if len(a) and len(b) else None})
     adjusted = iter(holm([record["p"] for record in records if record["p"] is not None]))
     for record in records:
         record["p_holm"] = None if record["p"] is None else next(adjusted)
@@ -222,37 +203,27 @@ def _samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, test: Test) 
     return both[:, 0], both[:, 1]
 
 
-def _test(ours: np.ndarray, theirs: np.ndarray, test: Test) -> tuple[float | None, str | None]:
-    """The p-value, or why there is none."""
-    if min(len(ours), len(theirs)) < 2:
-        return None, NO_TEST_PAIRS if test == "paired" else NO_TEST_SEEDS
-    p = t_test(ours, theirs, test)
-    return p, NO_TEST_VARIATION if p is None else None
-
-
-def _intervals(ours: pd.DataFrame, baselines: Sequence[pd.DataFrame], metric: str) -> list[tuple[float, float] | None]:
+def _intervals(ours: pd.DataFrame, baselines: Sequence[pd.DataFrame], metric: str) -> list[Interval]:
     """Bootstrap intervals over requests of the difference of the means over seeds; None where a run lacks them."""
-    own, theirs = _mean_per_request(ours, metric), [_mean_per_request(group, metric) for group in baselines]
-    differences = {
-        index: own[1] - other[1]
-        for index, other in enumerate(theirs)
-        if own is not None and other is not None and np.array_equal(own[0], other[0])
-    }
-    if not differences:
-        return [None] * len(baselines)
-    found = dict(zip(differences, bootstrap_intervals(np.stack(list(differences.values()))), strict=True))
-    return [found.get(index) for index in range(len(baselines))]
+    own, found = _mean_per_request(ours, metric), [_mean_per_request(group, metric) for group in baselines]
+    differences = [
+        None if own is None or other is None or not own.index.equals(other.index) else (own - other).to_numpy()
+        for other in found
+    ]
+    known = [difference for difference in differences if difference is not None]
+    made = iter(bootstrap_intervals(np.stack(known)) if known else [])
+    return [(None if difference is None else next(made)) or (None, None) for difference in differences]
 
 
-def _mean_per_request(group: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """request_id [R] and the metric's mean over the row's seeds [R]; None unless all runs have the same requests."""
-    requests, total = None, None
+def _mean_per_request(group: pd.DataFrame, metric: str) -> pd.Series | None:
+    """The metric's mean over the row's seeds by request_id; None unless all runs have the same requests."""
+    seeds: list[pd.Series] = []
     for folder in group["folder"]:
         ids, values = per_request(folder, "request_id"), per_request(folder, metric)
-        if ids is None or values is None or (requests is not None and not np.array_equal(ids, requests)):
+        if ids is None or values is None or (seeds and not np.array_equal(ids, seeds[0].index)):
             return None
-        requests, total = ids, values if total is None else total + values
-    return None if requests is None or total is None else (requests, total / len(group))
+        seeds.append(pd.Series(values, ids))
+    return sum(seeds[1:], seeds[0]) / len(seeds)
 
 
 def _notes(records: Sequence[dict[str, Any]]) -> list[str]:

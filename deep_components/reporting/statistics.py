@@ -54,11 +54,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     The i-th smallest of m is multiplied by m - i + 1, and is at least the one before it. Rejecting those of at most
     0.05 keeps the chance of any false rejection among the m at 5 %.
     """
-    adjusted, floor = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = floor
-    return adjusted
+    p, order = np.asarray(p_values, dtype=np.float64), np.argsort(p_values, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return [float(value) for value in adjusted]
 
 
 def bootstrap_intervals(differences: np.ndarray, seed: int = 0) -> list[tuple[float, float] | None]:
@@ -96,15 +95,9 @@ def _interval(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     if size > 1:
         starts = np.arange(0, values.shape[1], size)
         units = np.add.reduceat(units, starts, axis=1) * (len(starts) / values.shape[1])
-    result = stats.bootstrap(
-        (units,),
-        np.mean,
-        axis=-1,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        batch=max(1, _NUMBERS_AT_A_TIME // units.size),
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return means + result.confidence_interval.low, means + result.confidence_interval.high
+    batch = max(1, _NUMBERS_AT_A_TIME // units.size)
+    found = stats.bootstrap(
+        (units,), np.mean, axis=-1, vectorized=True, n_resamples=RESAMPLES, batch=batch, confidence_level=CONFIDENCE,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return means + found.low, means + found.high

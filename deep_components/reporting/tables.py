@@ -18,8 +18,6 @@ from deep_components.reporting.statistics import CONFIDENCE, RESAMPLES, SIGNIFIC
 TEST_NAMES = {"welch": "Welch's t-test over seeds", "paired": "t-test paired by seed"}
 NOTHING = "-"  # in a cell that has no value
 
-_GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class Style:
@@ -72,110 +70,86 @@ class Document:
 Maker = Callable[[Style], Document]
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def fixed(value: float) -> str:
-    return NOTHING if pd.isna(value) else f"{value:.{DECIMALS}f}"
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return NOTHING if pd.isna(value) else f"{value:+.{DECIMALS}f}"
+def fixed(value: float, sign: str = "") -> str:
+    """The number to the decimals of the paper; with ``sign`` "+" always with one."""
+    return NOTHING if pd.isna(value) else f"{value:{sign}.{DECIMALS}f}"
 
 
 def p_value(value: float) -> str:
-    """A p-value to the decimals of the tables."""
     least = 10**-DECIMALS
-    return f"<{least:.{DECIMALS}f}" if value < least else fixed(value)
+    return f"<{fixed(least)}" if value < least else fixed(value)
 
 
-def mean_and_std(mean: float, std: float, plus_minus: str = " ± ") -> str:
+def mean_and_std(cell: Mapping[Any, Any] | pd.Series, plus_minus: str = " ± ") -> str:
     """A cell's number; "undefined" where a run has none."""
-    if pd.isna(mean):
+    if pd.isna(cell["mean"]):
         return "undefined"
-    return fixed(mean) + ("" if pd.isna(std) else plus_minus + fixed(std))
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------------
+    return fixed(cell["mean"]) + ("" if pd.isna(cell["std"]) else plus_minus + fixed(cell["std"]))
 
 
 def metrics_document(results: Results, style: Style) -> Document:
     """The metrics of the methods, our method against the others, and the paper's numbers where they belong."""
+    about, numbers = results.about, "one run each" if results.one_seed else "mean +- standard deviation over seeds"
+    head = f"{about['setting']}, data: {about['data']}, test day {about['test_day']}, {about['num_requests']} requests"
     tables = [metrics_table(results, style)]
-    tables += [comparison_table(results, results.headline, style)] if len(results.compared) else []
+    tables += [comparison_table(results, results.metrics[0], style)] if len(results.compared) else []
     tables += [paper_table(results, style)] if len(results.with_paper) else []
-    head = [style.escape(line) for line in (heading(results), *results.warnings)]
+    data = results.cells.copy()
+    for index, name in enumerate(("setting", "data", "test_day", "num_requests")):
+        data.insert(index, name, about[name])
+    heading = [style.escape(line) for line in (f"{head}; {numbers}", *results.warnings)]
     notes = [style.escape(line) for line in (*results.notes, *_left_out(results.left_out))]
-    about = {name: results.about[name] for name in ("setting", "data", "test_day", "num_requests")}
-    data = pd.DataFrame([about | record for record in results.cells.to_dict("records")])
-    return Document(head, tables, notes, data, _more(results))
+    return Document(heading, tables, notes, data, _more(results))
 
 
 def _left_out(reasons: Mapping[Any, str]) -> list[str]:
     return [f"left out: {reason}" for reason in reasons.values()]
 
 
-def heading(results: Results) -> str:
-    """What the numbers are, in a line."""
-    about = results.about
-    numbers = "one run each" if results.one_seed else "mean +- standard deviation over seeds"
-    return (
-        f"{about['setting']}, data: {about['data']}, test day {about['test_day']}, {about['num_requests']} requests; "
-        f"{numbers}"
-    )
-
-
-def legend(results: Results, style: Style) -> tuple[str, ...]:
+def _legend(results: Results, style: Style) -> tuple[str, ...]:
     """What the marks in the table mean; nothing for marks that are not there."""
     words = []
     if results.cells["best"].any():
         words.append(f"{style.best_word}: {'best' if results.one_seed else 'best mean'}.")
     tested = results.compared[results.compared["p"].notna()]["method"].nunique()
     if tested:
-        ours = style.row(str(results.ours))
+        baselines = f"{tested} {'baseline' if tested == 1 else 'baselines'}"
         rest = (
-            f" significantly higher than {ours} at the {SIGNIFICANCE:.0%} level (two-sided {TEST_NAMES[results.test]}, "
-            f"Holm's correction over {tested} {'baseline' if tested == 1 else 'baselines'})."
+            f" significantly higher than {style.row(str(results.ours))} at the {SIGNIFICANCE:.0%} level (two-sided "
+            f"{TEST_NAMES[results.test]}, Holm's correction over {baselines})."
         )
-        lower, higher = (style.number.format(style.marks[verdict]) for verdict in ("better", "worse"))
-        words.append(lower.strip() + " significantly lower, " + higher.strip() + style.escape(rest))
+        lower, higher = (style.number.format(style.marks[verdict]).strip() for verdict in ("better", "worse"))
+        words.append(lower + " significantly lower, " + higher + style.escape(rest))
     return tuple(words)
 
 
 def metrics_table(results: Results, style: Style) -> Table:
     """A row per method, a column per metric."""
-    cells = {metric: results.of(metric) for metric in results.metrics}
+    cells = [results.of(metric) for metric in results.metrics]
     seeds = results.runs["row"].value_counts()
-    rows = [
-        [style.name(name), *(_number(cells[metric].loc[name], style) for metric in cells), str(seeds[name])]
-        for name in results.rows
-    ]
-    return Table("", ["method", *style.columns(results.metrics), "seeds"], rows, legend(results, style))
+    rows = [[style.name(row), *(_number(c.loc[row], style) for c in cells), str(seeds[row])] for row in results.rows]
+    return Table("", ["method", *style.columns(results.metrics), "seeds"], rows, _legend(results, style))
 
 
 def _number(cell: pd.Series, style: Style) -> str:
-    number = mean_and_std(cell["mean"], cell["std"], style.plus_minus)
+    number = mean_and_std(cell, style.plus_minus)
     if number == "undefined":
         return number
-    mark = style.marks.get(cell["ours_is"], "")
-    return style.number.format((style.best.format(number) if cell["best"] else number) + mark)
+    return style.number.format(
+        (style.best.format(number) if cell["best"] else number) + style.marks.get(cell["ours_is"], "")
+    )
 
 
 def comparison_table(results: Results, metric: str, style: Style) -> Table:
     """Our method against each baseline in one metric."""
-    title = (
-        f"{style.metric(metric)}, {style.row(str(results.ours))} minus each baseline; "
-        f"{CONFIDENCE:.0%} bootstrap interval over requests"
-    )
-    rows = []
+    ours, rows = style.row(str(results.ours)), []
+    title = f"{style.metric(metric)}, {ours} minus each baseline; {CONFIDENCE:.0%} bootstrap interval over requests"
     for made in results.compared[results.compared["metric"] == metric].to_dict("records"):
-        low, high = made["interval_low"], made["interval_high"]
-        interval = NOTHING if pd.isna(low) else f"[{signed(low)}, {signed(high)}]"
-        numbers = [signed(made["difference"]), interval, p_value(made["p"]), p_value(made["p_holm"])]
+        low, high = (fixed(made[f"interval_{end}"], "+") for end in ("low", "high"))
+        interval = low if low == NOTHING else f"[{low}, {high}]"
+        numbers = [fixed(made["difference"], "+"), interval, p_value(made["p"]), p_value(made["p_holm"])]
         rows.append([style.name(made["method"]), *map(style.escape, numbers), made["ours_is"]])
-    header = ["baseline", "difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)"]
-    header.append(f"{style.row(str(results.ours))} is")
+    header = ["baseline", "difference", f"{CONFIDENCE:.0%} interval", "p", "p (Holm)", f"{ours} is"]
     return Table(style.escape(title), [*map(style.escape, header)], rows)
 
 
@@ -192,17 +166,13 @@ def paper_table(results: Results, style: Style) -> Table:
 def _paper_cell(cell: pd.Series) -> str:
     if pd.isna(cell["paper_mean"]):
         return NOTHING
-    difference = "undefined" if pd.isna(cell["mean"]) else signed(cell["difference_to_paper"])
+    difference = "undefined" if pd.isna(cell["mean"]) else fixed(cell["difference_to_paper"], "+")
     return f"{fixed(cell['paper_mean'])} ({difference})"
 
 
 def _more(results: Results) -> dict[str, Any]:
     """What the JSON says beside the table, with the value of every run."""
-    runs = [
-        {"row": run["row"], "folder": str(run["folder"]), "seed": run["seed"], "commit": run["commit"]}
-        | {metric: run[metric] for metric in results.metrics}
-        for run in results.runs.to_dict("records")
-    ]
+    runs = results.runs[["row", "folder", "seed", "commit", *results.metrics]]
     return {
         **results.about,
         "ours": results.ours,
@@ -211,11 +181,8 @@ def _more(results: Results) -> dict[str, Any]:
         "warnings": results.warnings,
         "notes": results.notes,
         "left_out": results.left_out,
-        "runs": [{name: _plain(value) for name, value in run.items()} for run in runs],
+        "runs": _records(runs.assign(folder=runs["folder"].map(str))),
     }
-
-
-# ---- costs and streams -----------------------------------------------------------------------------------------------
 
 
 def costs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -232,13 +199,12 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
         memory=("peak_memory_bytes", "max"),
         gpu_memory=("peak_gpu_memory_bytes", "max"),
     ).reset_index(names=["method", "setting", "data", "device", "threads"])
-    table[["memory", "gpu_memory"]] /= _GIB
+    table[["memory", "gpu_memory"]] /= 1 << 30
     table.insert(8, "requests_per_second", table["requests"] / table["seconds"].clip(lower=1e-9))
-    return table.sort_values("method", key=lambda names: names.map({m: i for i, m in enumerate(names.unique())}))
+    return table.sort_values("method", key=lambda names: pd.Series(pd.factorize(names)[0], names.index))
 
 
 def costs_table(table: pd.DataFrame, style: Style) -> Table:
-    header = ["method", "setting", "seeds", "requests", "seconds", "requests/s", "memory", "GPU memory", "device"]
     rows = []
     for row in table.to_dict("records"):
         memory = [NOTHING if pd.isna(row[name]) else f"{row[name]:.2f} GiB" for name in ("memory", "gpu_memory")]
@@ -247,6 +213,7 @@ def costs_table(table: pd.DataFrame, style: Style) -> Table:
         device += "" if pd.isna(row["threads"]) else f", threads: {row['threads']}"
         words = [style.name(row["method"]), style.escape(row["setting"]), str(row["seeds"])]
         rows.append([*words, *numbers, style.escape(device)])
+    header = ["method", "setting", "seeds", "requests", "seconds", "requests/s", "memory", "GPU memory", "device"]
     return Table("", header, rows)
 
 
@@ -271,11 +238,10 @@ def streaming_document(collected: Collected, style: Style) -> Document:
         raise InputError("; ".join(problems) or f"{folders}: no streaming.json; make the runs with --streaming")
     first = runs.iloc[0]
     head = f"{first['setting']}, data: {first['data']}, {metric} of each day after training on all before it; "
-    head += "means over seeds"
     data = pd.concat([curve.assign(method=name, metric=metric) for name, curve in curves.items()])
     data = data.reset_index(names="test_day")[["method", "metric", "test_day", "mean", "low", "high"]]
     notes = [style.escape(note) for note in (*problems, *_left_out(collected.left_out))]
-    return Document([style.escape(head)], [streaming_table(curves, style)], notes, data)
+    return Document([style.escape(head + "means over seeds")], [streaming_table(curves, style)], notes, data)
 
 
 def streaming_table(curves: Mapping[str, pd.DataFrame], style: Style) -> Table:
@@ -285,34 +251,23 @@ def streaming_table(curves: Mapping[str, pd.DataFrame], style: Style) -> Table:
     return Table("", ["test day", *map(style.name, means)], rows)
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines that hold the rows in columns, the first row underlined."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
-
-
 def text(make: Maker) -> str:
-    """Aligned columns for a terminal."""
+    """Aligned columns for a terminal, the header underlined."""
     document = make(Style())
     lines = list(document.heading)
     for table in document.tables:
-        lines += ["", *([table.title, ""] if table.title else []), *aligned([table.header, *table.rows])]
+        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+        rows = [table.header, ["-" * width for width in widths], *table.rows]
+        lines += ["", table.title] if table.title else []
+        lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
         lines += ["", " ".join(table.below)] if table.below else []
     lines += ["", *document.notes] if document.notes else []
     return "\n".join([*lines, ""])
 
 
-def _escape_markdown(words: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", words)
-
-
 _MARKDOWN = Style(
-    escape=_escape_markdown, metric=metric_title, plus_minus=" ± ", best="**{}**", best_word="Bold",
-    marks={"better": " ↓", "worse": " ↑"},
+    escape=lambda words: re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", words), metric=metric_title, plus_minus=" ± ",
+    best="**{}**", best_word="Bold", marks={"better": " ↓", "worse": " ↑"},
 )  # fmt: skip
 
 
@@ -321,41 +276,34 @@ def markdown(make: Maker) -> str:
     parts = [document.heading[0].replace("+-", "±"), *(f"**{line}**" for line in document.heading[1:])]
     for table in document.tables:
         lines = [f"| {' | '.join(row)} |" for row in (table.header, ["---"] * len(table.header), *table.rows)]
-        parts += [
-            *([table.title] if table.title else []),
-            "\n".join(lines),
-            *([" ".join(table.below)] if table.below else []),
-        ]
+        parts += filter(None, [table.title, "\n".join(lines), " ".join(table.below)])
     return "\n\n".join([*parts, *document.notes]) + "\n"
 
 
-_LATEX_LETTERS = {
+_LATEX_LETTERS: dict[str, str | int | None] = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
 }  # fmt: skip
-
-
-def _escape_latex(words: str) -> str:
-    return "".join(_LATEX_LETTERS.get(letter, letter) for letter in words)
-
-
 _LATEX = Style(
-    escape=_escape_latex, row=paper_name, metric=metric_title, plus_minus=r" \pm ", number="${}$",
-    best=r"\mathbf{{{}}}", best_word="Bold", marks={"better": r"^{\downarrow}", "worse": r"^{\uparrow}"},
+    escape=lambda words: words.translate(str.maketrans(_LATEX_LETTERS)), row=paper_name, metric=metric_title,
+    plus_minus=r" \pm ", number="${}$", best=r"\mathbf{{{}}}", best_word="Bold",
+    marks={"better": r"^{\downarrow}", "worse": r"^{\uparrow}"},
 )  # fmt: skip
 
 
 def latex(make: Maker) -> str:
     """Tables as they stand in a paper, with booktabs."""
     document = make(_LATEX)
+    about, *warnings = document.heading
+    first = " ".join([*(rf"\textbf{{{line}.}}" for line in warnings), about.replace("+-", r"$\pm$") + "."])
     tables = ["% needs \\usepackage{booktabs}"]
     for index, table in enumerate(document.tables):
-        about = document.heading[0].replace("+-", r"$\pm$")
-        first = [*(rf"\textbf{{{line}.}}" for line in document.heading[1:]), f"{about}."]
-        caption = " ".join([*(first if index == 0 else [table.title]), *table.below])
         words = pd.DataFrame(table.rows, columns=table.header, dtype=object)
-        columns = "l" + "c" * (len(table.header) - 1)
+        columns, caption = (
+            "l" + "c" * (len(table.header) - 1),
+            " ".join([table.title if index else first, *table.below]),
+        )
         made = words.to_latex(index=False, escape=False, column_format=columns, position="t", caption=caption)
         tables.append(made.replace("[t]", "[t]\n\\centering", 1))
     return "\n".join([*tables, *(f"% {note}" for note in document.notes), ""])
@@ -373,20 +321,19 @@ def _no_formula(value: Any) -> Any:
 def json_table(make: Maker) -> str:
     """Everything there is."""
     document = make(Style())
-    records = [{name: _plain(value) for name, value in row.items()} for row in document.data.to_dict("records")]
-    return json.dumps({**document.more, "results": records}, indent=2, allow_nan=False) + "\n"
+    return json.dumps({**document.more, "results": _records(document.data)}, indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON has it; null for one that is missing."""
-    return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON has them; null for what is missing."""
+
+    def plain(value: Any) -> Any:
+        return None if pd.isna(value) else value.item() if hasattr(value, "item") else value
+
+    return [{str(name): plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
 
 
 FORMATS: dict[str, Callable[[Maker], str]] = {
-    "text": text,
-    "markdown": markdown,
-    "csv": csv,
-    "latex": latex,
-    "json": json_table,
-}
+    "text": text, "markdown": markdown, "csv": csv, "latex": latex, "json": json_table
+}  # fmt: skip
 SUFFIXES = {".txt": "text", ".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}

@@ -19,7 +19,6 @@ from deep_components.runs.folder import (
 )
 from deep_components.runs.identity import first_difference
 
-_RESULTS = (COST_FILE, STATE_FILE, METRICS_FILE, STREAMING_FILE)
 _PEAKS = ("peak_memory_bytes", "peak_gpu_memory_bytes")
 
 
@@ -75,7 +74,7 @@ def check_same_run(held: FolderContents, wanted: Mapping[str, Any], streaming: b
         streaming: the new run tests every day; it goes on with more days.
         extend: a run of fewer days or passes may be there; it goes on.
     """
-    if not any(held.has(name) for name in _RESULTS):
+    if not any(held.has(name) for name in (COST_FILE, STATE_FILE, METRICS_FILE, STREAMING_FILE)):
         return
     remedy = "name another --output_dir, or --force to make it again"
     if not held.record:

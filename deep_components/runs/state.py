@@ -95,28 +95,24 @@ def save_models(
 
 def load_model(run: Path, stage: str) -> SavedModel:
     """A stage's model. InputError when its file is missing or damaged."""
-    path = run / model_file(stage)
-    arrays, note = load(path)
-    ids = _take_ids(path, arrays)
-    seed = note.get("initial_seed")
-    return SavedModel(path, arrays, ids, seed if type(seed) is int else None)
+    return _read_model(run, stage, "")
 
 
 def saved_ids(run: Path, stage: str) -> tuple[dict[str, np.ndarray], int | None]:
     """``ids`` and ``initial_seed`` of a stage's model, alone. InputError as :func:`load_model`."""
+    model = _read_model(run, stage, IDS)
+    return model.ids, model.initial_seed
+
+
+def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     path = run / model_file(stage)
-    arrays, note = load(path, IDS)
-    seed = note.get("initial_seed")
-    return _take_ids(path, arrays), seed if type(seed) is int else None
-
-
-def _take_ids(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Remove the ids of compacted tables from a file's arrays; table -> its ids. InputError when they are damaged."""
+    arrays, note = load(path, prefix)
     ids = {name.removeprefix(IDS): arrays.pop(name) for name in list(arrays) if name.startswith(IDS)}
     for table, known in ids.items():
         if known.dtype != np.int64 or known.ndim != 1 or (len(known) and known[0] < 0) or (np.diff(known) <= 0).any():
             raise InputError(f"{path}: {IDS}{table} is not a list of ascending ids; train again")
-    return ids
+    seed = note.get("initial_seed")
+    return SavedModel(path, arrays, ids, seed if type(seed) is int else None)
 
 
 def save_state(path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[str, int]) -> None:

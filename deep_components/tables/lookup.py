@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatures
+from deep_components.errors import InputError
 from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
 
@@ -29,7 +30,7 @@ class TableLookup:
         return self.slots(self.rows(batch))
 
     def rows(self, batch: CascadeBatch[Features]) -> CascadeBatch[RowFeatures]:
-        """Rows in place of a log's indices. KeyError when a table without an unknown row lacks an id."""
+        """Rows in place of a log's indices. InputError when a table without an unknown row lacks an id."""
         new = {table: self._rows_of(table, _concatenated(batch.features, self._uses[table])) for table in self.ids}
         return CascadeBatch(batch.request_id, RowFeatures(**self._replaced(batch.features, new)), batch.targets)
 
@@ -47,7 +48,10 @@ class TableLookup:
         ids, unknown = used.numpy(), self._tables[table].unknown
         if unknown is not None:
             ids = np.where(self.ids[table].contains(ids), ids, unknown)
-        return torch.from_numpy(self.ids[table].rows(ids))
+        try:
+            return torch.from_numpy(self.ids[table].rows(ids))
+        except KeyError as error:
+            raise InputError(f"ids.{table}.npy of a day lacks an id that the day uses; make the day again") from error
 
     def _replaced(self, features: Features | RowFeatures, new: Mapping[str, Tensor]) -> dict[str, Any]:
         """The fields of the features with other ids for some tables, given in the order of their uses."""

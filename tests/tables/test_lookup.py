@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatures
+from deep_components.errors import InputError
 from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup, table_uses
@@ -108,7 +109,7 @@ def test_an_id_never_seen_takes_the_unknown_row_where_there_is_one() -> None:
     for side, name in table_uses(OWN)["product"]:
         before, found = (getattr(features, side)[name] for features in (batch.features, rows))
         assert found.tolist() == [[expected.get(i, 1) for i in row] for row in before.tolist()]
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="lacks an id that the day uses"):
         TableLookup(OWN, {"city": IdSet.of([np.array([0])], city.size)}, {}).rows(batch)
 
 
