@@ -51,9 +51,6 @@ def test_an_undefined_metric(tmp_path: Path) -> None:
     assert compared(results) == {"bce": "not tested"}
 
 
-# ---- the best --------------------------------------------------------------------------------------------------------
-
-
 def best(results: Results) -> list[str]:
     return list(results.of(JOINT).query("best").index)
 
@@ -70,9 +67,6 @@ def test_means_that_are_printed_alike_are_both_best(tmp_path: Path) -> None:
 def test_a_single_method_is_not_the_best(tmp_path: Path) -> None:
     write_runs(tmp_path / "untrained", (0.2, 0.3), epochs=0)
     assert best(results_of(methods(tmp_path, a=LOW))) == []
-
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def test_ours_against_each_other_trained_row(tmp_path: Path) -> None:
@@ -155,9 +149,6 @@ def test_nothing_called_lcron(tmp_path: Path) -> None:
     assert any("--compare" in note for note in results.notes)
 
 
-# ---- the interval over requests --------------------------------------------------------------------------------------
-
-
 def test_the_interval_is_of_the_means_over_seeds(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     ours, theirs = generator.uniform(0.5, 1, (3, 60)), generator.uniform(0, 0.9, (2, 60))
@@ -194,9 +185,6 @@ def test_runs_of_before_have_no_interval(tmp_path: Path) -> None:
     results = results_of(tmp_path)
     assert results.of(JOINT)[INTERVAL].isna().all(axis=None)
     assert any("evaluate those runs again" in note for note in results.notes)
-
-
-# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def test_what_the_numbers_are_stands_beside_them(tmp_path: Path) -> None:

@@ -79,9 +79,6 @@ def test_one_method_without_spread() -> None:
     assert t_test([0.5, 0.5, 0.5], [0.4, 0.45, 0.5]) == pytest.approx(two_sided_p(math.sqrt(3), 2), rel=1e-9)
 
 
-# ---- Holm ------------------------------------------------------------------------------------------------------------
-
-
 def test_holm_by_hand() -> None:
     # sorted 0.01, 0.02, 0.03, 0.2: 4 * 0.01, 3 * 0.02, 2 * 0.03 (not below 0.06), 1 * 0.2
     assert holm([0.03, 0.01, 0.2, 0.02]) == pytest.approx([0.06, 0.04, 0.2, 0.06])
@@ -108,9 +105,6 @@ def test_holm_does_not_depend_on_the_order() -> None:
     expected = dict(zip(p_values, holm(p_values), strict=True))
     for order in permutations(p_values):
         assert holm(order) == [expected[p] for p in order]
-
-
-# ---- the bootstrap ---------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_that_of_a_bootstrap_by_hand() -> None:
