@@ -147,9 +147,6 @@ def test_arguments_that_are_refused(word: str, log: Path, capsys: pytest.Capture
     assert word.partition("=")[0] in capsys.readouterr().err
 
 
-# ---- the end ---------------------------------------------------------------------------------------------------------
-
-
 def finish(
     log: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *failures: tuple[str, int] | None
 ) -> tuple[int | str | None, list[str]]:

@@ -44,17 +44,11 @@ class Slot:
 
 @dataclass(frozen=True)
 class Options:
-    """How to treat what the run folders hold.
+    """How to treat what the run folders hold."""
 
-    Args:
-        force: make finished runs, and runs of other arguments, again.
-        extend: a run of fewer days or passes goes on.
-        discard_state: remove the saved state of a run when it is finished; it cannot be extended then.
-    """
-
-    force: bool = False
-    extend: bool = False
-    discard_state: bool = False
+    force: bool = False  # make finished runs, and runs of other arguments, again
+    extend: bool = False  # a run of fewer days or passes goes on
+    discard_state: bool = False  # remove the saved state of a finished run, which cannot be extended then
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,8 @@ class Commands:
     """The processes of this runner, so that all can be stopped."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard, self._stopping = threading.Lock(), False
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopping = False
         self._said: set[str] = set()
 
     def run(self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], log: Path, lock: int) -> None:
@@ -180,7 +173,6 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
 
 
 def _done(held: FolderContents, run: Run, part: Part) -> bool:
-    """Nothing is left to do for the part."""
     if run.streaming:
         return held.streamed_day(part.test_day, run.checksums[part.test_day])
     return held.trained(part.train_days, run.epochs) and _evaluated(held, run, part)

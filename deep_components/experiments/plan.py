@@ -92,12 +92,10 @@ def methods_of(argv: Sequence[str]) -> list[Method]:
 def schedule(
     log: Log, train_days: Sequence[str] | None, day: str | None, validation: bool = False, streaming: bool = False
 ) -> tuple[Part, ...]:
-    """The days that train and the day that tests.
+    """The days that train and the day that tests: the user's, or the main protocol's for None.
 
-    Args:
-        train_days, day: the user's, or None for the main protocol's.
-        validation: the last training day becomes the test day; the test day is not touched.
-        streaming: every day from the second on tests what was trained on all days before it.
+    With ``validation`` the last training day becomes the test day, and the test day is not touched; with ``streaming``
+    every day from the second on tests what was trained on all days before it.
     """
     days = training_days(log, train_days)
     if validation:
@@ -121,12 +119,7 @@ def schedule(
 
 def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str]) -> list[Run]:
     """All runs, seed by seed, so that a first table is there early; the untrained cascade, the same for all methods
-    of a seed, is among them once.
-
-    Args:
-        args: the runner's (run_experiments).
-        methods: the table's rows.
-        training: the user's arguments of the training.
+    of a seed, is among them once. ``args`` are run_experiments', ``training`` the user's for the training.
 
     Raises InputError when the data or an argument cannot be used, or two runs would share a folder. Caches are built
     here, before several processes want them.

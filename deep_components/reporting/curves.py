@@ -25,12 +25,8 @@ def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.Da
     all seeds made, and the terms that all have, count; a step that was left out has no value, and a part of such steps
     no point.
 
-    Args:
-        group: the method's runs, rows of :func:`~deep_components.reporting.frame.frame`.
-        problems: gets a sentence for every damaged train.jsonl, which is left out.
-
-    Returns:
-        term -> ``mean``, ``low`` and ``high`` over seeds by the number of requests; empty without a loss.
+    ``problems`` gets a sentence for every damaged train.jsonl, which is left out. Returns term -> ``mean``, ``low`` and
+    ``high`` over seeds by the number of requests; empty without a loss.
     """
     logs = [log for log in _read_each(group, read_steps, problems) if len(log)]
     if not logs:

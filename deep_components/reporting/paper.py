@@ -32,8 +32,7 @@ class PaperNumber:
 
 @cache
 def _tables() -> list[dict[str, str]]:
-    with TABLES.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(TABLES.read_text().splitlines()))
 
 
 def paper_name(row: str) -> str:

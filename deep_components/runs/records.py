@@ -69,10 +69,8 @@ def read_folder(folder: Path) -> FolderContents:
 def check_same_run(held: FolderContents, wanted: Mapping[str, Any], streaming: bool, extend: bool = False) -> None:
     """InputError when the folder holds results of another run, which a new one would replace.
 
-    Args:
-        wanted: what the new run's config.json will say, as far as :mod:`deep_components.runs.identity` compares it.
-        streaming: the new run tests every day; it goes on with more days.
-        extend: a run of fewer days or passes may be there; it goes on.
+    ``wanted`` is what the new run's config.json will say (runs/identity.py). A ``streaming`` run goes on with more
+    days, with ``extend`` any run of fewer days or passes.
     """
     if not any(held.has(name) for name in (COST_FILE, STATE_FILE, METRICS_FILE, STREAMING_FILE)):
         return

@@ -33,19 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a stage's file holds.
-
-    Args:
-        path: the file.
-        arrays: parameter -> values; a compacted table has the rows of its ids only.
-        ids: compacted table -> the ids of its rows, ascending.
-        initial_seed: gives the initial values of ids that compacted tables lack; None where all tables are whole.
-    """
+    """What a stage's file holds."""
 
     path: Path
-    arrays: dict[str, np.ndarray]
-    ids: dict[str, np.ndarray]
-    initial_seed: int | None
+    arrays: dict[str, np.ndarray]  # parameter -> values; a compacted table has the rows of its ids only
+    ids: dict[str, np.ndarray]  # compacted table -> the ids of its rows, ascending
+    initial_seed: int | None  # gives the initial values of ids that compacted tables lack; None: all tables are whole
 
     def rows(self, table: str, wanted: np.ndarray, initial: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
         """The rows [n, d] of the ``wanted`` ids [n], in any order, of a table.
@@ -81,13 +74,8 @@ def save_models(
     note: Mapping[str, Any],
     ids: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write every stage's model.
-
-    Args:
-        models: stage -> parameter -> values.
-        note: goes into the files' metadata; ``initial_seed`` in it is that of :class:`SavedModel`.
-        ids: compacted table -> the ids of its rows, ascending.
-    """
+    """Write every stage's model: stage -> parameter -> values. ``note`` goes into the files' metadata; ``initial_seed``
+    in it, and ``ids``, are those of :class:`SavedModel`."""
     listed = {f"{IDS}{table}": known for table, known in (ids or {}).items()}
     for stage, arrays in models.items():
         save(run / model_file(stage), {**arrays, **listed}, note)

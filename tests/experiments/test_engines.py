@@ -33,9 +33,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-# ---- slots -----------------------------------------------------------------------------------------------------------
-
-
 def test_one_run_at_a_time_is_left_alone() -> None:
     assert slots(1, devices=4, cores=16) == [Slot()]
     assert slots(1, devices=0, cores=16, threads=3) == [Slot(threads=3)]
@@ -50,9 +47,6 @@ def test_runs_are_spread_over_the_devices() -> None:
 @pytest.mark.parametrize(("jobs", "cores", "threads"), [(2, 8, 4), (3, 8, 2), (8, 2, 1)])
 def test_the_cores_are_shared_out(jobs: int, cores: int, threads: int) -> None:
     assert [slot.threads for slot in slots(jobs, 0, cores)] == [threads] * jobs
-
-
-# ---- on this machine -------------------------------------------------------------------------------------------------
 
 
 def test_one_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -132,9 +126,6 @@ def test_an_interrupted_pool_stops_its_runs(tmp_path: Path) -> None:
     assert record(runs[1])["status"] == "interrupted"
     check_it_goes_on(tmp_path, runs)
     assert [attempt["status"] for attempt in record(runs[1])["attempts"]] == ["interrupted", "finished"]
-
-
-# ---- Ray -------------------------------------------------------------------------------------------------------------
 
 
 def test_without_ray_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,9 +207,6 @@ sys.stdin.read()
     assert make(run).status == "finished"
 
 
-# ---- streaming -------------------------------------------------------------------------------------------------------
-
-
 def streamed(run: Run) -> list[tuple[str, float]]:
     days = json.loads((run.folder / "streaming.json").read_text())["days"]
     return [(day["test_day"], day["joint_recall@10@20"]) for day in days]

@@ -20,9 +20,6 @@ def test_methods_of_a_command_line() -> None:
     ]  # fmt: skip
 
 
-# ---- days ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_main_protocol(log: Path) -> None:
     assert schedule(open_log(log), None, None) == (Part(DAYS[:2], DAYS[2]),)
     assert schedule(open_log(log), [DAYS[1]], DAYS[0]) == (Part((DAYS[1],), DAYS[0]),)

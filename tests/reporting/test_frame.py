@@ -18,9 +18,6 @@ def rows_of(*folders: Path) -> dict[str, int]:
     return label_rows(read_runs(folders).runs)["row"].value_counts(sort=False).to_dict()
 
 
-# ---- the frame -------------------------------------------------------------------------------------------------------
-
-
 def test_one_row_a_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", 0.75, name="mine", config={"commit": "abc", "train_days": ["2024-01-13"]})
     write_costs(write_steps(run, [2.0, None, 1.0]))
@@ -54,9 +51,6 @@ def test_runs_behind_links_and_named_twice_count_once(tmp_path: Path) -> None:
 def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
     write_run(tmp_path / "run", name="a\x1b[2Jb\nc\u202ed\ud800", results={"data": "x\x1b"})
     assert frame(tmp_path)[["method", "data"]].to_numpy().tolist() == [["a?[2Jb?c?d?", "x?"]]
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_untrained_runs_of_several_methods_are_one_row_and_last(tmp_path: Path) -> None:
@@ -117,9 +111,6 @@ def test_a_seed_found_twice_is_refused(tmp_path: Path) -> None:
         rows_of(tmp_path)
 
 
-# ---- runs that do not belong together --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -162,9 +153,6 @@ def test_runs_trained_on_other_data_of_the_same_day(tmp_path: Path) -> None:
         read_runs([tmp_path])
     assert f"c in {other}" in str(error.value)
     assert str(fewer) not in str(error.value)
-
-
-# ---- damaged runs ----------------------------------------------------------------------------------------------------
 
 
 def missing(name: str) -> Callable[[Path], None]:

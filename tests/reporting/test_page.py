@@ -145,9 +145,6 @@ def test_the_paper_has_a_part_on_recflow(tmp_path: Path) -> None:
     assert "0.8732 (+0.0068)" in Elements(page_of(tmp_path)).text
 
 
-# ---- charts ----------------------------------------------------------------------------------------------------------
-
-
 def test_charts_are_drawn_where_the_numbers_are(runs: Path) -> None:
     means = results_of(runs).of("joint_recall@10@20")["mean"]
     with charts_by_key(runs)["metric"].figure() as figure:
@@ -204,9 +201,6 @@ def test_any_curve_is_drawn(losses: list[float], tmp_path: Path) -> None:
     chart.png(tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 5000
     assert ("log scale" in chart.svg()) == (losses[-1] in (1e300, 1e9))
-
-
-# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_the_command_on_real_runs(log: Path, tmp_path: Path) -> None:

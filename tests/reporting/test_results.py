@@ -51,9 +51,6 @@ def test_an_undefined_metric(tmp_path: Path) -> None:
     assert compared(results) == {"bce": "not tested"}
 
 
-# ---- the best --------------------------------------------------------------------------------------------------------
-
-
 def best(results: Results) -> list[str]:
     return list(results.of(JOINT).query("best").index)
 
@@ -70,9 +67,6 @@ def test_means_that_are_printed_alike_are_both_best(tmp_path: Path) -> None:
 def test_a_single_method_is_not_the_best(tmp_path: Path) -> None:
     write_runs(tmp_path / "untrained", (0.2, 0.3), epochs=0)
     assert best(results_of(methods(tmp_path, a=LOW))) == []
-
-
-# ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def test_ours_against_each_other_trained_row(tmp_path: Path) -> None:
@@ -124,16 +118,13 @@ def test_paired_by_the_seeds_that_both_have(tmp_path: Path) -> None:
     assert made["ours_is"] == "worse"
 
 
-def test_one_seed_is_no_test_and_said_so(tmp_path: Path) -> None:
-    results = results_of(methods(tmp_path, lcron=HIGH, bce=(0.7,)))
+@pytest.mark.parametrize(
+    ("ours", "theirs", "reason"), [(HIGH, (0.7,), "fewer than two seeds"), ((0.8, 0.8), (0.7, 0.7), "do not vary")]
+)
+def test_no_test_is_said(ours: tuple[float, ...], theirs: tuple[float, ...], reason: str, tmp_path: Path) -> None:
+    results = results_of(methods(tmp_path, lcron=ours, bce=theirs))
     assert compared(results) == {"bce": "not tested"} and np.isnan(compared(results, "p")["bce"])
-    assert any("fewer than two seeds" in note and "bce" in note for note in results.notes)
-
-
-def test_values_that_do_not_vary_are_no_test_and_said_so(tmp_path: Path) -> None:
-    results = results_of(methods(tmp_path, lcron=(0.8, 0.8), bce=(0.7, 0.7)))
-    assert compared(results) == {"bce": "not tested"}
-    assert any("do not vary" in note for note in results.notes)
+    assert any(reason in note and "bce" in note for note in results.notes)
 
 
 def test_untested_baselines_do_not_count_in_the_correction(tmp_path: Path) -> None:
@@ -153,9 +144,6 @@ def test_nothing_called_lcron(tmp_path: Path) -> None:
     results = results_of(methods(tmp_path, arf=HIGH, bce=LOW))
     assert results.ours is None and compared(results) == {}
     assert any("--compare" in note for note in results.notes)
-
-
-# ---- the interval over requests --------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_of_the_means_over_seeds(tmp_path: Path) -> None:
@@ -180,23 +168,15 @@ def test_it_is_paired(tmp_path: Path) -> None:
     assert tuple(made[INTERVAL]) == pytest.approx((0.1, 0.1))
 
 
-def test_other_requests_are_not_paired(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [range(1, 41), None], ids=["other requests", "a run of before"])
+def test_no_interval_is_said(others: range | None, tmp_path: Path) -> None:
     add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
-    add_requests(write_run(tmp_path / "bce", name="bce"), [0.4] * 40, ids=range(1, 41))
+    run = write_run(tmp_path / "bce", name="bce")
+    if others:
+        add_requests(run, [0.4] * 40, ids=others)
     results = results_of(tmp_path)
     assert results.of(JOINT)[INTERVAL].isna().all(axis=None)
-    assert any("No interval" in note and "bce" in note for note in results.notes)
-
-
-def test_runs_of_before_have_no_interval(tmp_path: Path) -> None:
-    add_requests(write_run(tmp_path / "lcron", name="lcron"), [0.5] * 40)
-    write_run(tmp_path / "bce", name="bce")
-    results = results_of(tmp_path)
-    assert results.of(JOINT)[INTERVAL].isna().all(axis=None)
-    assert any("evaluate those runs again" in note for note in results.notes)
-
-
-# ---- the rest --------------------------------------------------------------------------------------------------------
+    assert any(note.startswith("No interval") and "bce" in note and "again" in note for note in results.notes)
 
 
 def test_what_the_numbers_are_stands_beside_them(tmp_path: Path) -> None:

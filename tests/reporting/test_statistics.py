@@ -2,7 +2,6 @@
 
 import math
 import tracemalloc
-from itertools import permutations
 
 import numpy as np
 import pytest
@@ -79,9 +78,6 @@ def test_one_method_without_spread() -> None:
     assert t_test([0.5, 0.5, 0.5], [0.4, 0.45, 0.5]) == pytest.approx(two_sided_p(math.sqrt(3), 2), rel=1e-9)
 
 
-# ---- Holm ------------------------------------------------------------------------------------------------------------
-
-
 def test_holm_by_hand() -> None:
     # sorted 0.01, 0.02, 0.03, 0.2: 4 * 0.01, 3 * 0.02, 2 * 0.03 (not below 0.06), 1 * 0.2
     assert holm([0.03, 0.01, 0.2, 0.02]) == pytest.approx([0.06, 0.04, 0.2, 0.06])
@@ -101,16 +97,6 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]
         adjusted = holm(p_values)
         assert {index for index, p in enumerate(adjusted) if p <= level} == rejected
         assert all(p <= corrected <= 1 for p, corrected in zip(p_values, adjusted, strict=True))
-
-
-def test_holm_does_not_depend_on_the_order() -> None:
-    p_values = [0.01, 0.02, 0.03]
-    expected = dict(zip(p_values, holm(p_values), strict=True))
-    for order in permutations(p_values):
-        assert holm(order) == [expected[p] for p in order]
-
-
-# ---- the bootstrap ---------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_that_of_a_bootstrap_by_hand() -> None:

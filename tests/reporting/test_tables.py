@@ -156,9 +156,6 @@ def test_the_paper_stands_beside_runs_on_recflow_alone(form: str, tmp_path: Path
     assert "0.8732" not in shown(tmp_path / "other", form)
 
 
-# ---- costs and streams -----------------------------------------------------------------------------------------------
-
-
 def test_costs(tmp_path: Path) -> None:
     for seed, seconds in ((30, 4.0), (31, 6.0)):
         write_costs(write_run(tmp_path / f"two{seed}", seed=seed), seconds=seconds, peak_memory_bytes=seed << 30)
