@@ -57,8 +57,13 @@ def cached_day(
                 pass  # said below, once nobody else uses the folder
     try:
         with locked(_lock_path(parent, day_and_log)):
-            day = _read_or_remove(folder, read)
-            if day is None:  # else another process has built it meanwhile
+            day = None  # unless another process has built it meanwhile
+            try:
+                day = read(folder) if folder.exists() else None
+            except InputError as damage:
+                logger.warning("%s: the cache is damaged and is built anew (%s)", folder, damage)
+                shutil.rmtree(folder)
+            if day is None:
                 build(folder)
                 for stale in parent.glob(f"{day_and_log}-*"):
                     if stale != folder:
@@ -70,17 +75,6 @@ def cached_day(
             f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
         ) from error
     return day
-
-
-def _read_or_remove(folder: Path, read: Callable[[Path], DayCache]) -> DayCache | None:
-    if not folder.exists():
-        return None
-    try:
-        return read(folder)
-    except InputError as damage:
-        logger.warning("%s: the cache is damaged and is built anew (%s)", folder, damage)
-        shutil.rmtree(folder)
-        return None
 
 
 def _lock_path(parent: Path, day_and_log: str) -> Path:

@@ -33,26 +33,13 @@ import numpy as np
 
 from deep_components.cli import progress, run_command
 from deep_components.dataset.clock import is_date
-from deep_components.dataset.importers.recflow_files import (
-    CATEGORY_ONE_PADDING,
-    GROUP_NAMES,
-    HISTORY_COLUMNS,
-    HISTORY_LENGTH,
-    ITEM_COLUMNS,
-    ORIGIN_FILE,
-    PERIOD_1,
-    DayLog,
-    day_paths,
-    origin_in,
-    write_day,
-    write_id_counts,
-    write_origin,
-)
+from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+FIRST_DAY, TEST_DAY = recflow.PERIOD_1[0], recflow.PERIOD_1[-1]
 LOCAL_TIME = timezone(timedelta(hours=8))  # Asia/Shanghai, which has no summer time
 
 MAX_IDS = 2**31  # the rank -> id map multiplies two numbers below this in int64
@@ -153,12 +140,12 @@ def parse_days(text: str) -> tuple[str, ...]:
     """Dates separated by commas, or a number N: the first N - 1 days of Period 1, then its last, the test day."""
     if not text.strip().isdecimal():
         return tuple(day.strip() for day in text.split(","))
-    if not 1 <= int(text) <= len(PERIOD_1):
+    if not 1 <= int(text) <= len(recflow.PERIOD_1):
         raise InputError(
-            f"--days={text}: a number means training days from {PERIOD_1[0]} and then the test day {PERIOD_1[-1]}; "
-            f"give a number from 1 to {len(PERIOD_1)}, or list dates"
+            f"--days={text}: a number means training days from {FIRST_DAY} and then the test day {TEST_DAY}; give a "
+            f"number from 1 to {len(recflow.PERIOD_1)}, or list dates"
         )
-    return *PERIOD_1[: int(text) - 1], PERIOD_1[-1]
+    return *recflow.PERIOD_1[: int(text) - 1], TEST_DAY
 
 
 # ---------------------------------------------------------------------------------------------- hashes and laws
@@ -339,7 +326,7 @@ class World:
 def category_one(category_two: np.ndarray) -> np.ndarray:
     """The parent of each category_level_two: every id below CATEGORIES_ONE but the readers' padding index."""
     parent = category_two % (CATEGORIES_ONE - 1)
-    return parent + (parent >= CATEGORY_ONE_PADDING)
+    return parent + (parent >= recflow.CATEGORY_ONE_PADDING)
 
 
 # ---------------------------------------------------------------------------------------------- a day's requests
@@ -432,16 +419,18 @@ def _chunk(rng: np.random.Generator, world: World, request: Columns) -> np.ndarr
     utility = np.take_along_axis(seen_by(TRUTH, videos, tastes, times), exposed, axis=1)
     viewed = rng.random(exposed.shape) < 1 / (1 + np.exp(-VIEW_SLOPE * (utility - VIEW_THRESHOLD)))
     np.put_along_axis(videos.items["effective_view"], exposed, viewed.astype(np.int64), axis=1)
-    chosen = np.concatenate([groups[name] for name in GROUP_NAMES], axis=1)
-    columns = [np.take_along_axis(videos.items[name], chosen, axis=1) for name in ITEM_COLUMNS]
-    return np.stack(columns, axis=-1).reshape(len(times), len(GROUP_NAMES), GROUP_SIZE, len(ITEM_COLUMNS))
+    chosen = np.concatenate([groups[name] for name in recflow.GROUP_NAMES], axis=1)
+    columns = [np.take_along_axis(videos.items[name], chosen, axis=1) for name in recflow.ITEM_COLUMNS]
+    return np.stack(columns, axis=-1).reshape(
+        len(times), len(recflow.GROUP_NAMES), GROUP_SIZE, len(recflow.ITEM_COLUMNS)
+    )
 
 
 def _day_items(world: World, day: str, request: Columns) -> np.ndarray:
     """_chunk's array for the whole day, computed REQUESTS_PER_CHUNK requests at a time."""
     rng = _day_rng(world.settings, Stream.CANDIDATES, day)
     num_requests = len(request["request_id"])
-    items = np.empty((num_requests, len(GROUP_NAMES), GROUP_SIZE, len(ITEM_COLUMNS)), np.int64)
+    items = np.empty((num_requests, len(recflow.GROUP_NAMES), GROUP_SIZE, len(recflow.ITEM_COLUMNS)), np.int64)
     for start in progress(range(0, num_requests, REQUESTS_PER_CHUNK), day, unit="chunk"):
         span = slice(start, start + REQUESTS_PER_CHUNK)
         items[span] = _chunk(rng, world, {field: values[span] for field, values in request.items()})
@@ -456,7 +445,7 @@ class Histories:
 
     def __init__(self) -> None:
         self.users = np.zeros(0, np.int64)  # [E]
-        self.rows = np.zeros((0, len(HISTORY_COLUMNS)), np.int64)  # [E, 10]
+        self.rows = np.zeros((0, len(recflow.HISTORY_COLUMNS)), np.int64)  # [E, 10]
 
     def advance(self, users: np.ndarray, viewed: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Histories [R, 50, 10] of a day's requests, made by ``users`` [R]; then remember the day.
@@ -472,17 +461,17 @@ class Histories:
         keys, owners, rows = keys[order], owners[order], np.concatenate([self.rows, rows])[order]
         low = np.searchsorted(keys, users * period)
         high = np.searchsorted(keys, users * period + 1 + np.arange(len(users)))
-        last = np.searchsorted(owners, owners, side="right") - np.arange(len(owners)) <= HISTORY_LENGTH
+        last = np.searchsorted(owners, owners, side="right") - np.arange(len(owners)) <= recflow.HISTORY_LENGTH
         self.users, self.rows = owners[last], rows[last]
         return _last_rows(rows, low, high)
 
 
 def _last_rows(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """rows[max(low, high - 50) : high] for each of R spans, left-padded with zero rows: [R, 50, 10]."""
-    history = np.zeros((len(low), HISTORY_LENGTH, rows.shape[1]), np.int64)
+    history = np.zeros((len(low), recflow.HISTORY_LENGTH, rows.shape[1]), np.int64)
     for start in range(0, len(low), REQUESTS_PER_CHUNK):
         span = slice(start, start + REQUESTS_PER_CHUNK)
-        wanted = high[span, None] - np.arange(HISTORY_LENGTH, 0, -1)
+        wanted = high[span, None] - np.arange(recflow.HISTORY_LENGTH, 0, -1)
         valid = wanted >= low[span, None]
         history[span][valid] = rows[wanted[valid]]
     return history
@@ -490,24 +479,24 @@ def _last_rows(rows: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
 
 def _views(rng: np.random.Generator, request: Columns, exposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of exposed [R, 10, 8] the numbers of the viewed ones' requests [E'], and their rows [E', 10] of a history."""
-    viewed, position = np.nonzero(exposed[..., ITEM_COLUMNS.index("effective_view")])
-    columns = dict(zip(ITEM_COLUMNS, exposed[viewed, position].T, strict=True))
+    viewed, position = np.nonzero(exposed[..., recflow.ITEM_COLUMNS.index("effective_view")])
+    columns = dict(zip(recflow.ITEM_COLUMNS, exposed[viewed, position].T, strict=True))
     columns |= {name: request[name][viewed] for name in ("request_timestamp", "request_id")}
     played = rng.uniform(MIN_PLAYED, 1.0, len(viewed))
     columns["playing_time"] = np.maximum(1, columns["duration"] * played).astype(np.int64)
-    return viewed, np.stack([columns[name] for name in HISTORY_COLUMNS], axis=1)
+    return viewed, np.stack([columns[name] for name in recflow.HISTORY_COLUMNS], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------- the log
 
 
-def _day_log(world: World, histories: Histories, day: str) -> DayLog:
+def _day_log(world: World, histories: Histories, day: str) -> recflow.DayLog:
     """A day of the log; ``histories`` must have seen the days before it, and sees this one."""
     request = requests_of(world, day)
     items = _day_items(world, day, request)
-    groups = {name: items[:, number] for number, name in enumerate(GROUP_NAMES)}
+    groups = {name: items[:, number] for number, name in enumerate(recflow.GROUP_NAMES)}
     viewed, rows = _views(_day_rng(world.settings, Stream.VIEWS, day), request, groups["rerank_pos"])
-    return DayLog(
+    return recflow.DayLog(
         request=request,
         groups=groups,
         rank_index=np.tile(np.arange(1, GROUP_SIZE + 1), (len(items), 1)),
@@ -525,14 +514,14 @@ def simulate(output_dir: Path, settings: SimulationSettings) -> None:
     world, histories = World(settings), Histories()
     for day in settings.days:
         # No name holds the day's arrays, so they are freed before the next day's are made.
-        write_day(output_dir, day, _day_log(world, histories, day))
+        recflow.write_day(output_dir, day, _day_log(world, histories, day))
         logger.info("%s: %s requests written", day, f"{settings.requests_per_day:,}")
     counts = {"user_id": settings.users, "device_id": settings.users, "age": AGES, "gender": GENDERS}
     counts |= {"province": PROVINCES, "video_id": settings.videos, "author_id": settings.authors}
     counts |= {"category_level_one": CATEGORIES_ONE, "category_level_two": CATEGORIES_TWO, "upload_type": UPLOAD_TYPES}
-    write_id_counts(output_dir, counts)
+    recflow.write_id_counts(output_dir, counts)
     note = "drawn by deep_components.dataset.simulate: shows that the software works, says nothing about real users"
-    write_origin(output_dir, {"data": "simulated", "note": note, **asdict(settings)})
+    recflow.write_origin(output_dir, {"data": "simulated", "note": note, **asdict(settings)})
     (output_dir / UNFINISHED_FILE).unlink()
 
 
@@ -543,8 +532,8 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
     if output_dir.exists() and any(output_dir.iterdir()) and not _is_simulated(output_dir):
         raise InputError(f"--output_dir={output_dir}: holds something other than a simulated log; name an empty folder")
     write_atomically(output_dir / UNFINISHED_FILE, lambda file: None)
-    (output_dir / ORIGIN_FILE).unlink(missing_ok=True)
-    for pattern in day_paths(output_dir, "*"):
+    (output_dir / recflow.ORIGIN_FILE).unlink(missing_ok=True)
+    for pattern in recflow.day_paths(output_dir, "*"):
         for path in pattern.parent.glob(pattern.name):
             if path.stem not in settings.days:
                 path.unlink()
@@ -553,7 +542,7 @@ def _prepare(output_dir: Path, settings: SimulationSettings) -> None:
 def _is_simulated(root: Path) -> bool:
     """Whether a finished or an unfinished run of this module filled the folder."""
     try:
-        return (root / UNFINISHED_FILE).exists() or origin_in(root / ORIGIN_FILE, "data") == "simulated"
+        return (root / UNFINISHED_FILE).exists() or recflow.origin_in(root / recflow.ORIGIN_FILE, "data") == "simulated"
     except InputError:
         return False
 
@@ -563,7 +552,7 @@ def main(argv: list[str]) -> None:
         description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")
-    days = f"dates separated by commas, or N: N - 1 days from {PERIOD_1[0]}, then {PERIOD_1[-1]} (%(default)s)"
+    days = f"dates separated by commas, or N: N - 1 days from {FIRST_DAY}, then {TEST_DAY} (%(default)s)"
     parser.add_argument("--days", default=",".join(SimulationSettings.days), help=days)
     for field in fields(SimulationSettings)[1:]:
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help="(%(default)s)")

@@ -224,7 +224,7 @@ def test_same_arguments_give_the_same_bytes_and_a_rerun_replaces_them(
     other = dataclasses.replace(SETTINGS, seed=4, days=("2024-01-20",), requests_per_day=20)
     simulate.simulate(tmp_path, other)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(simulate, "write_day", interrupt)
+        patch.setattr(recflow, "write_day", interrupt)
         simulate.simulate(tmp_path, SETTINGS)
     assert not (tmp_path / recflow.ORIGIN_FILE).exists()  # so that it is not taken for a whole log
     simulate.simulate(tmp_path, SETTINGS)

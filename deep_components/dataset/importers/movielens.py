@@ -19,26 +19,14 @@ import numpy as np
 import pandas as pd
 
 from deep_components.cli import progress, run_command
-from deep_components.dataset.importers.recflow_files import (
-    CATEGORY_ONE_PADDING,
-    HISTORY_COLUMNS,
-    HISTORY_LENGTH,
-    ITEM_COLUMNS,
-    PERIOD_1,
-    DayLog,
-    day_paths,
-    id_count_path,
-    write_day,
-    write_id_counts,
-    write_origin,
-)
+from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
 
 GROUP_SIZE = 10
 WINDOW = 3 * GROUP_SIZE  # ratings of one request: rank_pos, rerank_neg, rank_neg
 MAX_WINDOW_SECONDS = 7 * 24 * 3600
 LIKED = 4  # stars from which a rated movie enters the history
-TEST_DAY = PERIOD_1[-1]
+TEST_DAY = recflow.PERIOD_1[-1]
 DEFAULT_DAYS = 12
 DEFAULT_TEST_SHARE = 0.1535  # of users 1-2999 of the published file: 2,048 of 13,345 requests
 UPLOAD_SHIFT_YEARS = 60
@@ -143,7 +131,7 @@ def read_movies(path: Path) -> Encoded:
         "category_level_two": _codes(table["Genres"]),
         "upload_type": _codes(year // 10),
         "upload_timestamp": new_year.astype("datetime64[s]").astype("int64"),
-        "category_level_one": first_genre + (first_genre >= CATEGORY_ONE_PADDING),
+        "category_level_one": first_genre + (first_genre >= recflow.CATEGORY_ONE_PADDING),
         "effective_view": 0,
     }
     return _encode(table["MovieID"], columns, {})
@@ -269,7 +257,7 @@ def _rows_before(ratings: pd.DataFrame, user: np.ndarray, time: np.ndarray) -> n
 def _histories(liked: pd.DataFrame, user: np.ndarray, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The last movies that the user liked strictly before ``time``, and when: [R, 50], left-padded with -1 and 0."""
     begin, end = np.hsplit(_rows_before(liked, user, time), 2)
-    rows = end - np.arange(HISTORY_LENGTH, 0, -1)
+    rows = end - np.arange(recflow.HISTORY_LENGTH, 0, -1)
     valid = rows >= begin
     movies, times = np.full(rows.shape, -1, np.int64), np.zeros(rows.shape, np.int64)
     movies[valid], times[valid] = liked[["movie", "time"]].to_numpy()[rows[valid]].T
@@ -337,22 +325,22 @@ def split_days(requests: Requests, num_days: int, test_share: float) -> dict[str
             f"and --test_share={test_share}; lower one of them or give more ratings"
         )
     parts = np.array_split(training, num_days - 1)
-    days = {day: requests.take(rows) for day, rows in zip(PERIOD_1, parts, strict=False)}
+    days = {day: requests.take(rows) for day, rows in zip(recflow.PERIOD_1, parts, strict=False)}
     return days | {TEST_DAY: requests.take(np.arange(first_test, len(requests)))}
 
 
-def day_log(requests: Requests, users: Encoded, movies: Encoded) -> DayLog:
+def day_log(requests: Requests, users: Encoded, movies: Encoded) -> recflow.DayLog:
     """The requests with the fields of their users and movies, as RecFlow has them."""
-    items = movies.fields[list(ITEM_COLUMNS)].to_numpy()
+    items = movies.fields[list(recflow.ITEM_COLUMNS)].to_numpy()
     rank_pos, rerank_neg, rank_neg = np.split(items[requests.rated], 3, axis=1)
     of_user = {str(name): values.to_numpy()[requests.user] for name, values in users.fields.items()}
     # MovieLens has no duration, playing time or request of a past view: they are 0, as padding is.
     columns = {str(name): values.to_numpy()[requests.history] for name, values in movies.fields.items()}
     columns["request_timestamp"] = requests.history_time * 1000
     nothing = np.zeros_like(requests.history)
-    history = np.stack([columns.get(name, nothing) for name in HISTORY_COLUMNS], axis=2)
+    history = np.stack([columns.get(name, nothing) for name in recflow.HISTORY_COLUMNS], axis=2)
     history[requests.history < 0] = 0
-    return DayLog(
+    return recflow.DayLog(
         request={"request_id": requests.request_id, "request_timestamp": requests.time * 1000, **of_user},
         groups={
             "rank_pos": rank_pos,
@@ -369,9 +357,9 @@ def day_log(requests: Requests, users: Encoded, movies: Encoded) -> DayLog:
 
 
 def _check_arguments(output_dir: Path, num_days: int, test_share: float, seed: int) -> None:
-    if not 2 <= num_days <= len(PERIOD_1):
+    if not 2 <= num_days <= len(recflow.PERIOD_1):
         raise InputError(
-            f"--days={num_days}: must be from 2 to {len(PERIOD_1)}, the test day included; give fewer days"
+            f"--days={num_days}: must be from 2 to {len(recflow.PERIOD_1)}, the test day included; give fewer days"
         )
     if not 0 < test_share < 1:
         raise InputError(f"--test_share={test_share}: must be between 0 and 1; give the share of the last requests")
@@ -380,7 +368,7 @@ def _check_arguments(output_dir: Path, num_days: int, test_share: float, seed: i
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir={output_dir}: is not a folder; name a new folder")
     # Day files of another log would silently become part of this one.
-    for folder in {path.parent for path in (*day_paths(output_dir, "any"), id_count_path(output_dir))}:
+    for folder in {path.parent for path in (*recflow.day_paths(output_dir, "any"), recflow.id_count_path(output_dir))}:
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"--output_dir={output_dir}: {folder} is not empty; empty it or name a new folder")
 
@@ -392,8 +380,8 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
     ratings = read_ratings(input_dir / "ratings.dat", users.ids, movies.ids)
     days = split_days(build_requests(ratings, len(movies.ids), seed), num_days, test_share)
     for day, requests in progress(days.items(), "writing", "day"):
-        write_day(output_dir, day, day_log(requests, users, movies))
-    write_id_counts(output_dir, users.counts | movies.counts)
+        recflow.write_day(output_dir, day, day_log(requests, users, movies))
+    recflow.write_id_counts(output_dir, users.counts | movies.counts)
     num_test = len(days[TEST_DAY])
     num_training = sum(map(len, days.values())) - num_test
     note = (
@@ -402,7 +390,7 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
         "data's own terms of use apply."
     )
     arguments = {"input": str(input_dir), "output_dir": str(output_dir), "days": num_days, "test_share": test_share}
-    write_origin(output_dir, {"data": "movielens-1m", "note": note, "seed": seed, **arguments})
+    recflow.write_origin(output_dir, {"data": "movielens-1m", "note": note, "seed": seed, **arguments})
     logger.info("%s: %d training and %d test requests, %d days", output_dir, num_training, num_test, num_days)
 
 

@@ -17,15 +17,8 @@ import numpy as np
 
 from deep_components.cascade import LABEL_CEILING, Cascade
 from deep_components.cli import progress
+from deep_components.dataset import clock
 from deep_components.dataset.cache import cached_day, default_cache_dir
-from deep_components.dataset.clock import (
-    DEFAULT_TIME_ZONE,
-    MAX_SECONDS,
-    MIN_REQUEST_SECONDS,
-    MIN_SECONDS,
-    time_zone,
-    wall_clock,
-)
 from deep_components.dataset.columnar import FORMAT_VERSION, ColumnFiles, DayCache, read_day, write_day
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.safe_pickle import PickledArray
@@ -56,8 +49,8 @@ _REQUEST_IDS = ("user", "device", "gender", "age", "province")
 _CONTENT_IDS = ("video", "author", "category_two", "category_one", "upload_type")
 _TIMES = ("weekday", "hour", "minute")
 _FIRST_TIMES = {
-    "request": ("request_timestamp", MIN_REQUEST_SECONDS, 1990),
-    "item": ("upload_timestamp", MIN_SECONDS, 1900),
+    "request": ("request_timestamp", clock.MIN_REQUEST_SECONDS, 1990),
+    "item": ("upload_timestamp", clock.MIN_SECONDS, 1900),
 }
 _ITEM_WIDTH = 7  # columns of an item's row that are used
 _HISTORY_WIDTH = 8
@@ -96,7 +89,7 @@ class RecFlowLog:
         day: str,
         cascade: Cascade,
         cache_dir: Path | None = None,
-        zone: str = DEFAULT_TIME_ZONE,
+        zone: str = clock.DEFAULT_TIME_ZONE,
         history_length: int | None = None,
     ) -> DayCache:
         """One of :meth:`days`, with the item groups of the cascade.
@@ -115,7 +108,7 @@ class RecFlowLog:
 
         def build(folder: Path) -> None:
             verify(self.folder, self.day_files(day))
-            encode_day(self.folder, day, cascade, self.schema, time_zone(zone), folder, identity)
+            encode_day(self.folder, day, cascade, self.schema, clock.time_zone(zone), folder, identity)
 
         parent = (cache_dir or default_cache_dir(self.folder)) / cascade.name
         return cached_day(parent, f"{day}-{log}", identity, read, build).with_history(history_length)
@@ -297,22 +290,17 @@ class _TruePositions:
                     f"{path}: request {requests[wrong][0]}: {name} is {values[wrong][0]}, outside the 0 .. {limit} "
                     "that it can be; fetch the file again"
                 )
-        keys = self._keys(index.rows(requests), videos)
+        keys = (index.rows(requests) << 32) + videos  # one int64 for a pair: videos have fewer than 2^32 ids
         order = np.argsort(keys, kind="stable")
         self._known, self._positions = keys[order], positions[order].astype(np.int16)
         first = np.searchsorted(self._known, self._known)  # of the equal keys
         self.ambiguous = len(np.unique(self._known[self._positions != self._positions[first]]))
 
-    @staticmethod
-    def _keys(rows: np.ndarray, video_ids: np.ndarray) -> np.ndarray:
-        """One int64 for a pair: the request's row, then the video, which has fewer than 2^32 ids."""
-        return (rows << 32) + video_ids
-
     def find(self, rows: np.ndarray, video_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(positions, whether each is known) of the videos [b, n] of the requests in ``rows`` [b]."""
         if not len(self._known):
             return np.zeros_like(video_ids), np.zeros(video_ids.shape, bool)
-        keys = self._keys(rows[:, None], np.clip(video_ids, 0, _MAX_VIDEO))
+        keys = (rows[:, None] << 32) + np.clip(video_ids, 0, _MAX_VIDEO)
         near = np.searchsorted(self._known, keys).clip(max=len(self._known) - 1)
         return self._positions[near].astype(np.int64), self._known[near] == keys
 
@@ -426,13 +414,13 @@ class _Encoder:
         """Write the wall-clock fields, padding where not ``mask``. InputError for a time before 1990 (requests), 1900
         (uploads), or after 2200."""
         column, first, year = _FIRST_TIMES[side]
-        wrong = np.argwhere((seconds < first) | (seconds >= MAX_SECONDS))
+        wrong = np.argwhere((seconds < first) | (seconds >= clock.MAX_SECONDS))
         if len(wrong):
             raise InputError(
                 f"{path}: request {ids[wrong[0][0]]}: {column} is {seconds[tuple(wrong[0])]} s, outside {year} to 2200;"
                 " is it in the unit that data/README.md names?"
             )
-        for field, values in zip(_TIMES, wall_clock(seconds, self._zone), strict=True):
+        for field, values in zip(_TIMES, clock.wall_clock(seconds, self._zone), strict=True):
             self._files.write(f"{side}.{field}", values * mask, rows)
 
 
