@@ -9,14 +9,14 @@ from deep_components.dataset import days
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.recflow import RecFlowLog
 from deep_components.errors import InputError
-from deep_components.schema import Schema
+from tests.schemas import RECFLOW
 
 PERIOD_1 = [f"2024-01-{day}" for day in range(13, 32)] + [f"2024-02-0{day}" for day in range(1, 5)]
 
 
 def log_in(root: Path) -> RecFlowLog:
     """The log in a folder that has days but no id counts."""
-    return RecFlowLog(root, "test", Schema(()))
+    return RecFlowLog(root, "test", RECFLOW)
 
 
 def make(root: Path, names: Sequence[str]) -> Path:

@@ -16,8 +16,8 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
-from deep_components.schema import Schema
 from tests.dataset.synthetic import DAY, random_log, write_log
+from tests.schemas import RECFLOW
 
 CPU = torch.device("cpu")
 REQUESTS = 23
@@ -55,7 +55,7 @@ PREPARE = Shift()
 
 
 def named(day: str, requests: int) -> DayCache:
-    return DayCache(day, {"request_id": np.arange(requests)}, Schema(()), np.zeros(0, np.int64), 0)
+    return DayCache(day, {"request_id": np.arange(requests)}, RECFLOW, np.zeros(0, np.int64), 0)
 
 
 def test_without_shuffling_the_order_is_the_file_s() -> None:
