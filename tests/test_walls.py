@@ -41,7 +41,7 @@ def forbidden(name: str, *packages: str) -> set[str]:
     return {used for used in imported(name) if any(used == p or used.startswith(p + ".") for p in packages)}
 
 
-STANDARD = ("math", "typing", "__future__", "collections", "dataclasses", "functools", "itertools")
+STANDARD = ("math", "typing", "__future__", "collections", "dataclasses", "functools")
 LOSS_KERNELS = ("deep_components.loss.functional", "deep_components.loss.selection")
 # What users start: `python -m deep_components.NAME`. Nothing else imports them.
 ENTRY_POINTS = [

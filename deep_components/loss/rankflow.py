@@ -1,7 +1,6 @@
 """RankFlow: each stage trains on what the stage before it passes on, and teaches it (Qin et al., SIGIR 2022)."""
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -41,7 +40,9 @@ class RankFlow(nn.Module):
             reached[stage] = candidates
             classify[f"bce.{stage}"] = ground_truth_bce(scores[stage], targets, candidates)
             candidates = top_k_mask(scores[stage], candidates, quota)
-        for stage, later in pairwise(self.quotas):
+        stages = list(self.quotas)
+        for index, later in enumerate(stages[1:]):
+            stage = stages[index]
             student, teacher, common = scores[stage], scores[later], reached[later]
             distill[f"distill.{stage}"] = squared_error(student, teacher, common)
             if self.order_distillation:
