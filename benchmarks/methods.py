@@ -58,8 +58,8 @@ def make_runs(setting: str, args: argparse.Namespace) -> dict[str, list[Path]]:
         printed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
         stated += printed.stdout.splitlines()
     number = len(SETTINGS[setting].stages)
-    plan = [f"--setting={setting}", "--no-untrained", "--by_setting", *stated]
-    plan += [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]
+    plan = [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]
+    plan += [f"--setting={setting}", "--no-untrained", "--by_setting", *stated]  # what follows a method is its own
     user = [f"--{name}={getattr(args, name)}" for name in ("seeds", "batch_size", "jobs")] + ["--device=cpu"]
     user += [f"--{name}={getattr(args, name).resolve()}" for name in ("data_dir", "output_dir")]
     runner = [sys.executable, "-m", "deep_components.run_experiments", *plan, "--", *user]

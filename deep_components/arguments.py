@@ -13,7 +13,7 @@ from deep_components import loss as methods
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
-from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS
+from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS, TEMPERATURES
 
 T = TypeVar("T")
 
@@ -125,8 +125,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """The methods' own options. None stands for "not given"; :func:`method_options` fills in the method's default."""
     group = parser.add_argument_group("options of some methods")
-    group.add_argument("--tau", type=_positive_float, help="temperature of the sorting operator")
-    group.add_argument("--sort", choices=sorted(SELECTION_OPERATORS), help="sorting operator")
+    group.add_argument("--topk_op", "--sort", choices=sorted(SELECTION_OPERATORS), help="selection operator")
+    group.add_argument("--tau", type=_positive_float, help="its temperature (default: the operator's own)")
     group.add_argument("--terms", choices=["both", "end_to_end", "single"], help="which terms the loss has")
     group.add_argument("--single_weight", type=_positive_float, help="fixed weight of the single-stage terms")
     group.add_argument("--weighting", choices=["original", "paper"],
@@ -135,7 +135,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--end_to_end_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the end-to-end term")
 
 
-METHOD_OPTIONS = ("tau", "sort", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
+METHOD_OPTIONS = ("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, A
 
 def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -> dict[str, Any]:
     """LCRON's options as its constructor takes them. InputError when they contradict each other or the cascade."""
-    options = method_options(
-        args, tau=50.0, sort="neural_sort", terms="both", single_weight=None, weighting="original",
+    options = operator_options(
+        args, tau=50.0, topk_op="neural_sort", terms="both", single_weight=None, weighting="original",
         label_ties=label_ties, end_to_end_quotas=None,
     )  # fmt: skip
     if options["single_weight"] is not None and (options["terms"] != "both" or options["weighting"] == "paper"):
@@ -184,11 +184,18 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
     return options
 
 
+def operator_options(args: argparse.Namespace, tau: float, **defaults: Any) -> dict[str, Any]:
+    """:func:`method_options` of a method with --topk_op. ``tau`` is its default with an operator that sorts; the others
+    have one of their own."""
+    operator = args.topk_op or defaults["topk_op"]
+    return method_options(args, tau=TEMPERATURES.get(operator, tau), **defaults)
+
+
 def sorting_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the method "sorting". InputError for an operator that gives no permutation."""
-    options = method_options(args, tau=50.0, sort="neural_sort")
-    if options["sort"] not in PERMUTATION_OPERATORS:
-        raise InputError(f"--sort={options['sort']}: sorting takes one of {', '.join(PERMUTATION_OPERATORS)}")
+    options = method_options(args, tau=50.0, topk_op="neural_sort")
+    if options["topk_op"] not in PERMUTATION_OPERATORS:
+        raise InputError(f"--topk_op={options['topk_op']}: sorting takes one of {', '.join(PERMUTATION_OPERATORS)}")
     return options
 
 

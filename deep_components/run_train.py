@@ -10,6 +10,7 @@ from deep_components.arguments import (
     add_method_options,
     lcron_options,
     method_options,
+    operator_options,
     sorting_options,
     training_parser,
     unknown_method,
@@ -64,7 +65,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     elif args.loss_type == "arf":
         return ARF(cascade.quotas, cascade.num_relevant, **method_options(args, tau=200.0))
     elif args.loss_type == "arf_v2":
-        return ARFv2(cascade.quotas, cascade.num_relevant, **method_options(args, tau=200.0))
+        return ARFv2(cascade.quotas, cascade.num_relevant, **operator_options(args, tau=200.0, topk_op="neural_sort"))
     elif args.loss_type == "lcron":
         ties = "shared" if two_stages else "repeated"
         return LCRON(cascade.stage_names, cascade.num_relevant, **lcron_options(args, cascade, label_ties=ties))

@@ -9,6 +9,7 @@ from deep_components.arguments import (
     add_method_options,
     lcron_options,
     method_options,
+    operator_options,
     sorting_options,
     training_parser,
     unknown_method,
@@ -49,7 +50,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     elif args.loss_type == "arf":
         return ARF(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
     elif args.loss_type == "arf_v2":
-        return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **method_options(args, tau=200.0))
+        return ARFv2(CASCADE.quotas, CASCADE.num_relevant, **operator_options(args, tau=200.0, topk_op="neural_sort"))
     elif args.loss_type == "lcron":
         return LCRON(CASCADE.stage_names, CASCADE.num_relevant, **lcron_options(args, CASCADE, label_ties="repeated"))
     elif args.loss_type == "sorting":

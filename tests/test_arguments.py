@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
     assert (args.loss_type, args.data_dir, args.output_dir) == ("lcron", Path("D"), Path("O"))
     recorded = recorded_arguments(args, run_train2.build_loss(args))  # with the method's own defaults
-    expected = {"tau": 50.0, "sort": "neural_sort", "weighting": "original", "label_ties": "shared"}
+    expected = {"tau": 50.0, "topk_op": "neural_sort", "weighting": "original", "label_ties": "shared"}
     assert {name: recorded[name] for name in expected} == expected
 
 

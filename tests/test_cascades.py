@@ -75,4 +75,4 @@ def test_another_operator(project: Path) -> None:
     with (project / "deep_components/loss/selection.py").open("a") as file:
         file.write(f"\n\n{function}\n\n{naming}")
     bash(project, training)
-    assert read_json(project / "runs/gate/config.json")["arguments"]["sort"] == "gate"
+    assert read_json(project / "runs/gate/config.json")["arguments"]["topk_op"] == "gate"

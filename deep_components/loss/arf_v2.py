@@ -7,33 +7,39 @@ from torch import Tensor, nn
 
 from deep_components.loss.functional import Targets, masked_mean, num_ground_truth
 from deep_components.loss.selection import (
+    PERMUTATION_OPERATORS,
+    SELECTION_OPERATORS,
     label_permutation,
     label_split,
-    neural_sort,
     selection_cross_entropy,
     sorting_cross_entropy,
     split,
 )
 
+ORDER = ("neural_sort", 200.0)  # of the order term beside an operator that gives no order
+
 
 class ARFv2(nn.Module):
     """Sum over stages of log w + G / (2 w^2) + R, with a trainable w for each stage.
 
-    With P the relaxed permutation of a stage, m its quota, Y the label matrix and gt, rest = rows 1..K and the other
-    rows of Y summed:
+    With P the relaxed permutation of a stage, top_m, rest_m its Selection at its quota m, Y the label matrix and gt,
+    rest = rows 1..K and the other rows of Y summed:
 
     * G = mean over the n * n entries of -log(P + eps) Y: the whole order;
-    * R = mean over items of -log(top_m(P) + eps) gt - log(rest_m(P) + eps) rest.
+    * R = mean over items of -log(top_m + eps) gt - log(rest_m + eps) rest.
 
     Args:
         quotas: stage -> m, the items it keeps.
         num_relevant: upper limit of K, the request's ground-truth items.
-        tau: temperature of NeuralSort.
+        tau: temperature of the operator.
+        topk_op: one of ``SELECTION_OPERATORS``. Beside one that selects without sorting, P is NeuralSort's at 200.
     """
 
-    def __init__(self, quotas: Mapping[str, int], num_relevant: int, tau: float = 200.0) -> None:
+    def __init__(
+        self, quotas: Mapping[str, int], num_relevant: int, tau: float = 200.0, topk_op: str = "neural_sort"
+    ) -> None:
         super().__init__()
-        self.quotas, self.num_relevant, self.tau = dict(quotas), num_relevant, tau
+        self.quotas, self.num_relevant, self.tau, self.topk_op = dict(quotas), num_relevant, tau, topk_op
         self.weight = nn.ParameterDict([(stage, nn.Parameter(torch.ones(()))) for stage in quotas])
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
@@ -44,9 +50,13 @@ class ARFv2(nn.Module):
         truth = label_split(targets.labels, mask, k, dtype)
         loss, terms = label_rows.new_zeros(()), dict[str, Tensor]()
         for stage, weight in self.weight.items():
-            permutation = neural_sort(scores[stage], mask, self.tau)
+            quota = torch.full_like(k, self.quotas[stage])
+            sorts = self.topk_op in PERMUTATION_OPERATORS
+            order, tau = (self.topk_op, self.tau) if sorts else ORDER
+            permutation = PERMUTATION_OPERATORS[order](scores[stage], mask, tau)
             whole_order = sorting_cross_entropy(permutation, label_rows, mask)
-            chosen = split(permutation, torch.full_like(k, self.quotas[stage]))
+            select = SELECTION_OPERATORS[self.topk_op]
+            chosen = split(permutation, quota) if sorts else select(scores[stage], mask, quota, self.tau)
             relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
             log_weight = masked_mean(weight.log().expand_as(mask), mask)  # 0 in a batch without items
             loss = loss + log_weight + whole_order / (2 * weight**2) + relaxed

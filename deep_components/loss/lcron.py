@@ -31,7 +31,7 @@ class LCRON(nn.Module):
         stages: their names, in serving order.
         num_relevant: upper limit of K.
         tau: temperature of the operator.
-        sort: one of ``SELECTION_OPERATORS``.
+        topk_op: one of ``SELECTION_OPERATORS``. Those that know log top and log rest exactly need no eps.
         terms: "both", or "end_to_end" (L = E), or "single" (L without E).
         single_weight: c for L = E + c sum_i S_i instead of trainable weights.
         weighting: "original", or "paper" for Eq. 13: E / (2 alpha^2) + sum_i S_i / (2 w_i^2) + log2(alpha prod_i w_i).
@@ -45,7 +45,7 @@ class LCRON(nn.Module):
         stages: Iterable[str],
         num_relevant: int,
         tau: float = 50.0,
-        sort: str = "neural_sort",
+        topk_op: str = "neural_sort",
         terms: str = "both",
         single_weight: float | None = None,
         weighting: str = "original",
@@ -53,7 +53,7 @@ class LCRON(nn.Module):
         end_to_end_quotas: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.num_relevant, self.tau, self.sort = num_relevant, tau, sort
+        self.num_relevant, self.tau, self.topk_op = num_relevant, tau, topk_op
         self.terms, self.weighting, self.single_weight = terms, weighting, single_weight
         self.label_ties, self.end_to_end_quotas = label_ties, end_to_end_quotas
         trained = ["end_to_end"] if weighting == "paper" and terms != "single" else []
@@ -84,10 +84,10 @@ class LCRON(nn.Module):
     def _select(self, stage: str, scores: Tensor, mask: Tensor, k: Tensor) -> tuple[Selection, Selection]:
         """The stage's Selection at K, for S, and at the cut of E."""
         if self.end_to_end_quotas is None:
-            chosen = SELECTION_OPERATORS[self.sort](scores, mask, k, self.tau)
+            chosen = SELECTION_OPERATORS[self.topk_op](scores, mask, k, self.tau)
             return chosen, chosen
         quota = torch.full_like(k, self.end_to_end_quotas[stage])
-        at_k, at_quota = select(self.sort, scores, mask, (k, quota), self.tau)
+        at_k, at_quota = select(self.topk_op, scores, mask, (k, quota), self.tau)
         return at_k, at_quota
 
     def _weighted(self, name: str, values: Tensor) -> Tensor:

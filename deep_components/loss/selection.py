@@ -4,12 +4,19 @@ A loss that needs the share of each item among the first k asks for a :class:`Se
 that needs the order asks for a relaxed permutation (``PERMUTATION_OPERATORS``): matrices [B, N, N] whose row j is a
 distribution over which item is j-th. Missing items (mask False) are as if removed: with n items present the rows 1..n
 of a permutation describe the order of these n; rows beyond n and columns of missing items are zero.
+
+The operators that select without sorting are p = F((s - b) / t) for an F that rises from 0 to 1, and differ in F and in
+the threshold b. They need memory for O(N) numbers, and so do their gradients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deep_components.loss.functional import masked_mean, without_missing
@@ -17,12 +24,33 @@ from deep_components.loss.functional import masked_mean, without_missing
 EPSILON = 1e-6
 
 
-@dataclass(frozen=True)
 class Selection:
-    """How much of each item is among the first k, and how much is not. [B, N] each."""
+    """How much of each item is among the first k, ``top``, and how much is not, ``rest``. [B, N] each.
 
-    top: Tensor
-    rest: Tensor
+    Args:
+        top, rest: the tensors, or functions of no argument that compute them when they are first asked for.
+        exact_logs: gives log top and log rest where the operator knows them without a rounded top or rest in between.
+    """
+
+    def __init__(
+        self,
+        top: Tensor | Callable[[], Tensor],
+        rest: Tensor | Callable[[], Tensor],
+        exact_logs: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self._top, self._rest, self.exact_logs = top, rest, exact_logs
+
+    @cached_property
+    def top(self) -> Tensor:
+        return self._top if isinstance(self._top, Tensor) else self._top()
+
+    @cached_property
+    def rest(self) -> Tensor:
+        return self._rest if isinstance(self._rest, Tensor) else self._rest()
+
+    def logs(self) -> tuple[Tensor, Tensor]:
+        """log top and log rest; of top + eps and rest + eps where the exact ones are not known."""
+        return self.exact_logs() if self.exact_logs else ((self.top + EPSILON).log(), (self.rest + EPSILON).log())
 
 
 PermutationOperator = Callable[[Tensor, Tensor, float], Tensor]
@@ -96,12 +124,235 @@ def _by_sorting(operator: PermutationOperator) -> SelectionOperator:
     return selection
 
 
+# ---- operators that do not sort --------------------------------------------------------------------------------------
+
+
+def dftopk(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selection:
+    """DFTopK (Zhu et al., arXiv 2510.11472): p = sigmoid((s - b) / t), b = (s_(k) + s_(k+1)) / 2.
+
+    The gradient goes through b too, half to each of the two items. sum p is about k.
+
+    Args:
+        scores: [B, N].
+        mask: [B, N] bool.
+        k: [B] int64. Where n <= k every present item is selected, where k = 0 none, both without gradient.
+        temperature: t, in the scores' unit; p tends to the k best as t tends to 0.
+    """
+    cut = _Cut(scores, mask, k)
+    share = torch.zeros_like(scores).scatter_(-1, cut.neighbours, 0.5)
+    if cut.tied:  # which of equal scores is the k-th says nothing: they take equal parts
+        equal = [(scores.detach() == score) & mask for score in cut.scores.split(1, dim=-1)]
+        share = sum(items / (2 * items.sum(dim=-1, keepdim=True).clamp(min=1)) for items in equal).to(scores.dtype)
+    return _thresholded(_LOGISTIC, cut, _Margin.apply(scores, None, share, cut, temperature))
+
+
+def lapsum(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selection:
+    """LapSum (Struski et al., ICML 2025): p = F((s - b) / t), F(x) = exp(x) / 2 up to 0, 1 - exp(-x) / 2 above; b such
+    that sum p = k. Arguments as in :func:`dftopk`."""
+    return _with_fixed_sum(_LAPLACE, scores, _Cut(scores, mask, k), temperature)
+
+
+def lml(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selection:
+    """Limited multi-label projection (Amos, Koltun and Kolter, 2019): p = sigmoid((s - b) / t), b such that sum p = k.
+    Arguments as in :func:`dftopk`."""
+    return _with_fixed_sum(_LOGISTIC, scores, _Cut(scores, mask, k), temperature)
+
+
+def sparse_topk(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selection:
+    """Sparse top-k (Sander et al., ICML 2023, p = 2): p = clip(s / t - b, 0, 1), b such that sum p = k; the Euclidean
+    projection of s / t on {0 <= p <= 1, sum p = k}. Arguments as in :func:`dftopk`."""
+    cut = _Cut(scores, mask, k)
+    x = cut.centred(scores, temperature)
+    b = _sparse_shift(x, cut)
+    inside = ((x > b) & (x < b + 1)).to(scores.dtype)
+    share = inside / inside.sum(dim=-1, keepdim=True).clamp(min=1)
+    margin = _Margin.apply(scores, b, share, cut, temperature)
+    return Selection(lambda: margin.clamp(0, 1), lambda: cut.without_missing((1 - margin).clamp(0, 1)))
+
+
+class _Cut:
+    """Where requests of scores [B, N], of which ``mask`` are present, are cut: between their k-th and next best item.
+
+    A request with n <= k, or k = 0, has no cut: all its items are selected, or none.
+
+    Attributes, without gradient: ``is_cut`` [B, 1] bool; ``k`` [B, 1], 1 where there is no cut; ``neighbours`` [B, 2],
+    the indices of the two items; ``scores`` [B, 2], theirs, and ``threshold`` [B, 1], the mean of these, 0 where there
+    is no cut; ``tied``: whether other items may have the same scores.
+    """
+
+    def __init__(self, scores: Tensor, mask: Tensor, k: Tensor) -> None:
+        count, k = mask.sum(dim=-1, keepdim=True), k.unsqueeze(-1)
+        self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
+        self.k = torch.where(self.is_cut, k, 1)
+        # Most batches are complete and cut everywhere; a pass over [B, N] costs as much as finding the k best.
+        self.complete, self.everywhere = bool(mask.all()), bool(self.is_cut.all())
+        width = min(int(self.k.max()) + 2 if self.k.numel() else 1, scores.shape[-1])
+        present = scores.detach() if self.complete else scores.detach().masked_fill(~mask, -torch.inf)
+        best = present.topk(width, dim=-1)
+        index = torch.cat([self.k - 2, self.k - 1, self.k, self.k + 1], dim=-1)
+        around = best.values.gather(-1, index.clamp(0, width - 1))
+        same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] < width) & (index[:, :-1] >= 0)
+        self.tied = bool((same & self.is_cut).any())
+        self.neighbours = best.indices.gather(-1, index[:, 1:3].clamp(max=width - 1))
+        self.scores = torch.where(self.is_cut, around[:, 1:3], 0)
+        self.threshold = self.scores.mean(dim=-1, keepdim=True)
+
+    def centred(self, scores: Tensor, temperature: float) -> Tensor:
+        """(s - threshold) / t without gradient, -inf for missing items."""
+        centred = (scores.detach() - self.threshold) / temperature
+        return centred if self.complete else centred.masked_fill_(~self.mask, -torch.inf)
+
+    def without_missing(self, values: Tensor, constant: float = 0.0) -> Tensor:
+        return values if self.complete else values.masked_fill(~self.mask, constant)
+
+
+class _Margin(torch.autograd.Function):
+    """(s - threshold) / t - b; the gradient of threshold / t + b is ``share`` [B, N] / t. -inf for missing items, and
+    +-inf for requests without a cut."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, b: Tensor | None, share: Tensor, cut: _Cut, temperature: float) -> Tensor:
+        ctx.save_for_backward(share)
+        ctx.cut, ctx.temperature = cut, temperature
+        margin = (scores - cut.threshold).div_(temperature)
+        if b is not None:  # apart from the threshold: their sum would be rounded where scores are large
+            margin.sub_(b)
+        if not cut.everywhere:
+            margin = torch.where(cut.is_cut, margin, torch.where(cut.all_in, torch.inf, -torch.inf).to(margin.dtype))
+        return margin if cut.complete else margin.masked_fill_(~cut.mask, -torch.inf)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (share,) = ctx.saved_tensors
+        if not (ctx.cut.complete and ctx.cut.everywhere):
+            gradient = gradient.masked_fill(~(ctx.cut.mask & ctx.cut.is_cut), 0)
+        gradient = torch.addcmul(gradient, share, gradient.sum(dim=-1, keepdim=True), value=-1)
+        return gradient.div_(ctx.temperature), None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """A distribution with F(-x) = 1 - F(x)."""
+
+    value: Callable[[Tensor], Tensor]  # F
+    log: Callable[[Tensor], Tensor]  # log F
+    log_density: Callable[[Tensor], Tensor]  # up to a constant
+    # e^h F(x) and e^h F'(x) from y = e^(x+h) and epsilon = e^-h
+    scaled: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _logistic_scaled(y: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    rest = torch.addcmul(y.new_ones(()), y, epsilon).reciprocal_()  # 1 - F(x)
+    share = y * rest
+    return share, rest.mul_(share)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    # clamp and not abs: its gradient at 0, where scores are tied, is 1 on the side that torch.where takes.
+    return torch.where(x <= 0, x.clamp(max=0).exp() / 2, 1 - (-x.clamp(min=0)).exp() / 2)
+
+
+def _log_laplace(x: Tensor) -> Tensor:
+    return torch.where(x <= 0, x.clamp(max=0) - math.log(2), (-(-x.clamp(min=0)).exp() / 2).log1p())
+
+
+def _laplace_scaled(y: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    # Above 0 F = 1 - density. There e^x > 1, and elsewhere it is small enough for a minimum to tell the two apart.
+    density = torch.minimum(y, (y * epsilon * epsilon).reciprocal_()).div_(2)
+    return torch.where(y * epsilon <= 1, density, 1 / epsilon - density), density
+
+
+_LOGISTIC = _Distribution(
+    torch.sigmoid, F.logsigmoid, lambda x: -x.abs() - 2 * (-x.abs()).exp().log1p(), _logistic_scaled
+)
+_LAPLACE = _Distribution(_laplace, _log_laplace, lambda x: -x.abs(), _laplace_scaled)
+
+
+def _thresholded(distribution: _Distribution, cut: _Cut, margin: Tensor) -> Selection:
+    """F(margin) and F(-margin), and their exact logarithms; log EPSILON stands for log 0 where there is no cut."""
+
+    def logs() -> tuple[Tensor, Tensor]:
+        pair = distribution.log(margin), distribution.log(-margin)
+        if cut.everywhere and cut.complete:
+            return pair
+        constant = margin.new_full(cut.is_cut.shape, math.log(EPSILON)).masked_fill_(cut.is_cut, -torch.inf)
+        top, rest = (torch.maximum(values, constant) for values in pair)
+        return cut.without_missing(top), cut.without_missing(rest)
+
+    return Selection(lambda: distribution.value(margin), lambda: cut.without_missing(distribution.value(-margin)), logs)
+
+
+def _with_fixed_sum(distribution: _Distribution, scores: Tensor, cut: _Cut, temperature: float) -> Selection:
+    """The Selection F((s - b) / t) with sum p = k.
+
+    By the implicit function theorem db / ds_j = q_j / sum q with q the density at each item, so that
+    ds_i = q_i (g_i - sum_j q_j g_j / sum_j q_j) / t for an incoming gradient g.
+    """
+    x = cut.centred(scores, temperature)
+    b = _balancing_shift(distribution, x, cut)
+    share = torch.where(cut.is_cut, distribution.log_density(x - b).softmax(dim=-1), 0)
+    return _thresholded(distribution, cut, _Margin.apply(scores, b, share, cut, temperature))
+
+
+_NEWTON_STEPS = 6
+_NEGLIGIBLE = 60.0  # e^-60 is nothing beside 1, and no subnormal number, with which a CPU is slow
+
+
+def _balancing_shift(distribution: _Distribution, x: Tensor, cut: _Cut) -> Tensor:
+    """b with sum F(x - b) = k for x whose cut lies at 0, 0 for requests without a cut. [B, 1].
+
+    The share that the k best lack, sum F(b - x), equals the share that the others have, sum F(x - b). The logarithm of
+    the one over the other rises in b with a slope between 1 and 2 whatever the scores, so that Newton converges from 0
+    in a few steps. Both sums are scaled by e^h, h = the smallest |x|, so that they are not 0 where scores are far
+    apart: of e^(x+h) = e^(+-b) e^(h-|x|) the second factor is the same in all steps. Items tied at the cut count in
+    both sums, as two columns beside the others.
+    """
+    best, distance = (x > 0).to(x.dtype), x.abs()
+    tied = x == 0
+    number_tied = tied.sum(dim=-1, keepdim=True)
+    tied_best = cut.k - best.sum(dim=-1, keepdim=True)
+    weight = torch.cat([(~tied).to(x.dtype), tied_best, number_tied - tied_best], dim=-1)
+    of_best = torch.cat([best, x.new_tensor([[1.0, 0.0]]).expand(len(x), 2)], dim=-1)
+    nearest = distance.amin(dim=-1, keepdim=True)
+    decay = (nearest - distance).clamp_(min=-_NEGLIGIBLE).exp_()  # e^(h-|x|)
+    decay = torch.cat([cut.without_missing(decay), x.new_ones(len(x), 2)], dim=-1)
+    epsilon = (-nearest.clamp(max=_NEGLIGIBLE)).exp()
+    b = x.new_zeros(len(x), 1)
+    for _ in range(_NEWTON_STEPS):
+        y = torch.addcmul((-b).exp(), of_best, b.exp() - (-b).exp()).mul_(decay)
+        share, slope = (values.mul_(weight) for values in distribution.scaled(y, epsilon))
+        lacking, lacking_slope = ((values * of_best).sum(dim=-1, keepdim=True) for values in (share, slope))
+        having, having_slope = (
+            share.sum(dim=-1, keepdim=True) - lacking,
+            slope.sum(dim=-1, keepdim=True) - lacking_slope,
+        )
+        b = b - (lacking / having).log() / (lacking_slope / lacking + having_slope / having)
+    return torch.where(cut.is_cut, b, 0)
+
+
+def _sparse_shift(x: Tensor, cut: _Cut) -> Tensor:
+    """b with sum clip(x - b, 0, 1) = k for x whose cut lies at 0: it is in [-3/2, 1/2]. [B, 1]."""
+    low, high = (x.new_full((len(x), 1), end) for end in (-1.5, 0.5))
+    for _ in range(2 - round(math.log2(torch.finfo(x.dtype).eps))):
+        middle = (low + high) / 2
+        too_much = (x - middle).clamp_(0, 1).sum(dim=-1, keepdim=True) > cut.k
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    # The sum is linear between two items' values: one more step takes it to k.
+    share = (x - high).clamp(0, 1)
+    number = ((share > 0) & (share < 1)).sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.where(cut.is_cut, high + (share.sum(dim=-1, keepdim=True) - cut.k) / number, 0)
+
+
 # name -> operator(scores [B, N], mask [B, N], temperature) -> permutation [B, N, N]
 PERMUTATION_OPERATORS: dict[str, PermutationOperator] = {"neural_sort": neural_sort, "soft_sort": soft_sort}
+# Default temperatures of the operators that do not sort (docs/methods.md says how they were chosen). The others' are
+# those of the methods: the original's.
+TEMPERATURES = {"dftopk": 1.0, "lapsum": 1.0, "lml": 1.0, "sparse_topk": 1.0}
 # name -> operator(scores [B, N], mask [B, N], k [B] int64, temperature) -> Selection
 SELECTION_OPERATORS: dict[str, SelectionOperator] = {
     name: _by_sorting(operator) for name, operator in PERMUTATION_OPERATORS.items()
-}
+} | {"dftopk": dftopk, "lapsum": lapsum, "lml": lml, "sparse_topk": sparse_topk}
 
 
 def select(
@@ -164,20 +415,34 @@ def _label_blocks(labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def selection_cross_entropy(predicted: Selection, target: Selection) -> Tensor:
-    """-log(top + eps) gt - log(rest + eps) rest_gt for every item. [B, N]."""
-    return -(predicted.top + EPSILON).log() * target.top - (predicted.rest + EPSILON).log() * target.rest
+    """-log(top + eps) gt - log(rest + eps) rest_gt for every item, without eps where logs are exact. [B, N]."""
+    log_top, log_rest = predicted.logs()
+    return -log_top * target.top - log_rest * target.rest
 
 
 def end_to_end_cross_entropy(predicted: Sequence[Selection], target: Selection) -> Tensor:
     """-log(prod_i top_i + eps) gt - log(1 - prod_i (1 - rest_i) + eps) clamp(1 - gt, 0, 1) for every item. [B, N].
 
-    prod_i top_i is the lower bound of the probability that an item survives every stage i (LCRON, section 4).
+    prod_i top_i is the lower bound of the probability that an item survives every stage i (LCRON, section 4). Where an
+    operator knows its logarithms there is no eps, and 1 - prod_i top_i is summed up in logarithms: stage by stage, to
+    what was dropped before comes what survived until here and is dropped now.
     """
+    if all(stage.exact_logs for stage in predicted):
+        return _exact_end_to_end(predicted, target)
     survives, never_dropped = torch.ones_like(target.top), torch.ones_like(target.top)
     for stage in predicted:
         survives, never_dropped = survives * stage.top, never_dropped * (1 - stage.rest)
     negative = (1 - target.top).clamp(0, 1)
     return -(survives + EPSILON).log() * target.top - (1 - never_dropped + EPSILON).log() * negative
+
+
+def _exact_end_to_end(predicted: Sequence[Selection], target: Selection) -> Tensor:
+    log_survives, log_dropped = predicted[0].logs()
+    for stage in predicted[1:]:
+        log_top, log_rest = stage.logs()
+        log_dropped = torch.logaddexp(log_dropped, log_survives + log_rest)
+        log_survives = log_survives + log_top
+    return -log_survives * target.top - log_dropped * (1 - target.top).clamp(0, 1)
 
 
 def mean_of_rows(permutation: Tensor, mask: Tensor, k: int) -> Tensor:

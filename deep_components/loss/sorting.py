@@ -14,16 +14,16 @@ class SortingCrossEntropy(nn.Module):
 
     Args:
         tau: temperature of the sorting operator.
-        sort: one of ``PERMUTATION_OPERATORS``.
+        topk_op: one of ``PERMUTATION_OPERATORS``.
     """
 
-    def __init__(self, tau: float = 50.0, sort: str = "neural_sort") -> None:
+    def __init__(self, tau: float = 50.0, topk_op: str = "neural_sort") -> None:
         super().__init__()
-        self.tau, self.sort = tau, sort
+        self.tau, self.topk_op = tau, topk_op
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
-        mask, sort = targets.mask, PERMUTATION_OPERATORS[self.sort]
+        mask, sort = targets.mask, PERMUTATION_OPERATORS[self.topk_op]
         label_rows = label_permutation(targets.labels, mask, next(iter(scores.values())).dtype)
         return sum_of_terms(
             {stage: sorting_cross_entropy(sort(s, mask, self.tau), label_rows, mask) for stage, s in scores.items()}

@@ -101,22 +101,59 @@ def mean_of_entries(permutations: Iterable[np.ndarray], label_matrices: Iterable
 
 @dataclass(frozen=True)
 class Selection:
-    """top_k(P) and rest_k(P)."""
+    """top_k and rest_k, and what is added to both inside a logarithm."""
 
     top: np.ndarray
     rest: np.ndarray
+    epsilon: float = EPSILON
 
 
-def selection(request: Request, stage: str, sort: str, tau: float, k: int) -> Selection:
-    permutation = SORTS[sort](request.scores[stage], tau)
-    total = SORTS[sort](request.still[stage], tau).sum(axis=0) + EPSILON
+def selection(request: Request, stage: str, operator: str, tau: float, k: int) -> Selection:
+    if operator not in SORTS:
+        return by_threshold(operator, request.scores[stage], tau, k)
+    permutation = SORTS[operator](request.scores[stage], tau)
+    total = SORTS[operator](request.still[stage], tau).sum(axis=0) + EPSILON
     return Selection(permutation[:k].sum(axis=0) / total, permutation[k:].sum(axis=0) / total)
+
+
+def logistic(x: np.ndarray) -> np.ndarray:
+    return np.array([sigmoid(value) for value in x])
+
+
+def laplace(x: np.ndarray) -> np.ndarray:
+    return np.array([math.exp(value) / 2 if value <= 0 else 1 - math.exp(-value) / 2 for value in x])
+
+
+def clip(x: np.ndarray) -> np.ndarray:
+    return np.clip(x, 0, 1)
+
+
+SHARES = {"dftopk": logistic, "lml": logistic, "lapsum": laplace, "sparse_topk": clip}
+
+
+def by_threshold(operator: str, scores: Sequence[float], tau: float, k: int) -> Selection:
+    """F((s - b) / tau): b by its formula (dftopk), the others' by halving an interval until sum p = k."""
+    s, n, share = np.array(scores, dtype=np.float64), len(scores), SHARES[operator]
+    epsilon = EPSILON if operator == "sparse_topk" else 0.0
+    if not 0 < k < n:  # EPSILON stands for 0 in a logarithm
+        one, floor = np.ones(n), np.full(n, 0.0 if epsilon else EPSILON)
+        return Selection(one, floor, epsilon) if k else Selection(floor, one, epsilon)
+    ordered = sorted(scores, reverse=True)
+    if operator == "dftopk":
+        x = (s - (ordered[k - 1] + ordered[k]) / 2) / tau
+        return Selection(share(x), share(-x), epsilon)
+    centre = (ordered[k - 1] + ordered[k]) / 2
+    x, low, high = (s - centre) / tau, -abs(s - centre).max() / tau - 50, abs(s - centre).max() / tau + 50
+    for _ in range(200):
+        b = (low + high) / 2
+        low, high = (b, high) if share(x - b).sum() > k else (low, b)
+    return Selection(share(x - b), 1 - share(x - b) if operator == "sparse_topk" else share(b - x), epsilon)
 
 
 def selection_terms(chosen: Selection, truth: np.ndarray, k: int) -> list[float]:
     """-log(top + eps) gt - log(rest + eps) rest of every item."""
     gt, rest = truth[:k].sum(axis=0), truth[k:].sum(axis=0)
-    return list(-np.log(chosen.top + EPSILON) * gt - np.log(chosen.rest + EPSILON) * rest)
+    return list(-np.log(chosen.top + chosen.epsilon) * gt - np.log(chosen.rest + chosen.epsilon) * rest)
 
 
 # ---- the methods: requests (none of them empty), setting, weights, options -> terms and "loss" ----------------------
@@ -235,18 +272,19 @@ def fs_lambdaloss(requests: Requests, setting: str, weights: Weights) -> Terms:
     return terms | {"loss": sum(terms.values())}
 
 
-def arf(requests: Requests, setting: str, weights: Weights, tau: float = 200.0, second_version: bool = False) -> Terms:
+def arf(requests: Requests, setting: str, weights: Weights, tau: float = 200.0, topk_op: str | None = None) -> Terms:
+    """ARF, with an operator ARF-v2."""
+    order, order_tau = (SORTS[topk_op], tau) if topk_op in SORTS else (neural_sort, tau if topk_op is None else 200.0)
     truths = [label_matrix(request.labels) for request in requests]
     terms, loss = Terms(), 0.0
     for stage in STAGES[setting] if requests else ():
         m, w = KEPT[setting][stage], weights[stage]
-        permutations = [neural_sort(request.scores[stage], tau) for request in requests]
+        permutations = [order(request.scores[stage], order_tau) for request in requests]
         kept: list[float] = []
         for request, truth, permutation in zip(requests, truths, permutations, strict=True):
-            gt, rest = (rows.sum(axis=0) for rows in np.split(truth, [request.num_ground_truth]))
-            if second_version:
-                chosen = selection(request, stage, "neural_sort", tau, m)
-                kept += list(-np.log(chosen.top + EPSILON) * gt - np.log(chosen.rest + EPSILON) * rest)
+            gt = truth[: request.num_ground_truth].sum(axis=0)
+            if topk_op is not None:
+                kept += selection_terms(selection(request, stage, topk_op, tau, m), truth, request.num_ground_truth)
             else:
                 kept += list(-np.log(permutation[:m].mean(axis=0) + EPSILON) * gt)
         terms |= {f"order.{stage}": mean_of_entries(permutations, truths), f"top.{stage}": mean(kept)}
@@ -254,8 +292,10 @@ def arf(requests: Requests, setting: str, weights: Weights, tau: float = 200.0, 
     return terms | {"loss": loss}
 
 
-def arf_v2(requests: Requests, setting: str, weights: Weights, tau: float = 200.0) -> Terms:
-    return arf(requests, setting, weights, tau, second_version=True)
+def arf_v2(
+    requests: Requests, setting: str, weights: Weights, tau: float = 200.0, topk_op: str = "neural_sort"
+) -> Terms:
+    return arf(requests, setting, weights, tau, topk_op)
 
 
 def lcron(
@@ -263,7 +303,7 @@ def lcron(
     setting: str,
     weights: Weights,
     tau: float = 50.0,
-    sort: str = "neural_sort",
+    topk_op: str = "neural_sort",
     terms: str = "both",
     single_weight: float | None = None,
     weighting: str = "original",
@@ -278,13 +318,15 @@ def lcron(
         if label_ties == "repeated":
             truth = (truth > 1e-3).astype(np.float64)
         gt = truth[:k].sum(axis=0)
-        survives, never_dropped = np.ones(len(request)), np.ones(len(request))
+        survives, never_dropped, dropped = np.ones(len(request)), np.ones(len(request)), np.zeros(len(request))
         for stage, q in zip(STAGES[setting], end_to_end_quotas or [k] * len(single), strict=True):
-            single[stage] += selection_terms(selection(request, stage, sort, tau, k), truth, k)
-            inside = selection(request, stage, sort, tau, q)
+            single[stage] += selection_terms(selection(request, stage, topk_op, tau, k), truth, k)
+            inside = selection(request, stage, topk_op, tau, q)
+            dropped = dropped + survives * inside.rest  # 1 - prod top, without cancellation
             survives, never_dropped = survives * inside.top, never_dropped * (1 - inside.rest)
+        outcome = Selection(survives, dropped, 0.0) if inside.epsilon == 0 else Selection(survives, 1 - never_dropped)
         end_to_end += list(
-            -np.log(survives + EPSILON) * gt - np.log(1 - never_dropped + EPSILON) * np.clip(1 - gt, 0, 1)
+            -np.log(outcome.top + outcome.epsilon) * gt - np.log(outcome.rest + outcome.epsilon) * np.clip(1 - gt, 0, 1)
         )
     e, s = mean(end_to_end), {stage: mean(values) for stage, values in single.items()}
     named = ({} if terms == "single" else {"end_to_end": e}) | ({} if terms == "end_to_end" else s)
@@ -296,10 +338,12 @@ def lcron(
     return named | {"loss": sum((fixed | weighted).values()) + log(math.prod(weights.values()))}
 
 
-def sorting(requests: Requests, setting: str, weights: Weights, tau: float = 50.0, sort: str = "neural_sort") -> Terms:
+def sorting(
+    requests: Requests, setting: str, weights: Weights, tau: float = 50.0, topk_op: str = "neural_sort"
+) -> Terms:
     truths = [label_matrix(request.labels) for request in requests]
     terms = {
-        stage: mean_of_entries((SORTS[sort](request.scores[stage], tau) for request in requests), truths)
+        stage: mean_of_entries((SORTS[topk_op](request.scores[stage], tau) for request in requests), truths)
         for stage in STAGES[setting]
     }
     return terms | {"loss": sum(terms.values())}

@@ -144,7 +144,7 @@ def test_building_a_loss_leaves_the_arguments_alone(setting: str, name: str) -> 
 
 def test_hyper_parameters_are_what_the_method_was_built_with() -> None:
     assert hyper_parameters(build("three_stage", "--loss_type=lcron", "--tau=2", "--end_to_end_quotas=4,3,2")) == {
-        "tau": 2.0, "sort": "neural_sort", "terms": "both", "single_weight": None, "weighting": "original",
+        "tau": 2.0, "topk_op": "neural_sort", "terms": "both", "single_weight": None, "weighting": "original",
         "label_ties": "repeated", "end_to_end_quotas": {"retrieval": 4, "prerank": 3, "rank": 2}, "num_relevant": 10,
     }  # fmt: skip
     assert hyper_parameters(build("two_stage", "--loss_type=icc"))["weights"] == {"retrieval": 1, "rank": 1}
@@ -177,13 +177,13 @@ TAKES = {
     "fs_ranknet": (),
     "fs_lambdaloss": (),
     "arf": ("tau",),
-    "arf_v2": ("tau",),
-    "lcron": ("tau", "sort", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas"),
-    "sorting": ("tau", "sort"),
+    "arf_v2": ("tau", "topk_op"),
+    "lcron": ("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas"),
+    "sorting": ("tau", "topk_op"),
 }
 GIVEN = {
     "tau": "50",
-    "sort": "neural_sort",
+    "topk_op": "neural_sort",
     "terms": "both",
     "single_weight": "1",
     "weighting": "original",
@@ -319,5 +319,5 @@ def test_the_variants_of_the_paper_have_scripts() -> None:
 
 def test_sorting_wants_an_operator_that_gives_a_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SELECTION_OPERATORS, "gate", SELECTION_OPERATORS["soft_sort"])
-    with pytest.raises(InputError, match="--sort=gate: sorting takes one of neural_sort, soft_sort"):
+    with pytest.raises(InputError, match="--topk_op=gate: sorting takes one of neural_sort, soft_sort"):
         build("two_stage", "--loss_type=sorting", "--sort=gate")

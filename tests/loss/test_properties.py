@@ -24,9 +24,15 @@ VARIANTS = (
     "--loss_type=arf --tau=5",
     "--loss_type=arf_v2",
     "--loss_type=arf_v2 --tau=5",
+    "--loss_type=arf_v2 --topk_op=soft_sort --tau=5",
+    "--loss_type=arf_v2 --topk_op=lml --tau=2",
     "--loss_type=lcron",
     "--loss_type=lcron --tau=1",
     "--loss_type=lcron --sort=soft_sort --tau=1",
+    "--loss_type=lcron --topk_op=dftopk --tau=1",
+    "--loss_type=lcron --topk_op=lapsum --tau=1",
+    "--loss_type=lcron --topk_op=lml --tau=1",
+    "--loss_type=lcron --topk_op=sparse_topk --tau=4",
     "--loss_type=lcron --terms=end_to_end",
     "--loss_type=lcron --terms=single",
     "--loss_type=lcron --single_weight=0.1",
@@ -39,11 +45,15 @@ VARIANTS = (
     "--loss_type=sorting --sort=soft_sort --tau=1",
 )
 QUOTAS = {"two_stage": ("30,20", "4,2"), "three_stage": ("40,30,20", "6,4,2"), "four_stage": ("6,4,3,2",)}
-MATRIX = [Method(setting, flags) for setting in STAGES for flags in VARIANTS] + [
-    Method(setting, f"--loss_type=lcron --end_to_end_quotas={quotas}")
-    for setting, choices in QUOTAS.items()
-    for quotas in choices
-]
+MATRIX = (
+    [Method(setting, flags) for setting in STAGES for flags in VARIANTS]
+    + [
+        Method(setting, f"--loss_type=lcron --end_to_end_quotas={quotas}")
+        for setting, choices in QUOTAS.items()
+        for quotas in choices
+    ]
+    + [Method("two_stage", "--loss_type=lcron --topk_op=lapsum --tau=1 --end_to_end_quotas=4,2")]
+)
 every_loss = pytest.mark.parametrize("method", MATRIX, ids=str)
 few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 

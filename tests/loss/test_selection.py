@@ -275,7 +275,7 @@ def test_a_selection_tends_to_the_k_best(name: str) -> None:
         assert sorted(scores[row, hard[row] > 0.5].tolist(), reverse=True) == expected
 
 
-@each_operator
+@pytest.mark.parametrize("name", PERMUTATION_OPERATORS)
 def test_select_at_several_cuts_sorts_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, mask, sorted_scores = random_scores(7), ragged_mask(7), []
     cuts = [torch.tensor([1, 2, 0]), torch.tensor([4, 4, 4])]

@@ -27,7 +27,7 @@ PAPER_ARGUMENTS = {
     "seq_len": 50,
     "init_from": None,
     "tau": 50.0,
-    "sort": "neural_sort",
+    "topk_op": "neural_sort",
     "terms": "both",
     "single_weight": None,
     "weighting": "original",

@@ -463,7 +463,7 @@ CHANGES_PARAMETERS = {
     "seq_len": "6",
     "time_zone": "UTC",
     "tau": "20",
-    "sort": "soft_sort",
+    "topk_op": "soft_sort",
     "terms": "end_to_end",
     "single_weight": "2",
     "weighting": "paper",
