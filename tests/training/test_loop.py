@@ -484,6 +484,7 @@ TESTED_BELOW = {
     "shuffle": "test_flag_shuffle",
     "init_from": "test_init_from",
     "resume": "test_resumed_after_an_interruption",
+    "any_code": "test_flag_any_code",
     "cuda": "test_flags_of_the_device",
     "device": "test_flags_of_the_device",
     "save_minutes": "test_flag_save_minutes",
@@ -592,7 +593,7 @@ def test_flag_save_minutes(log: Path, baseline: Path, tmp_path: Path, interrupt:
     assert not (tmp_path / STATE_FILE).exists()
     interrupt(2)
     assert run_command(run_train2.main, [*arguments, "--save_minutes=1e-9"]) == 130
-    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 0, "batch": 1, "step": 1}
+    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 0, "batch": 1, "step": 1, "skipped": 0}
     interrupt(0)
     assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
     assert_trained_alike(tmp_path, baseline)
