@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 
 # Beginnings of the names of files that no number of a run follows from: they start runs, keep their books, or read
 # what is finished. Importers make days, whose checksums are part of a run's identity. Every other file counts, a new
@@ -111,8 +111,9 @@ def code_of(trained: Any, evaluated: Any, method: bool = True) -> RunCode:
 
 def named(files: Iterable[str]) -> str:
     """The files in a sentence, the first few by name."""
-    first, more = list(files)[:_SHOWN], len(list(files)) - _SHOWN
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    listed = list(files)
+    more = len(listed) - _SHOWN
+    return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _different(ours: Files, theirs: Files) -> list[str]:
@@ -219,6 +220,8 @@ def _method_of(test: ast.expr) -> str | None:
 
 def _root(path: Path) -> Path:
     """The folder that Python imports the file from."""
+    if path.is_relative_to(PACKAGE):
+        return PACKAGE.parent
     folder = path.parent
     while (folder / "__init__.py").exists():
         folder = folder.parent

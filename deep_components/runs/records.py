@@ -85,12 +85,17 @@ def check_same_run(
     found: Any = first_difference(held.config, wanted, extend or streaming, more_epochs=extend, any_code=any_code)
     if held.record.get("streaming", False) != streaming:
         found = f"streaming={not streaming}, not {streaming}"
-    elif found is None and not any_code and not all(is_evaluation_current(day.get("code")) for day in held.streamed):
-        found = Difference("code", ["evaluation"], None)
+    elif found is None and not any_code and (days := _evaluated_before(held)):
+        found = Difference("code", [f"the evaluation of {days[0]}"], None)
     if isinstance(found, Difference) and found.is_code:
         remedy = "--force makes it again, --any_code keeps it, and another --output_dir makes a second one"
     if found is not None:
         raise InputError(f"{held.folder}: holds a run with {found}; {remedy}")
+
+
+def _evaluated_before(held: FolderContents) -> list[str]:
+    """The days of a stream that other code has evaluated; their models are gone."""
+    return [str(day.get("test_day")) for day in held.streamed if not is_evaluation_current(day.get("code"))]
 
 
 def start_record(held: FolderContents, about: Mapping[str, Any], attempt: Mapping[str, Any]) -> dict[str, Any]:
