@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 
@@ -45,10 +44,7 @@ def remarks_of(runs: pd.DataFrame) -> Remarks:
     """The remarks about runs with rows (:func:`~deep_components.reporting.frame.label_rows`)."""
     groups: dict[Row, pd.DataFrame] = dict(list(runs.groupby(_ROW, sort=False)))
     conflicts = conflicting_files(runs)
-    codes = {
-        key: "; ".join(dict.fromkeys(_code(run, conflicts) for run in group.to_dict("records")))
-        for key, group in groups.items()
-    }
+    codes = {key: _codes(group, conflicts) for key, group in groups.items()}
     marks, lines = dict[Row, str](), list[str]()
     for key, group in groups.items():
         for sentence in _sentences(group):
@@ -77,11 +73,18 @@ def check_one_code(name: str, runs: pd.DataFrame, any_code: bool) -> None:
         )
 
 
-def _code(run: Mapping[Any, Any], conflicts: list[str]) -> str:
-    """A run's code: the fingerprint of what all methods share, the commit, and its other files that differ here."""
-    own = [f"{name} {run['run_code'].own[name]}" for name in conflicts if name in run["run_code"].own]
-    commit, dash, modified = str(run["commit"] or UNKNOWN).partition("-")
-    return ", ".join([f"{run['code'] or UNKNOWN} (commit {commit[:_COMMIT]}{dash}{modified})", *own])
+def _codes(group: pd.DataFrame, conflicts: list[str]) -> str:
+    """A row's code: the fingerprint of what all methods share and the commit, or each of them, and what its other files
+    that differ in this table are."""
+    shared = "; ".join(dict.fromkeys(map(_code, group["code"], group["commit"])))
+    forms = [(name, code.own[name]) for name in conflicts for code in group["run_code"] if name in code.own]
+    own = (f"{name.removeprefix('deep_components/')} {digest[:_COMMIT]}" for name, digest in dict.fromkeys(forms))
+    return ", ".join([shared, *own])
+
+
+def _code(total: str | None, commit: str | None) -> str:
+    first, dash, modified = str(commit or UNKNOWN).partition("-")
+    return f"{total or UNKNOWN} (commit {first[:_COMMIT]}{dash}{modified})"
 
 
 def _sentences(group: pd.DataFrame) -> Iterator[str]:

@@ -234,7 +234,7 @@ def test_no_table_averages_seeds_of_other_code(kind: str, tmp_path: Path) -> Non
     shown = of_kind(kind, tmp_path, any_code=True)
     assert "[1] lcron: the seeds ran different code: deep_components/loss/lcron.py." in shown
     assert "lcron [1]" in shown if kind == "streaming" else "2 [1]" in " ".join(rows(shown)["lcron"])
-    assert "t (commit abcdef012), deep_components/loss/lcron.py 5; t (commit abcdef0-modified)" in shown
+    assert "t (commit abcdef012); t (commit abcdef0-modified), loss/lcron.py 5, loss/lcron.py 6" in shown
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
