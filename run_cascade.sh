@@ -12,6 +12,7 @@
 #   --jobs=2         runs at a time, spread over the CUDA devices; --threads=N of each
 #   --engine=ray     on a Ray cluster (pip install -r requirements-ray.txt; RAY_ADDRESS names it)
 #   --force          make again what is finished
+#   --any_code       keep runs that other code has made, and go on with unfinished ones; the table marks them
 #   --discard_state  remove the saved state of a finished run (three times the models' size), which only --resume needs
 #   --resume         let a finished run go on with more --epochs or --train_days
 #   --test_day, --save_scores go to the evaluation; --cache_dir, --time_zone, --cuda, --device, --no-compile to both; all
@@ -32,7 +33,7 @@ if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a lin
 fi
 
 run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=...] -- [the user's arguments]
-    local options=() data_dir='' argument command status=0 runs
+    local options=() data_dir='' any_code='' argument command status=0 runs
     while [ "$1" != -- ]; do
         options+=("$1")
         shift
@@ -41,6 +42,7 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     for argument in "$@"; do
         case $argument in
             --data_dir | --data_dir=*) data_dir=given ;;
+            --any_code) any_code=$argument ;;
             --help | -h)
                 sed -n '/^# Train and evaluate/,/^$/s/^# \{0,1\}//p' "$root/run_cascade.sh"
                 exit 0
@@ -64,7 +66,7 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
         --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
     mapfile -t runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
-        "$PYTHON" -m deep_components table --kind="${table_kind:-metrics}" "${runs[@]}" || status=$?
+        "$PYTHON" -m deep_components table --kind="${table_kind:-metrics}" ${any_code:+"$any_code"} "${runs[@]}" || status=$?
     fi
     return "$status"
 }

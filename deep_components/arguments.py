@@ -86,6 +86,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
+    parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
                         help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
     parser.add_argument("--on_nonfinite", choices=["stop", "skip"], default="stop",
@@ -108,6 +109,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
+    parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
     return parser
 
 

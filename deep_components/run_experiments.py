@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
     user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
+    user.add_argument("--any_code", action="store_true", help="keep runs of other code, and go on with unfinished ones")
     user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
     user.add_argument("--jobs", type=_at_least_one, default=1, help="runs at a time on a machine (default 1)")
     user.add_argument("--threads", type=_at_least_one, help="of each run (default: the cores divided by the jobs)")
@@ -99,7 +100,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[
 
 
 def _engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
-    options = Options(args.force, args.resume, args.discard_state)
+    options = Options(args.force, args.resume, args.any_code, args.discard_state)
     cores = len(os.sched_getaffinity(0))
     named = any(word.startswith(("--device=", "--cuda=")) for word in runs[0].evaluation)
     environment = os.environ.get("OMP_NUM_THREADS", "")
@@ -142,13 +143,13 @@ def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _say_commits(outcomes: Sequence[Outcome]) -> None:
-    """Say so when runs that were kept were made by other code than the rest."""
-    folders = [outcome.run.folder for outcome in outcomes if outcome.done]
-    commits = Counter(str(read_folder(folder).record.get("commit")) for folder in folders)
-    if len(commits) > 1:
-        counts = ", ".join(f"{count} at {commit}" for commit, count in commits.items())
-        logger.warning("the runs were not all made by the same commit: %s; --force makes them again", counts)
+def _say_codes(outcomes: Sequence[Outcome]) -> None:
+    """Say so when runs that were kept were made by other code than the rest, or by code that they do not name."""
+    records = [read_folder(outcome.run.folder).record for outcome in outcomes if outcome.done]
+    codes = Counter(f"code {r['code']}" if r.get("code") else f"commit {r.get('commit')}" for r in records)
+    if len(codes) > 1:
+        counts = ", ".join(f"{count} by {code}" for code, count in codes.items())
+        logger.warning("the runs were not all made by the same code: %s; --force makes them again", counts)
 
 
 def _report_failures(outcomes: Sequence[Outcome]) -> int:
@@ -170,12 +171,12 @@ def main(argv: list[str]) -> None:
     args, methods, training = parse_args(argv)
     runs = make_plan(args, methods, training)
     for run in [] if args.force else runs:  # a folder that holds another run: better said now than after hours
-        check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume)
+        check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume, args.any_code)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.batch_divisor > 1:
         logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)
     outcomes = _make_all(args, runs)
-    _say_commits(outcomes)
+    _say_codes(outcomes)
     if args.run_list is not None:
         _write_list(args.run_list, outcomes)
     code = _report_failures(outcomes)

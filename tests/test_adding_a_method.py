@@ -49,14 +49,22 @@ def test_the_readmes_three_steps_add_a_method(tmp_path: Path, tmp_path_factory: 
     small = ["--seeds=30", "--batch_size=16", "--emb_dim=4", "--nn_units=16", "--device=cpu"]
     environment = {**os.environ, "PYTHON": sys.executable}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        ["bash", "two_stage/mine.sh", f"--data_dir={log}", f"--output_dir={tmp_path / 'runs'}", *small],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^mine +0\.\d{4}", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^untrained +0\.\d{4}", done.stdout, re.MULTILINE), done.stdout
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        words = ["bash", "two_stage/mine.sh", f"--data_dir={log}", f"--output_dir={tmp_path / 'runs'}", *small, *flags]
+        return subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, check=False)
+
+    def numbers(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
+        assert done.returncode == 0, done.stderr
+        return dict(re.findall(r"^(mine|untrained) +(0\.\d{4})", done.stdout, re.MULTILINE))
+
+    first = numbers(run())
+    assert first.keys() == {"mine", "untrained"}
+
+    loss = project / "deep_components/loss/mine.py"  # the method is changed: its old number is not its number
+    loss.write_text(loss.read_text().replace("return {", "loss = 3 * loss + total.square().mean()\n        return {"))
+    refused = run()
+    assert refused.returncode == 2 and not refused.stdout
+    assert "holds a run with other code: deep_components/loss/mine.py; --force makes it again" in refused.stderr
+    kept = run("--any_code")
+    assert numbers(kept) == first and "Code: " in kept.stdout

@@ -1,8 +1,10 @@
 """The runner's command: what its arguments make of a plan, what is said at the end, the exit code."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deep_components import run_experiments, run_train2
@@ -12,6 +14,7 @@ from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
 from deep_components.runs.identity import first_difference
 from deep_components.runs.records import read_folder
+from deep_components.runs.state import save_models
 from tests.helpers import DAYS
 
 TRAIN, EVALUATE = "deep_components.run_train2", "deep_components.run_test2"
@@ -109,11 +112,35 @@ def test_the_users_batch_size_is_not_divided(log: Path) -> None:
     [
         (["--lr=0.5", "--seed=7"], "untrained"),
         (["--emb_dim=4", "--seq_len=5"], "untrained_emb_dim4_seq_len5"),
-        (["--init_from=a/b"], "untrained_init_froma-b"),
     ],
 )
 def test_the_folder_of_an_untrained_cascade(words: list[str], folder: str, log: Path) -> None:
     assert folders(plan(log, *words))[0].split("/")[2] == folder
+
+
+def test_the_folder_of_an_untrained_cascade_of_another_run_s_models(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no such file; train first"):
+        plan(log, "--init_from=a/b")
+    save_models(Path("a/b"), {stage: {"bias": np.zeros(2)} for stage in ("retrieval", "rank")}, {})
+    run = plan(log, "--init_from=a/b")[0]
+    assert folders([run])[0].split("/")[2] == "untrained_init_froma-b"
+    save_models(Path("a/b"), {"rank": {"bias": np.ones(2)}}, {})
+    later = plan(log, "--init_from=a/b")[0]
+    assert str(first_difference(run.config, later.config)) == "other models in --init_from: rank"
+
+
+def test_a_test_day_that_is_a_copy_of_a_training_day(log: Path, tmp_path: Path) -> None:
+    """Under another name; the day itself may be named for both, which its metrics say."""
+    copied = shutil.copytree(log, tmp_path / "log", ignore=shutil.ignore_patterns("cache", "manifest.json"))
+    for path in copied.rglob(f"*{DAYS[0]}*"):
+        shutil.copy(path, path.with_name(path.name.replace(DAYS[0], DAYS[2])))
+    for words in ([], ["--streaming"]):
+        with pytest.raises(InputError, match=f"day {DAYS[2]}, .* the same requests as day {DAYS[0]}, which trains"):
+            plan(copied, *words)
+    plan(copied, f"--train_days={DAYS[0]}", f"--test_day={DAYS[0]}")
 
 
 def test_a_plan_knows_what_the_training_will_write(log: Path, tmp_path: Path) -> None:
@@ -192,14 +219,16 @@ def test_the_exit_code_of_a_mistake(log: Path, tmp_path: Path, monkeypatch: pyte
     assert finish(log, tmp_path, monkeypatch, None, ("--tau is not an option of bce", 2)) == (2, [])
 
 
-def test_runs_of_several_commits(
+def test_runs_of_several_codes(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "seed30").mkdir()
     (tmp_path / "seed30/run.json").write_text('{"commit": "abc"}')
+    (tmp_path / "untrained/seed30").mkdir(parents=True)
+    (tmp_path / "untrained/seed30/run.json").write_text('{"commit": "abc", "code": "3f"}')
     with caplog.at_level("WARNING"):
         finish(log, tmp_path, monkeypatch, None, None)
-    assert "not all made by the same commit: 1 at None, 1 at abc" in caplog.text
+    assert "not all made by the same code: 1 by code 3f, 1 by commit abc" in caplog.text
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_starts(

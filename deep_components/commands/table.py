@@ -34,6 +34,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"the row to compare with every other trained row (default: {OUR_METHOD})")  # fmt: skip
     parser.add_argument("--test", choices=["welch", "paired"], default="welch",
                         help="over seeds: Welch's t-test (default), or the t-test paired by seed")  # fmt: skip
+    parser.add_argument("--any_code", action="store_true",
+                        help="let the seeds of a row be of different code; they are marked then")  # fmt: skip
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -48,14 +50,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def results_of(args: argparse.Namespace) -> Results:
     """The results that the arguments of :func:`add_run_arguments` ask for."""
-    return build_results(read_runs(args.runs), args.compare, args.test)
+    return build_results(read_runs(args.runs), args.compare, args.test, args.any_code)
 
 
 def _document(args: argparse.Namespace) -> Maker:
     if args.kind == "costs":
-        return partial(costs_document, frame(args.runs))
+        return partial(costs_document, frame(args.runs), any_code=args.any_code)
     if args.kind == "streaming":
-        return partial(streaming_document, read_runs(args.runs))
+        return partial(streaming_document, read_runs(args.runs), any_code=args.any_code)
     return partial(metrics_document, results_of(args))
 
 

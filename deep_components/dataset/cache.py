@@ -47,8 +47,7 @@ def cached_day(
 
     Raises InputError when the day cannot be built, or the cache cannot be written.
     """
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = parent / f"{day_and_log}-{key}"
+    folder = day_folder(parent, day_and_log, identity)
     with locked(_lock_path(parent, day_and_log), shared=True):
         if folder.exists():
             try:
@@ -75,6 +74,12 @@ def cached_day(
             f"{folder}: the cache cannot be written ({error.strerror or error}); name another folder with --cache_dir"
         ) from error
     return day
+
+
+def day_folder(parent: Path, day_and_log: str, identity: Mapping[str, Any]) -> Path:
+    """Where the day lies, or will lie once it is built; arguments as of :func:`cached_day`."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return parent / f"{day_and_log}-{key}"
 
 
 def _lock_path(parent: Path, day_and_log: str) -> Path:

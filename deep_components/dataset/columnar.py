@@ -343,9 +343,18 @@ def read_day(folder: Path, day: str, cascade: Cascade, made_from: Mapping[str, A
     for repair, count in meta["repairs"].items():
         if count:
             logger.warning("%s: %s: %d", day, repair, count)
-    contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
-    checksum, length = hashlib.sha256(contents.encode()).hexdigest(), columns["history.mask"].shape[1]
+    checksum, length = _checksum(meta), columns["history.mask"].shape[1]
     return DayCache(day, columns, schema, cascade.group_of_item, length, meta["repairs"], checksum, id_bits)
+
+
+def checksum_of(folder: Path) -> str:
+    """``checksum`` of the day in ``folder`` by its meta.json alone. InputError as in :func:`read_day`."""
+    return _checksum(_read_meta(folder))
+
+
+def _checksum(meta: Mapping[str, Any]) -> str:
+    contents = json.dumps({name: file["sha256"] for name, file in meta["files"].items()}, sort_keys=True)
+    return hashlib.sha256(contents.encode()).hexdigest()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date
-from deep_components.dataset.columnar import META_FILE, DayCache, history_length_of, read_day, schema_of
+from deep_components.dataset.columnar import META_FILE, DayCache, checksum_of, history_length_of, read_day, schema_of
 from deep_components.dataset.importers.recflow import RecFlowLog, open_recflow
 from deep_components.dataset.importers.recflow_files import origin_in
 from deep_components.errors import InputError
@@ -66,6 +66,9 @@ class ColumnarLog:
                 "again"
             )
         return opened.with_history(history_length)
+
+    def checksum(self, day: str, cascade: Cascade, cache_dir: Path | None, zone: str) -> str | None:
+        return checksum_of(self.folder / day)
 
     def files(self) -> list[Path]:
         return [self.folder / LOG_FILE, *(path for day in self.days() for path in self.day_files(day))]

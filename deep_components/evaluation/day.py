@@ -24,12 +24,15 @@ from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import build_models
+from deep_components.models import MODELS, build_models
+from deep_components.runs import code
 from deep_components.runs.folder import (
+    COST_FILE,
     METRICS_FILE,
     PER_REQUEST_FILE,
     SCORES_FILE,
     cascade_of,
+    read_json,
     read_training,
     write_json,
 )
@@ -84,15 +87,20 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     own = cascade_of(run, config)
     _check(run, config, log, own, cascade)
     trained = argparse.Namespace(**config["arguments"])
+    ran = _code(run, config, own, args.any_code)
+    zone = _time_zone(run, config, args.time_zone)
     name = test_day(log, args.test_day)
-    day = log.open_day(name, own, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
+    _check_same_log(run, config, log, own, args.cache_dir, zone)
+    day = log.open_day(name, own, args.cache_dir, zone, trained.seq_len)
+    _check_new_requests(run, config, name, day)
     scored = _scores(run, own, log.schema, trained, args, day)
     if args.save_scores:
         scored = list(scored)
     metrics, results = summary(own, scored)
     results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
-    results |= {"test_day_checksum": day.checksum}
+    results |= {"test_day_checksum": day.checksum, "time_zone": zone, "code": ran}
+    results |= _skipped_steps(run)
     if log.origin == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
     if trained.epochs and name in config["train_days"]:
@@ -116,6 +124,65 @@ def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted:
         raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
     if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
         raise InputError(f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; {same}")
+
+
+def _code(run: Path, config: Mapping[str, Any], cascade: Cascade, any_code: bool) -> dict[str, Any]:
+    """What metrics.json says of the evaluation's code. InputError when the models were trained by other code, as far as
+    it takes part in scoring, unless ``any_code`` will do."""
+    models = [MODELS[stage.model] for stage in cascade.stages if stage.model in MODELS]
+    ran = code.evaluation_code(config.get("code"), models)
+    changed = code.changed_since_training(ran)
+    if changed and not any_code:
+        raise InputError(
+            f"{run}: was trained by other code: {code.named(changed)}; train it again, or evaluate it all the same "
+            "with --any_code"
+        )
+    return ran
+
+
+def _time_zone(run: Path, config: Mapping[str, Any], wanted: str | None) -> str:
+    """The time zone of the training, which another ``wanted`` one must not replace; imported models know none."""
+    own = str(config["arguments"]["time_zone"])
+    if wanted not in (None, own) and config["data"] != "unknown":
+        raise InputError(f"--time_zone={wanted}: {run} was trained with {own}; leave the option out, or train again")
+    return wanted or own
+
+
+def _check_same_log(
+    run: Path, config: Mapping[str, Any], log: Log, cascade: Cascade, cache_dir: Path | None, zone: str
+) -> None:
+    """InputError unless the days that the run was trained on, as far as the log has them, are the same there.
+
+    Days of the cache are compared by what it says of itself; where it has none of them, the last one is encoded."""
+    known = config.get("data_checksums") or {}  # none: an untrained cascade, imported models, an earlier version
+    there = sorted(known.keys() & set(log.days(named=True)))
+    if known and not there:
+        raise InputError(
+            f"{log.folder}: has none of the days that {run} was trained on ({', '.join(sorted(known))}), so nothing "
+            "tells that it is the same log; put one of them there"
+        )
+    found = {day: log.checksum(day, cascade, cache_dir, zone) for day in there}
+    if there and not any(found.values()):
+        found[there[-1]] = log.open_day(there[-1], cascade, cache_dir, zone).checksum
+    for day, checksum in found.items():
+        if checksum is not None and checksum != known[day]:
+            raise InputError(f"{log.folder}: its day {day} is not the one that {run} was trained on; evaluate on the "
+                             "same log")  # fmt: skip
+
+
+def _check_new_requests(run: Path, config: Mapping[str, Any], name: str, day: DayCache) -> None:
+    """InputError when the test day is a copy of a training day under another name."""
+    for trained, checksum in (config.get("data_checksums") or {}).items():
+        if checksum == day.checksum and trained != name:
+            raise InputError(
+                f"--test_day={name}: has the same requests as {trained}, which {run} was trained on; name another day"
+            )
+
+
+def _skipped_steps(run: Path) -> dict[str, Any]:
+    """What metrics.json says of training steps that were left out; nothing for models of an earlier version."""
+    cost = read_json(run / COST_FILE) or {}
+    return {"skipped_steps": cost["skipped_steps"]} if "skipped_steps" in cost else {}
 
 
 def _scores(

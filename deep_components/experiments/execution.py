@@ -48,6 +48,7 @@ class Options:
 
     force: bool = False  # make finished runs, and runs of other arguments, again
     extend: bool = False  # a run of fewer days or passes goes on
+    any_code: bool = False  # runs of other code are kept and go on
     discard_state: bool = False  # remove the saved state of a finished run, which cannot be extended then
 
 
@@ -152,8 +153,8 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         if options.force:
             remove_run(run.folder, [])
         held = read_folder(run.folder)
-        check_same_run(held, run.config, run.streaming, options.extend)
-        left = [part for part in run.parts if not _done(held, run, part)]
+        check_same_run(held, run.config, run.streaming, options.extend, options.any_code)
+        left = [part for part in run.parts if not _done(held, run, part, options.any_code)]
         if not left and held.record.get("status") == "finished":
             return "kept"
         attempt = {"started": _now(), "host": socket.gethostname(), "device": slot.device, "threads": slot.threads}
@@ -161,7 +162,7 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         status, said = "finished", ""
         try:
             for part in left:
-                _make_part(run, part, slot, commands, lock, record)
+                _make_part(run, part, slot, commands, lock, record, options.any_code)
         except BaseException as error:
             status, said = error.status if isinstance(error, Ended) else "failed", str(error)
             raise
@@ -172,28 +173,32 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         return "finished"
 
 
-def _done(held: FolderContents, run: Run, part: Part) -> bool:
+def _done(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
     if run.streaming:
         return held.streamed_day(part.test_day, run.checksums[part.test_day])
-    return held.trained(part.train_days, run.epochs) and _evaluated(held, run, part)
+    return held.trained(part.train_days, run.epochs) and _evaluated(held, run, part, any_code)
 
 
-def _evaluated(held: FolderContents, run: Run, part: Part) -> bool:
-    return held.evaluated(part.test_day, run.checksums[part.test_day], scores="--save_scores" in run.evaluation)
+def _evaluated(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
+    scores = "--save_scores" in run.evaluation
+    return held.evaluated(part.test_day, run.checksums[part.test_day], scores, any_code)
 
 
-def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, record: dict[str, Any]) -> None:
+def _make_part(
+    run: Run, part: Part, slot: Slot, commands: Commands, lock: int, record: dict[str, Any], any_code: bool
+) -> None:
     """Train and evaluate, as far as it is not done."""
 
     def command(words: Sequence[str]) -> None:
-        device = [f"--device={slot.device}"] if slot.device else []
-        commands.run([*words, *device], run.cwd, environment(slot.threads), run.folder / LOG_FILE, lock)
+        more = [f"--device={slot.device}"] if slot.device else []
+        more += ["--any_code"] if any_code else []
+        commands.run([*words, *more], run.cwd, environment(slot.threads), run.folder / LOG_FILE, lock)
 
     held = read_folder(run.folder)
     if not held.trained(part.train_days, run.epochs):
         command(run.train_command(part, resume=bool(run.epochs) and held.resumable(part.train_days)))
         add_cost(run.folder, record)
-    if not _evaluated(read_folder(run.folder), run, part):
+    if not _evaluated(read_folder(run.folder), run, part, any_code):
         command(run.test_command(part))
     if run.streaming:
         add_streamed_day(run.folder, record, len(part.train_days))

@@ -184,6 +184,7 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
     parts = schedule(log, parsed.train_days, args.test_day, args.validation, args.streaming)
     days = sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
     opened = {day: log.open_day(day, SETTINGS[args.setting], parsed.cache_dir, parsed.time_zone) for day in days}
+    _check_no_copy(parts, {day: cached.checksum for day, cached in opened.items()})
     both = {name: getattr(parsed, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
     evaluation = [f"--{name}={value}" for name, value in both.items() if value is not None]
     evaluation += [] if parsed.compile else ["--no-compile"]
@@ -205,6 +206,17 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
         cwd=Path.cwd(),
     )
     return template, opened
+
+
+def _check_no_copy(parts: Sequence[Part], checksums: Mapping[str, str]) -> None:
+    """InputError when a test day is a copy of one of its training days under another name."""
+    for part in parts:
+        for day in part.train_days:
+            if day != part.test_day and checksums[day] == checksums[part.test_day]:
+                raise InputError(
+                    f"day {part.test_day}, which tests, has the same requests as day {day}, which trains; leave one of "
+                    "them out with --train_days or --test_day"
+                )
 
 
 def _folder(args: argparse.Namespace, name: str, variant: str) -> Path:

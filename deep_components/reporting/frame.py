@@ -20,7 +20,9 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
+from deep_components.reporting.remarks import check_one_code
 from deep_components.runs import identity
+from deep_components.runs.code import code_of
 from deep_components.runs.folder import (
     CONFIG_FILE,
     COST_FILE,
@@ -28,6 +30,7 @@ from deep_components.runs.folder import (
     PER_REQUEST_FILE,
     RUN_FILE,
     STEP_LOG_FILE,
+    STREAMING_FILE,
     read_config,
     read_json,
 )
@@ -35,6 +38,11 @@ from deep_components.runs.folder import (
 UNTRAINED = "untrained"
 ARGUMENT = "arguments."  # before the names of columns that hold a training's arguments
 DATA_CHECKSUM = "data_checksums."  # before the names of columns that hold the checksum of a training day
+STREAMED_CHECKSUM = "streamed_checksums."  # of a test day of a stream
+
+# What all runs of a table have in common, and what those of them that know it.
+_OF_A_TABLE = ("setting", "data", "test_day", "test_day_checksum", "num_requests")
+_KNOWN_OF_A_TABLE = ("cascade", "schema")
 
 _REQUIRED = dict.fromkeys(("setting", "data", "test_day", "loss_type"), str) | {
     "seed": int | None, "epochs": int | None, "num_requests": int
@@ -61,12 +69,15 @@ def frame(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 
     Columns: ``folder``; ``method`` (the script's name, else the loss; "untrained" for 0 epochs), ``loss_type``,
     ``setting``, ``data``, ``seed`` (<NA> for imported models), ``epochs``, ``untrained``, ``train_days``, ``test_day``,
-    ``test_day_checksum``, ``num_requests``; ``commit``, ``device``, ``threads``, ``versions``; ``warnings``; what the
-    training took: ``steps``, ``skipped_steps``, ``requests``, ``seconds``, ``peak_memory_bytes``,
-    ``peak_gpu_memory_bytes``; ``metrics`` (the names of the table's), every metric (NaN where undefined);
-    ``arguments.<name>`` for every argument of the training, and ``data_checksums.<day>``.
+    ``test_day_checksum``, ``num_requests``; ``cascade`` (as JSON), ``schema`` (its checksum), ``loss`` (the values it
+    was built with, as JSON), ``init_from`` (the checksums of these models, as JSON); ``code`` (the fingerprint of what
+    all methods share; None where it is not known), ``run_code`` (runs/code.py); ``commit``, ``device``, ``threads``,
+    ``versions``; ``warnings``; what the training took: ``steps``, ``skipped_steps``, ``requests``, ``seconds``,
+    ``peak_memory_bytes``, ``peak_gpu_memory_bytes``; ``metrics`` (the names of the table's), every metric (NaN where
+    undefined); ``arguments.<name>`` for every argument of the training, ``data_checksums.<day>``, and of a stream
+    ``streamed_checksums.<day>``.
 
-    Runs of different settings and data may stand in it: see :func:`check_comparable`.
+    Runs of different settings, data and code may stand in it: see :func:`comparable_rows`.
 
     Raises InputError when a folder holds no evaluated run, or none is left.
     """
@@ -74,41 +85,82 @@ def frame(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 
 
 def read_runs(folders: Sequence[Path]) -> Collected:
-    """As :func:`frame`, with the reasons for what is left out; InputError unless all may stand in one table."""
-    collected = _read(folders)
-    check_comparable(collected.runs)
-    return collected
+    """As :func:`frame`, with the reasons for what is left out."""
+    return _read(folders)
 
 
-def check_comparable(runs: pd.DataFrame) -> None:
-    """InputError unless the runs have one setting, log, test day and set of metrics, and days they share are alike."""
-    for name in ("setting", "data", "test_day", "test_day_checksum", "num_requests"):
+def comparable_rows(runs: pd.DataFrame, any_code: bool = False) -> pd.DataFrame:
+    """What every table and the report are made of: the runs of one table, with a column ``row`` as of
+    :func:`label_rows`.
+
+    Raises InputError unless the runs have one setting, cascade, log, test day and set of metrics, and the days that
+    they share, of training and of a stream, are alike; and unless the seeds of a row, those of one method with the same
+    arguments and training days, have the same values of the loss, the same --init_from, and the same code, which
+    ``any_code`` allows to differ.
+    """
+    _check_table(runs)
+    rows = label_rows(runs)
+    for name, seeds in rows.groupby("row", sort=False):
+        _check_known(f"the models of --init_from of {name}", seeds, "init_from")
+        _check_known(f"the values of the loss of {name}", seeds[~seeds["untrained"]], "loss")
+        check_one_code(str(name), seeds, any_code)
+    return rows
+
+
+def by_table(runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """The runs that may stand in one table, apart from those of other settings, logs and test days."""
+    return [group for _, group in runs.groupby(list(_OF_A_TABLE), sort=False, dropna=False)]
+
+
+def differing(groups: Sequence[pd.DataFrame]) -> list[str]:
+    """In which of the things that a table has in common, but setting and log, :func:`by_table`'s groups differ."""
+    firsts = [group.iloc[0] for group in groups]
+    names = [name for name in _OF_A_TABLE if name not in ("setting", "data")]
+    return [name for name in names if len({str(first[name]) for first in firsts}) > 1]
+
+
+def _check_table(runs: pd.DataFrame) -> None:
+    for name in _OF_A_TABLE:
         _check_equal(name, runs["folder"], runs[name])
+    for name in _KNOWN_OF_A_TABLE:
+        _check_known(name, runs, name)
     _check_equal("metrics", runs["folder"], [", ".join(names) for names in runs["metrics"]])
     trained = runs[~runs["untrained"]]
-    for column in sorted(name for name in trained if name.startswith(DATA_CHECKSUM)):
-        known = trained[trained[column].notna()]
-        day = column.removeprefix(DATA_CHECKSUM)
-        _check_equal(f"the checksum of training day {day}", known["folder"], known[column])
+    for beginning, kind in ((DATA_CHECKSUM, "training day"), (STREAMED_CHECKSUM, "day of the stream")):
+        for column in sorted(name for name in trained if name.startswith(beginning)):
+            _check_known(f"the checksum of {kind} {column.removeprefix(beginning)}", trained, column)
+
+
+def _check_known(what: str, runs: pd.DataFrame, column: str) -> None:
+    """InputError unless all values of the column that are known are equal."""
+    known = runs[runs[column].notna()]
+    _check_equal(what, known["folder"], known[column])
 
 
 def label_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with a column ``row``, the name of their table's row, by which they are grouped; in order of seeds.
 
-    Runs of one method whose arguments or training days differ are told apart by those in ``row``. Untrained cascades
-    come last; one that was evaluated beside several methods counts once.
+    Runs of one method whose arguments differ are told apart by those in ``row``, and those of all methods by training
+    days where these differ. Untrained cascades come last; one that was evaluated beside several methods counts once.
 
     Raises InputError when a row has a seed twice.
     """
+    everywhere = {json.dumps(days) for days in runs.loc[~runs["untrained"], "train_days"]}
     named = []
     for method, group in sorted(runs.groupby("method", sort=False), key=lambda item: item[0] == UNTRAINED):
         identities = [method_arguments(run) for run in group.to_dict("records")]
         names = sorted({name for identity in identities for name in identity})
-        differing = [name for name in names if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
-        details = [", ".join(f"{name}={identity.get(name)}" for name in differing) for identity in identities]
+        apart = [name for name in names if len({json.dumps(identity.get(name)) for identity in identities}) > 1]
+        if len(everywhere) > 1 and "train_days" in names:
+            apart = sorted({*apart, "train_days"})
+        details = [", ".join(f"{name}={_detail(identity.get(name))}" for name in apart) for identity in identities]
         named.append(group.assign(row=[f"{method} ({detail})" if detail else method for detail in details]))
     rows = pd.concat(named).groupby("row", sort=False)
     return pd.concat([_by_seed(str(name), group) for name, group in rows], ignore_index=True)
+
+
+def _detail(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _by_seed(name: str, group: pd.DataFrame) -> pd.DataFrame:
@@ -201,10 +253,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
     metrics = tuple(name for name in results if "@" in name)
     _check_per_request(folder, results, metrics)
     warnings = [str(value) for name, value in results.items() if name.startswith("warning")]
-    costs, skipped = _costs(folder, warnings), _skipped_steps(folder)
-    if skipped:
-        warnings.append(f"{folder}: {skipped} training steps were left out, because they were not finite")
-    untrained = results["epochs"] == 0
+    costs, untrained = _costs(folder, warnings), results["epochs"] == 0
+    code = code_of(_clean(config.get("code")), _clean(results.get("code")), method=not untrained)
     both = (config.get(name) for name in ("versions", "data_checksums"))
     versions, checksums = (value if isinstance(value, dict) else {} for value in both)
     row = {
@@ -213,18 +263,39 @@ def _read_run(folder: Path) -> dict[str, Any]:
         "untrained": untrained,
         "train_days": config.get("train_days"),
         **{name: results.get(name) for name in ("test_day", "test_day_checksum", "num_requests")},
+        "cascade": _as_json(config.get("cascade")),
+        "schema": config.get("schema_checksum"),
+        "loss": _as_json(config.get("loss")),
+        "init_from": _as_json(config.get("init_from_checksums")),
+        "code": code.total,
+        "run_code": code,
         "commit": config.get("commit") or results.get("commit"),
         **{name: config.get(name) for name in ("device", "threads")},
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "warnings": warnings,
-        "skipped_steps": skipped,
+        "skipped_steps": _skipped_steps(folder, results),
         **{name: costs.get(name) for name in _COSTS},
         "metrics": metrics,
         **{name: value for name, value in results.items() if _is_metric(name)},
         **{f"{ARGUMENT}{name}": value for name, value in config["arguments"].items()},
         **{f"{DATA_CHECKSUM}{day}": value for day, value in checksums.items()},
+        **{f"{STREAMED_CHECKSUM}{day}": value for day, value in _streamed(folder).items()},
     }
     return {"folder": folder} | _clean(row)
+
+
+def _as_json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, sort_keys=True)
+
+
+def _streamed(folder: Path) -> dict[str, Any]:
+    """Test day -> checksum, of a run's stream; a damaged streaming.json is named where its curve is drawn."""
+    try:
+        days = (read_json(folder / STREAMING_FILE) or {}).get("days")
+    except InputError:
+        return {}
+    known = [day for day in days if isinstance(day, dict)] if isinstance(days, list) else []
+    return {str(day.get("test_day")): day.get("test_day_checksum") for day in known}
 
 
 def _is_metric(name: str) -> bool:
@@ -286,8 +357,10 @@ def _costs(folder: Path, warnings: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _skipped_steps(folder: Path) -> int | None:
-    """How many steps were left out: those in whose line of the step log a value is null."""
+def _skipped_steps(folder: Path, results: Mapping[str, Any]) -> int | None:
+    """How many steps were left out; where the results do not say, those in whose line of the log a value is null."""
+    if type(said := results.get("skipped_steps")) is int and _is_a(said, int):
+        return said
     try:
         with (folder / STEP_LOG_FILE).open("rb") as file:
             return sum(b": null" in line for line in file)

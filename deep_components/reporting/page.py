@@ -122,8 +122,8 @@ def _tables(results: Results) -> dict[str, Any]:
         "comparison": [(metric_title(metric), comparison_table(results, metric, _STYLE)) for metric in compared],
         "paper": paper_table(results, _STYLE) if len(results.with_paper) else None,
         "survival": Table("", ["method", *shares], lost),
-        "streaming": streaming_table(curves, _STYLE) if curves else None,
-        "cost": None if cost.empty else costs_table(cost, _STYLE),
+        "streaming": streaming_table(curves, _STYLE, results.remarks) if curves else None,
+        "cost": None if cost.empty else costs_table(cost, _STYLE, results.remarks),
         **_configuration(results),
     }
 
@@ -136,7 +136,7 @@ def _configuration(results: Results) -> dict[str, Table | None]:
     arguments = arguments.astype(object).map(_words).sort_index(axis=1)
     differ = arguments.nunique() > 1
     differing, shared = arguments.loc[:, differ], arguments.loc[:, ~differ].iloc[0]
-    origins = results.runs[["row", "seed", "commit", "device", "versions", "folder"]].astype(object).map(_words)
+    origins = results.runs[["row", "seed", "commit", "code", "device", "versions", "folder"]].astype(object).map(_words)
     origins["row"] = results.runs["row"].map(paper_name)
     return {
         "differing": Table("", ["method", *differing], differing.reset_index().to_numpy().tolist())

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
-from deep_components.reporting.frame import Collected, arguments_of, label_rows, per_request
+from deep_components.reporting.frame import Collected, arguments_of, comparable_rows, per_request
 from deep_components.reporting.paper import follows_protocol, paper_number
+from deep_components.reporting.remarks import Remarks, remarks_of
 from deep_components.reporting.statistics import SIGNIFICANCE, Test, bootstrap_intervals, holm, t_test
 
 OUR_METHOD = "lcron"
@@ -49,6 +50,7 @@ class Results:
             requests), ``p`` and ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric),
             ``ours_is`` (better, worse, no difference shown, not tested) and ``no_test`` (why there is no p).
         ours: the row that is compared with the others; None when there is none.
+        remarks: which code the rows ran, and what else a reader must know of them.
     """
 
     runs: pd.DataFrame
@@ -60,6 +62,7 @@ class Results:
     warnings: list[str]
     notes: list[str]
     left_out: dict[str, str]
+    remarks: Remarks
 
     @property
     def headline(self) -> str:
@@ -97,12 +100,15 @@ class Results:
         return replace(self, runs=runs, cells=cells)
 
 
-def build_results(collected: Collected, compare: str | None = None, test: Test = "welch") -> Results:
+def build_results(
+    collected: Collected, compare: str | None = None, test: Test = "welch", any_code: bool = False
+) -> Results:
     """The results of the runs; ``compare`` names the row to compare with every other trained one, else ``lcron`` is.
 
-    InputError when there is no row ``compare``, or a row has a seed twice.
+    InputError when there is no row ``compare``, a row has a seed twice, or the runs are not
+    :func:`~deep_components.reporting.frame.comparable_rows`.
     """
-    runs = label_rows(collected.runs)
+    runs = comparable_rows(collected.runs, any_code)
     first, metrics = runs.iloc[0], collected.runs["metrics"].iloc[0]
     groups = {str(name): group for name, group in runs.groupby("row", sort=False)}
     cells = pd.DataFrame([_cell(name, group, metric) for name, group in groups.items() for metric in metrics])
@@ -135,6 +141,7 @@ def build_results(collected: Collected, compare: str | None = None, test: Test =
         warnings=sorted({warning for found in runs["warnings"] for warning in found}),
         notes=notes,
         left_out={str(folder): reason for folder, reason in collected.left_out.items()},
+        remarks=remarks_of(runs),
     )
 
 

@@ -10,8 +10,9 @@ import pandas as pd
 
 from deep_components.errors import InputError
 from deep_components.reporting.curves import streaming_curves
-from deep_components.reporting.frame import Collected, label_rows
+from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing
 from deep_components.reporting.paper import paper_name
+from deep_components.reporting.remarks import Remarks, Row, remarks_of
 from deep_components.reporting.results import DECIMALS, Results, metric_title
 from deep_components.reporting.statistics import CONFIDENCE, RESAMPLES, SIGNIFICANCE
 
@@ -97,6 +98,7 @@ def metrics_document(results: Results, style: Style) -> Document:
     data = results.cells.copy()
     for index, name in enumerate(("setting", "data", "test_day", "num_requests")):
         data.insert(index, name, about[name])
+    data["code"] = [results.remarks.codes[name, about["setting"], about["data"]] for name in data["method"]]
     heading = [style.escape(line) for line in (f"{head}; {numbers}", *results.warnings)]
     notes = [style.escape(line) for line in (*results.notes, *_left_out(results.left_out))]
     return Document(heading, tables, notes, data, _more(results))
@@ -125,10 +127,21 @@ def _legend(results: Results, style: Style) -> tuple[str, ...]:
 
 def metrics_table(results: Results, style: Style) -> Table:
     """A row per method, a column per metric."""
-    cells = [results.of(metric) for metric in results.metrics]
+    cells, remarks = [results.of(metric) for metric in results.metrics], results.remarks
     seeds = results.runs["row"].value_counts()
-    rows = [[style.name(row), *(_number(c.loc[row], style) for c in cells), str(seeds[row])] for row in results.rows]
-    return Table("", ["method", *style.columns(results.metrics), "seeds"], rows, _legend(results, style))
+    rows = []
+    for name in results.rows:
+        row = (name, results.about["setting"], results.about["data"])
+        rows.append([style.name(name), *(_number(c.loc[name], style) for c in cells)])
+        rows[-1] += _seeds_and_code(int(seeds[name]), row, remarks, style)
+    header = ["method", *style.columns(results.metrics), "seeds", *([] if remarks.alike else ["code"])]
+    return Table("", header, rows, (*_legend(results, style), *map(style.escape, remarks.below)))
+
+
+def _seeds_and_code(seeds: int, row: Row, remarks: Remarks, style: Style) -> list[str]:
+    """The number of seeds with the row's marks, and where codes differ the row's."""
+    cells = [f"{seeds}{remarks.marks.get(row, '')}"]
+    return [style.escape(cell) for cell in (*cells, *([] if remarks.alike else [remarks.codes[row]]))]
 
 
 def _number(cell: pd.Series, style: Style) -> str:
@@ -172,14 +185,14 @@ def _paper_cell(cell: pd.Series) -> str:
 
 def _more(results: Results) -> dict[str, Any]:
     """What the JSON says beside the table, with the value of every run."""
-    runs = results.runs[["row", "folder", "seed", "commit", *results.metrics]]
+    runs = results.runs[["row", "folder", "seed", "commit", "code", "skipped_steps", *results.metrics]]
     return {
         **results.about,
         "ours": results.ours,
         "test": f"two-sided {TEST_NAMES[results.test]}, Holm's correction over the baselines of a metric",
         "interval": f"{CONFIDENCE:.0%} percentile bootstrap over requests, paired, {RESAMPLES} resamples",
         "warnings": results.warnings,
-        "notes": results.notes,
+        "notes": [*results.notes, *results.remarks.lines],
         "left_out": results.left_out,
         "runs": _records(runs.assign(folder=runs["folder"].map(str))),
     }
@@ -204,34 +217,50 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("method", key=lambda names: pd.Series(pd.factorize(names)[0], names.index))
 
 
-def costs_table(table: pd.DataFrame, style: Style) -> Table:
+def costs_table(table: pd.DataFrame, style: Style, remarks: Remarks = Remarks()) -> Table:  # noqa: B008 - frozen
     rows = []
     for row in table.to_dict("records"):
         memory = [NOTHING if pd.isna(row[name]) else f"{row[name]:.2f} GiB" for name in ("memory", "gpu_memory")]
         numbers = [f"{row['requests']:.0f}", f"{row['seconds']:.1f}", f"{row['requests_per_second']:.0f}", *memory]
         device = "unknown" if pd.isna(row["device"]) else str(row["device"])
         device += "" if pd.isna(row["threads"]) else f", threads: {row['threads']}"
-        words = [style.name(row["method"]), style.escape(row["setting"]), str(row["seeds"])]
-        rows.append([*words, *numbers, style.escape(device)])
+        seeds, *code = _seeds_and_code(row["seeds"], (row["method"], row["setting"], row["data"]), remarks, style)
+        words = [style.name(row["method"]), style.escape(row["setting"]), seeds]
+        rows.append([*words, *numbers, style.escape(device), *code])
     header = ["method", "setting", "seeds", "requests", "seconds", "requests/s", "memory", "GPU memory", "device"]
-    return Table("", header, rows)
+    return Table("", [*header, *([] if remarks.alike else ["code"])], rows, tuple(map(style.escape, remarks.below)))
 
 
-def costs_document(runs: pd.DataFrame, style: Style) -> Document:
-    """Time and memory of the methods' trainings; runs of other settings and data stand in rows of their own."""
-    groups = runs.groupby(["setting", "data", "test_day", "num_requests"], sort=False)
-    table = costs(pd.concat([label_rows(group) for _, group in groups]))
+def costs_document(runs: pd.DataFrame, style: Style, any_code: bool = False) -> Document:
+    """Time and memory of the methods' trainings. Runs of other settings, logs and test days stand in rows of their own;
+    of those of one, the same may stand in one row as in a table of metrics."""
+    groups = [comparable_rows(group, any_code) for group in by_table(runs)]
+    labelled = pd.concat([_told_apart(group, groups) for group in groups])
+    table = costs(labelled)
     if table.empty:
         raise InputError(
             f"{', '.join(map(str, runs['folder']))}: no training.json says what training took; train again"
         )
     head = f"training time and peak memory, data: {', '.join(sorted(runs['data'].unique()))}; means over seeds"
-    return Document([style.escape(head)], [costs_table(table, style)], [], table)
+    remarks = remarks_of(labelled[labelled["row"].isin(table["method"]) & ~labelled["untrained"]])
+    return Document([style.escape(head)], [costs_table(table, style, remarks)], [], table)
 
 
-def streaming_document(collected: Collected, style: Style) -> Document:
+def _told_apart(group: pd.DataFrame, groups: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The group with what tells its rows from rows of the same name, setting and log in other groups."""
+    same = [other for other in groups if _where(other) & _where(group)]
+    details = ", ".join(f"{name}={group.iloc[0][name]}" for name in differing(same))
+    return group.assign(row=group["row"] + (f" ({details})" if details else ""))
+
+
+def _where(runs: pd.DataFrame) -> set[Row]:
+    return set(runs[["row", "setting", "data"]].itertuples(index=False, name=None))
+
+
+def streaming_document(collected: Collected, style: Style, any_code: bool = False) -> Document:
     """Joint recall day by day, a column per method; InputError when no run was made as a stream."""
-    runs, metric, problems = label_rows(collected.runs), collected.runs["metrics"].iloc[0][0], list[str]()
+    runs, problems = comparable_rows(collected.runs, any_code), list[str]()
+    metric = runs["metrics"].iloc[0][0]
     curves = streaming_curves(runs, metric, problems)
     if not curves:
         folders = ", ".join(map(str, runs["folder"]))
@@ -241,14 +270,17 @@ def streaming_document(collected: Collected, style: Style) -> Document:
     data = pd.concat([curve.assign(method=name, metric=metric) for name, curve in curves.items()])
     data = data.reset_index(names="test_day")[["method", "metric", "test_day", "mean", "low", "high"]]
     notes = [style.escape(note) for note in (*problems, *_left_out(collected.left_out))]
-    return Document([style.escape(head + "means over seeds")], [streaming_table(curves, style)], notes, data)
+    table = streaming_table(curves, style, remarks_of(runs[runs["row"].isin(curves)]))
+    return Document([style.escape(head + "means over seeds")], [table], notes, data)
 
 
-def streaming_table(curves: Mapping[str, pd.DataFrame], style: Style) -> Table:
+def streaming_table(curves: Mapping[str, pd.DataFrame], style: Style, remarks: Remarks = Remarks()) -> Table:  # noqa: B008
     """A row per test day, a column per method."""
     means = pd.DataFrame({name: curve["mean"] for name, curve in curves.items()}).sort_index()
     rows = [[style.escape(str(day)), *map(fixed, values)] for day, *values in means.reset_index().to_numpy()]
-    return Table("", ["test day", *map(style.name, means)], rows)
+    marks = {name: style.escape(mark) for (name, *_), mark in remarks.marks.items()}
+    header = ["test day", *(style.name(name) + marks.get(name, "") for name in means)]
+    return Table("", header, rows, tuple(map(style.escape, remarks.below_without_column)))
 
 
 def text(make: Maker) -> str:

@@ -1,16 +1,18 @@
 """Whether two trainings are the same run, decided here alone: for --resume, for the runner, and for reports.
 
 What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, origin and checksums of the
-data, arguments, the loss's hyper-parameters, and the training days.
+data, arguments, the loss's hyper-parameters, the models of --init_from, the training days, and the code (runs/code.py).
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from deep_components.runs import code
+
 # Arguments of a training that lead to the same numbers, to rounding: where things lie, what is saved and shown.
 EXECUTION_ARGUMENTS = (
     *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
-    *("resume", "save_minutes", "print_freq", "tensorboard"),
+    *("resume", "any_code", "save_minutes", "print_freq", "tensorboard"),
 )
 # Arguments that an untrained cascade depends on, beside its seed.
 UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")
@@ -28,7 +30,16 @@ class Difference(NamedTuple):
     found: Any
     wanted: Any
 
+    @property
+    def is_code(self) -> bool:
+        """The runs differ in nothing but their code."""
+        return self.name == "code"
+
     def __str__(self) -> str:
+        if self.is_code:
+            return f"other code: {code.named(self.found)}"
+        if self.name == "init_from_checksums":
+            return f"other models in --init_from: {', '.join(_changed(self.found, self.wanted))}"
         if self.name in ("cascade", "schema_checksum", "loss") or self.name.startswith("day "):
             return f"another {self.name.removesuffix('_checksum')}"
         return f"{self.name}={self.found}, not {self.wanted}"
@@ -49,15 +60,26 @@ def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], more_days: bool = False, more_epochs: bool = False
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    more_days: bool = False,
+    more_epochs: bool = False,
+    any_code: bool = False,
 ) -> Difference | None:
     """The first difference between a run's config.json and a wanted one; None when they are the same run.
 
     Args:
-        found, wanted: where one lacks a field of the data, or ``loss``, or a day's checksum, it is not compared.
+        found, wanted: where one lacks a field of the data, ``loss``, ``init_from_checksums``, ``code``, or a day's
+            checksum, it is not compared.
         more_days, more_epochs: the wanted run may be a continuation of the found one.
+        any_code: they may be of different code.
     """
-    return next(_differences(found, wanted, more_days, more_epochs), None)
+    differences = _differences(found, wanted, more_days, more_epochs)
+    return next((difference for difference in differences if not (any_code and difference.is_code)), None)
+
+
+def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 
 def _differences(
@@ -78,8 +100,14 @@ def _differences(
             continue
         if theirs.get(name) != ours.get(name):
             yield Difference(name, theirs.get(name), ours.get(name))
+    models = "init_from_checksums"
+    if models in found and models in wanted and found[models] != wanted[models]:
+        yield Difference(models, found[models], wanted[models])
     before, days = found.get("train_days", []), list(wanted["train_days"])
     # A second pass has seen the days of the first: more of them would be another training.
     longer = more_days and before == days[: len(before)] and ours["epochs"] == 1
     if ours["epochs"] and before != days and not longer:
         yield Difference("train_days", ",".join(before), ",".join(days))
+    files = code.changes(found.get("code"), wanted.get("code"), method=bool(ours["epochs"]))
+    if files:  # last: anything else says more
+        yield Difference("code", files, None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deep_components.errors import InputError
+from deep_components.runs.code import is_evaluation_current
 from deep_components.runs.folder import (
     CONFIG_FILE,
     COST_FILE,
@@ -17,7 +18,7 @@ from deep_components.runs.folder import (
     read_json,
     write_json,
 )
-from deep_components.runs.identity import first_difference
+from deep_components.runs.identity import Difference, first_difference
 
 _PEAKS = ("peak_memory_bytes", "peak_gpu_memory_bytes")
 
@@ -46,9 +47,11 @@ class FolderContents:
         before = self.config.get("train_days") or []
         return self.has(STATE_FILE) and before == list(days[: len(before)])
 
-    def evaluated(self, day: str, checksum: str, scores: bool) -> bool:
-        """metrics.json is of that day and content and, where asked for, the scores are there."""
-        return _of_day(self.metrics, day, checksum) and (not scores or self.has(SCORES_FILE))
+    def evaluated(self, day: str, checksum: str, scores: bool, any_code: bool = False) -> bool:
+        """metrics.json is of that day and content, and of the evaluation's code as it is now unless ``any_code`` will
+        do, and, where asked for, the scores are there."""
+        current = any_code or is_evaluation_current(self.metrics.get("code"))
+        return current and _of_day(self.metrics, day, checksum) and (not scores or self.has(SCORES_FILE))
 
     def streamed_day(self, day: str, checksum: str) -> bool:
         """streaming.json has the metrics of that day and content."""
@@ -66,22 +69,33 @@ def read_folder(folder: Path) -> FolderContents:
     return FolderContents(folder, record, config, metrics, tuple(streaming.get("days", [])))
 
 
-def check_same_run(held: FolderContents, wanted: Mapping[str, Any], streaming: bool, extend: bool = False) -> None:
+def check_same_run(
+    held: FolderContents, wanted: Mapping[str, Any], streaming: bool, extend: bool = False, any_code: bool = False
+) -> None:
     """InputError when the folder holds results of another run, which a new one would replace.
 
     ``wanted`` is what the new run's config.json will say (runs/identity.py). A ``streaming`` run goes on with more
-    days, with ``extend`` any run of fewer days or passes.
+    days, with ``extend`` any run of fewer days or passes, with ``any_code`` one of other code.
     """
     if not any(held.has(name) for name in (COST_FILE, STATE_FILE, METRICS_FILE, STREAMING_FILE)):
         return
     remedy = "name another --output_dir, or --force to make it again"
     if not held.record:
         raise InputError(f"{held.folder}: holds a run without {RUN_FILE}, which other commands made; {remedy}")
-    found: Any = first_difference(held.config, wanted, more_days=extend or streaming, more_epochs=extend)
+    found: Any = first_difference(held.config, wanted, extend or streaming, more_epochs=extend, any_code=any_code)
     if held.record.get("streaming", False) != streaming:
         found = f"streaming={not streaming}, not {streaming}"
+    elif found is None and not any_code and (days := _evaluated_before(held)):
+        found = Difference("code", [f"the evaluation of {days[0]}"], None)
+    if isinstance(found, Difference) and found.is_code:
+        remedy = "--force makes it again, --any_code keeps it, and another --output_dir makes a second one"
     if found is not None:
         raise InputError(f"{held.folder}: holds a run with {found}; {remedy}")
+
+
+def _evaluated_before(held: FolderContents) -> list[str]:
+    """The days of a stream that other code has evaluated; their models are gone."""
+    return [str(day.get("test_day")) for day in held.streamed if not is_evaluation_current(day.get("code"))]
 
 
 def start_record(held: FolderContents, about: Mapping[str, Any], attempt: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,13 +113,14 @@ def end_record(folder: Path, record: dict[str, Any], attempt: Mapping[str, Any],
     record["status"] = status
     config = read_json(folder / CONFIG_FILE) or {}
     record |= {name: config.get(name) for name in ("commit", "device", "device_name", "threads", "versions")}
+    record["code"] = (config.get("code") or {}).get("total")
     write_json(folder / RUN_FILE, record)
 
 
 def add_cost(folder: Path, record: dict[str, Any]) -> None:
     """Note the time of a complete training, interrupted parts included, and the highest memory of its processes."""
     cost = read_json(folder / COST_FILE) or {}
-    record |= {name: cost.get(name) for name in ("steps", "seconds")}
+    record |= {name: cost.get(name) for name in ("steps", "skipped_steps", "seconds")}
     for name in _PEAKS:
         record[name] = max((peak for peak in (record.get(name), cost.get(name)) if peak is not None), default=None)
     write_json(folder / RUN_FILE, record)

@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path
+from deep_components.files import atomic_path, sha256_of
 from deep_components.runs.folder import model_file
 
 TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of their rows' ids, begin
@@ -26,7 +27,7 @@ TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of t
 _METADATA = "run"
 _ARRAY_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
 _ROWS_AT_A_TIME = 1 << 20  # bounds the temporary memory of making a table whole
-_POSITION = ("epoch", "day", "batch", "step")
+_POSITION = ("epoch", "day", "batch", "step", "skipped")
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,15 @@ def saved_ids(run: Path, stage: str) -> tuple[dict[str, np.ndarray], int | None]
     return model.ids, model.initial_seed
 
 
+def model_checksum(run: Path, stage: str) -> str:
+    """The SHA-256 of a stage's model, as its file notes it: of all tensors and the metadata. It is verified when the
+    model is read. InputError when the file is missing or no checkpoint."""
+    path = run / model_file(stage)
+    with _opened(path) as (_, metadata):
+        noted = metadata.get(_CHECKSUM)
+        return noted if isinstance(noted, str) else sha256_of(path)
+
+
 def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     path = run / model_file(stage)
     arrays, note = load(path, prefix)
@@ -112,7 +122,8 @@ def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
     arrays, metadata = load(path)
     try:
-        return arrays, {name: int(metadata["position"][name]) for name in _POSITION}
+        position = {"skipped": 0, **metadata["position"]}  # earlier versions did not count them
+        return arrays, {name: int(position[name]) for name in _POSITION}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the state of a training run; train again without --resume") from error
 
@@ -144,21 +155,28 @@ def load(path: Path, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str,
     A file without checksums was not written by this project; it is taken with a warning. Raises InputError when the
     file is missing or damaged.
     """
+    with _opened(path) as (file, metadata):
+        names = set(file.keys())
+        arrays = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
+    damaged = _damage(path, metadata, names, arrays)
+    if damaged:
+        raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
+    return arrays, {name: value for name, value in metadata.items() if name not in (_ARRAY_CHECKSUMS, _CHECKSUM)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A safetensors file and our metadata in it. InputError when it is missing or damaged, before or in the block."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             if not isinstance(metadata, dict):
                 raise ValueError("its metadata are not an object")
-            names = set(file.keys())
-            arrays = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
+            yield file, metadata
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; train first") from error
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
-    damaged = _damage(path, metadata, names, arrays)
-    if damaged:
-        raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
-    return arrays, {name: value for name, value in metadata.items() if name not in (_ARRAY_CHECKSUMS, _CHECKSUM)}
 
 
 def _damage(path: Path, metadata: dict[str, Any], names: set[str], arrays: Mapping[str, np.ndarray]) -> str:

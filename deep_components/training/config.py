@@ -17,6 +17,9 @@ from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.log import Log
 from deep_components.files import as_json
+from deep_components.models import MODELS
+from deep_components.runs.code import training_code
+from deep_components.runs.state import model_checksum
 
 
 def run_config(
@@ -27,8 +30,12 @@ def run_config(
     train_days: Sequence[str],
     opened: Sequence[DayCache],
 ) -> dict[str, Any]:
-    """All that makes a training this one (runs/identity.py), as config.json holds it."""
+    """All that makes a training this one (runs/identity.py), as config.json holds it.
+
+    InputError when --init_from lacks a model."""
     length = args.seq_len or log.history_length
+    parents = cascade.stage_names if args.init_from is not None else ()
+    models = [MODELS[stage.model] for stage in cascade.stages if stage.model in MODELS]
     return as_json(
         {
             "setting": cascade.name,
@@ -38,8 +45,10 @@ def run_config(
             "schema_checksum": log.schema.checksum,
             "arguments": dict(sorted((recorded_arguments(args, loss) | {"seq_len": length}).items())),
             "loss": hyper_parameters(loss),
+            "init_from_checksums": {stage: model_checksum(args.init_from, stage) for stage in parents},
             "train_days": list(train_days),
             "data_checksums": {day.day: day.checksum for day in opened},
+            "code": training_code(args.loss_type, map(type, loss.modules()), models),
         }
     )
 

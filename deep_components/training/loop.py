@@ -29,6 +29,7 @@ from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError, StoppedError
 from deep_components.kernels import keep_freed_memory, load_kernels
+from deep_components.runs.code import continued
 from deep_components.runs.folder import (
     CONFIG_FILE,
     COST_FILE,
@@ -51,18 +52,21 @@ from deep_components.training.step_log import StepLog
 from deep_components.training.tensorboard import ScalarLog, check_installed, scalar_log
 
 FEW_STEPS = 50
+SKIPPED_SHARE = 0.01  # of the steps that --on_nonfinite=skip leaves out at most, but always one
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a training is: passes done, days done in this pass, batches done in this day, steps made in all."""
+    """How far a training is: passes done, days done in this pass, batches done in this day, steps made in all, and how
+    many of these were left out."""
 
     epoch: int = 0
     day: int = 0
     batch: int = 0
     step: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -151,6 +155,8 @@ def _start(run: Run) -> Position:
         arrays, saved = load_state(folder / STATE_FILE)
         run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
         position = Position(**saved)
+        before = read_training(folder)
+        run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
     remove_results(folder, stages)  # they must not stand beside this training's
     if not resumes:
         (folder / STATE_FILE).unlink(missing_ok=True)  # first: an old state never stands beside a new config.json
@@ -165,7 +171,7 @@ def _can_resume(run: Run) -> bool:
     folder = run.folder
     has_state = (folder / STATE_FILE).exists()
     if has_state or (folder / CONFIG_FILE).exists():
-        _check_same_run(folder, run.config)
+        _check_same_run(folder, run.config, run.args.any_code)
     if has_state:
         return True
     if (folder / COST_FILE).exists():
@@ -175,10 +181,15 @@ def _can_resume(run: Run) -> bool:
     return False
 
 
-def _check_same_run(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_same_run(folder: Path, config: Mapping[str, Any], any_code: bool) -> None:
     """InputError unless the training that the folder holds goes on as this one."""
     before = read_training(folder)
-    difference = first_difference(before, config, more_days=True, more_epochs=True)
+    difference = first_difference(before, config, more_days=True, more_epochs=True, any_code=any_code)
+    if difference is not None and difference.is_code:
+        raise InputError(
+            f"--resume: {folder} holds a run of {difference}; --any_code goes on all the same, without --resume it is "
+            "trained again, and another --output_dir keeps it"
+        )
     if difference is not None:
         raise InputError(
             f"--resume: {folder} holds a run with {difference}; give the same arguments and log: only --epochs may "
@@ -198,8 +209,9 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
     Returns the position reached, and the seconds of all steps. StoppedError when a signal asked to stop.
     """
     args, path = run.args, run.folder / STEP_LOG_FILE
-    log = StepLog(path, run.config["data"], args.loss_type, position.step, run.trainer.skip_nonfinite, scalars)
     total = args.epochs * sum(run.steps)
+    may_skip = max(1, int(SKIPPED_SHARE * total)) if run.trainer.skip_nonfinite else 0
+    log = StepLog(path, run.config["data"], args.loss_type, position.step, may_skip, position.skipped, scalars)
     if 0 < total < FEW_STEPS:
         logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)
     progress = tqdm(
@@ -211,6 +223,8 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
             for index in range(position.day if epoch == position.epoch else 0, len(run.days)):
                 position = _train_day(run, replace(position, epoch=epoch, day=index), log, bar, stops)
             position = replace(position, epoch=epoch, day=len(run.days))
+    if position.skipped:
+        logger.warning("%d of %d steps were left out, because they were not finite", position.skipped, position.step)
     return position, log.seconds
 
 
@@ -230,7 +244,7 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
             bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
         if stops:
             log.flush()
-            run.save(position)
+            run.save(replace(position, skipped=log.skipped))
             raise StoppedError(
                 f"stopped at step {position.step}, day {day.day}; the state is saved in {run.folder}: go on with the "
                 "same command and --resume",
@@ -239,10 +253,10 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         began = time.perf_counter()
         if args.save_minutes and began - saved > 60 * args.save_minutes:
             log.flush()
-            run.save(position)
+            run.save(replace(position, skipped=log.skipped))
             saved = began = time.perf_counter()
     log.flush()
-    position = replace(position, day=position.day + 1, batch=0)
+    position = replace(position, day=position.day + 1, batch=0, skipped=log.skipped)
     run.save(position)
     return position
 
@@ -254,6 +268,7 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
     save_trained(run.folder, run.trainer.models, run.trainer.stores, note)
     cost = {
         "steps": position.step,
+        "skipped_steps": position.skipped,
         "requests": position.step * run.args.batch_size,
         "seconds": seconds,
         "device": str(run.device),

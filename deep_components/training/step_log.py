@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +21,16 @@ class StepLog:
 
     ``kept_steps`` have been made before: of the file at ``path`` their lines stay, but for damaged ones, which are
     dropped with a warning, as nothing but curves and times is taken from them. ``origin`` says what the data are,
-    ``method`` names the loss, ``skips`` says whether steps that are not finite were left out (otherwise they are an
-    error), and ``scalars`` also gets every step. ``seconds`` are those of all steps.
+    ``method`` names the loss, and ``scalars`` also gets every step. ``may_skip`` of all steps may be left out because
+    they were not finite; more are an error. ``skipped`` have been, ``seconds`` are those of all steps.
     """
 
     def __init__(
-        self, path: Path, origin: str, method: str, kept_steps: int, skips: bool, scalars: ScalarLog | None = None
-    ) -> None:
-        self.path, self.origin, self.method, self.skips, self.scalars = path, origin, method, skips, scalars
+        self, path: Path, origin: str, method: str, kept_steps: int, may_skip: int = 0, skipped: int = 0,
+        scalars: ScalarLog | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.origin, self.method, self.scalars = path, origin, method, scalars
+        self.may_skip, self.skipped = may_skip, skipped
         kept = _sound_lines(path, kept_steps) if kept_steps else {}
         if len(kept) < kept_steps:
             missing = kept_steps - len(kept)
@@ -43,7 +44,7 @@ class StepLog:
         self._waiting.append((step, day, seconds, terms))
 
     def flush(self) -> float:
-        """Write what waits and return the last loss. InputError when a step is not finite and was not left out."""
+        """Write what waits and return the last loss. InputError when more steps than may be left out are not finite."""
         if not self._waiting:
             return math.nan
         names = list(self._waiting[0][3])
@@ -54,7 +55,8 @@ class StepLog:
                 record = {"step": step, "day": day} | {n: v if math.isfinite(v) else None for n, v in terms.items()}
                 broken = [name for name, value in terms.items() if not math.isfinite(value)]
                 if broken:
-                    self._not_finite(f"{self.method}, step {step}, day {day}: the loss is {terms['loss']}", broken)
+                    what = f"{self.method}, step {step}, day {day}: the loss is {terms['loss']}"
+                    self._not_finite(f"{what}, and not finite are {', '.join(broken)}")
                     record["skipped"] = True
                 self.seconds += round(seconds, 6)
                 record |= {"seconds": round(seconds, 6), "data": self.origin}
@@ -68,10 +70,15 @@ class StepLog:
         self._waiting.clear()
         return float(values[-1, names.index("loss")])
 
-    def _not_finite(self, what: str, broken: Sequence[str]) -> None:
-        what = f"{what}, and not finite are {', '.join(broken)}"
-        if not self.skips:
+    def _not_finite(self, what: str) -> None:
+        self.skipped += 1
+        if not self.may_skip:
             raise InputError(f"{what}; lower --lr, or leave such steps out with --on_nonfinite=skip")
+        if self.skipped > self.may_skip:
+            raise InputError(
+                f"{what}; --on_nonfinite=skip has left out {self.may_skip} already, and 1 % of all steps is its limit; "
+                "lower --lr"
+            )
         logger.warning("%s; the step is left out", what)
 
 

@@ -95,9 +95,9 @@ def test_metrics_json(log: Path, run: Path) -> None:
     assert all(-1 <= results[name] <= 1 for name in METRICS)
     about = {"num_requests": REQUESTS_PER_DAY, "num_requests_without_ground_truth": 0, "test_day": DAYS[-1]}
     about |= {"setting": "two_stage", "loss_type": "lcron", "seed": 30, "epochs": 3, "data": "simulated"}
-    about |= {"commit": config(run)["commit"]}
+    about |= {"commit": config(run)["commit"], "time_zone": "Asia/Shanghai", "skipped_steps": 0}
     assert {name: results[name] for name in about} == about
-    assert set(results) == {*METRICS, *about, "warning", "test_day_checksum"}
+    assert set(results) == {*METRICS, *about, "warning", "test_day_checksum", "code"}
 
 
 def test_scores_npz(log: Path, run: Path) -> None:
@@ -268,6 +268,82 @@ def test_a_folder_that_is_no_run(log: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_another_log(run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]) -> None:
     assert "id counts differ" in refused(small_log(tmp_path_factory, users=31), run, capsys)
+
+
+def test_another_log_of_the_same_counts(
+    log: Path, run: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no day of it has been encoded, so that its cache says nothing."""
+    other = small_log(tmp_path_factory, seed=1)
+    assert open_log(other).schema == open_log(log).schema
+    cold = f"--cache_dir={tmp_path_factory.mktemp('cold')}"
+    sentence = f"its day {DAYS[1]} is not the one that"
+    assert sentence in refused(other, run, capsys, cold)
+    open_log(other).open_day(DAYS[0], TWO_STAGE)
+    assert f"its day {DAYS[0]} is not the one that" in refused(other, run, capsys)
+
+
+def copied_log(log: Path, folder: Path, **days: str) -> Path:
+    """The log with other days, each a copy of one of its own: new -> old."""
+    copied = shutil.copytree(log, folder, ignore=shutil.ignore_patterns("cache", "manifest.json"))
+    contents = {path: path.read_bytes() for path in copied.rglob("*2024-01-*")}
+    for path in contents:
+        path.unlink()
+    for new, old in days.items():
+        for path, content in contents.items():
+            if old in path.name:
+                path.with_name(path.name.replace(old, new.replace("_", "-"))).write_bytes(content)
+    return copied
+
+
+def test_a_log_that_lies_elsewhere_and_has_a_new_day(
+    log: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One training day tells that it is the same log; without any nothing does."""
+    moved = copied_log(log, tmp_path / "moved", **{DAYS[1]: DAYS[1], "2024-02-20": DAYS[2]})
+    results = evaluate(moved, run)
+    assert results["test_day"] == "2024-02-20"
+    assert results["test_day_checksum"] == evaluate(log, run)["test_day_checksum"]
+    for name in ("metrics.json", "per_request.npz"):
+        (run / name).unlink()
+    alone = copied_log(log, tmp_path / "alone", **{"2024-02-20": DAYS[2]})
+    assert "so nothing tells that it is the same log" in refused(alone, run, capsys)
+
+
+def test_a_test_day_that_is_a_copy_of_a_training_day(
+    log: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = copied_log(log, tmp_path / "log", **{DAYS[0]: DAYS[0], DAYS[1]: DAYS[1], "2024-02-20": DAYS[0]})
+    assert f"--test_day=2024-02-20: has the same requests as {DAYS[0]}" in refused(copied, run, capsys)
+
+
+def test_another_time_zone(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"--time_zone=UTC: {run} was trained with Asia/Shanghai" in refused(log, run, capsys, "--time_zone=UTC")
+    assert evaluate(log, run, "--time_zone=Asia/Shanghai")["time_zone"] == "Asia/Shanghai"
+
+
+@pytest.mark.parametrize("name", ["models/din.py", "tables/store.py", "a_file_that_is_gone.py"])
+def test_models_of_other_code(name: str, log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = config(run)["code"]
+    changed = own | {"files": own["files"] | {f"deep_components/{name}": "other"}}
+    change_config(run, code=changed)
+    assert f"was trained by other code: deep_components/{name}; train it again" in refused(log, run, capsys)
+    assert f"deep_components/{name}" in evaluate(log, run, "--any_code")["code"]["files"]
+
+
+@pytest.mark.parametrize("name", ["training/step.py", "loss/functional.py"])
+def test_code_that_only_trains_may_have_changed(name: str, log: Path, run: Path) -> None:
+    own = config(run)["code"]
+    changed = own | {"files": own["files"] | {f"deep_components/{name}": "other"}, "method": {}}
+    change_config(run, code=changed)
+    assert "joint_recall@10@20" in evaluate(log, run)
+
+
+def test_a_run_of_an_earlier_version_is_evaluated(log: Path, run: Path) -> None:
+    """It notes neither its code nor its days' checksums."""
+    known = {name: value for name, value in config(run).items() if name not in ("code", "data_checksums")}
+    (run / "config.json").write_text(json.dumps(known))
+    assert "joint_recall@10@20" in evaluate(log, run)
 
 
 def change_config(run: Path, **changes: object) -> None:

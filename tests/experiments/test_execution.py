@@ -118,6 +118,58 @@ def test_another_run_is_not_replaced(tmp_path: Path) -> None:
     assert make(run).status == "kept"
 
 
+OLD, NEW = ({"total": total, "files": {"models/din.py": total}, "method": {}} for total in ("old", "new"))
+
+
+def note_code(run: Run, name: str, noted: object) -> None:
+    """Let a file of the run's folder say which code it is of."""
+    content = json.loads((run.folder / name).read_text()) | {"code": noted}
+    (run.folder / name).write_text(json.dumps(content))
+
+
+def test_a_run_of_other_code_is_not_kept(tmp_path: Path) -> None:
+    """It is refused by name; deliberately it is kept, and --force makes it again."""
+    run = changed(fake_run(tmp_path), code=NEW)
+    make(run)
+    note_code(run, "config.json", OLD)
+    error = refused(run)
+    assert "holds a run with other code: models/din.py; --force makes it again, --any_code keeps it" in error
+    assert make(run, any_code=True).status == "kept"
+    assert make(run, force=True).status == "finished" and len(calls(run)) == 2
+
+
+def test_an_unfinished_run_of_other_code_goes_on_deliberately(tmp_path: Path) -> None:
+    run = changed(fake_run(tmp_path), code=NEW)
+    make(run)
+    note_code(run, "config.json", OLD)
+    for name in ("training.json", "metrics.json"):
+        (run.folder / name).unlink()
+    refused(run)
+    assert make(run, any_code=True).status == "finished"
+    assert {"--resume", "--any_code"} <= set(calls(run)[-1])
+
+
+def test_an_evaluation_of_other_code_is_made_again(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    make(run)
+    old = {"files": {"deep_components/metrics.py": "old"}}
+    note_code(run, "metrics.json", old)
+    assert make(run, any_code=True).status == "kept"
+    assert make(run).status == "finished"
+    assert len(calls(run)) == 1 and "code" not in json.loads((run.folder / "metrics.json").read_text())
+
+
+def test_a_stream_with_days_of_other_code_is_refused(tmp_path: Path) -> None:
+    """Its earlier days cannot be evaluated again: their models are gone."""
+    run = fake_run(tmp_path, streaming=True)
+    make(run)
+    content = read_json(run.folder / "streaming.json")
+    content["days"][0]["code"] = {"files": {"deep_components/metrics.py": "old"}}
+    write_json(run.folder / "streaming.json", content)
+    assert "other code: the evaluation of 2024-01-14" in refused(run)
+    assert make(run, any_code=True).status == "kept"
+
+
 def test_a_training_by_hand_in_the_folder_is_seen(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     make(run)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from deep_components.errors import InputError
-from deep_components.reporting.frame import frame, label_rows, read_runs
+from deep_components.reporting.frame import comparable_rows, frame, label_rows, read_runs
 from tests.reporting.fake_runs import ARGUMENTS, add_requests, write_costs, write_run, write_runs, write_steps
 
 
 def rows_of(*folders: Path) -> dict[str, int]:
     """Row -> number of its runs."""
-    return label_rows(read_runs(folders).runs)["row"].value_counts(sort=False).to_dict()
+    return comparable_rows(read_runs(folders).runs)["row"].value_counts(sort=False).to_dict()
 
 
 def test_one_row_a_run(tmp_path: Path) -> None:
@@ -33,10 +33,22 @@ def test_one_row_a_run(tmp_path: Path) -> None:
     assert frame([str(tmp_path / "a"), tmp_path / "b"]).equals(frame(tmp_path))
 
 
-def test_skipped_steps_are_a_warning(tmp_path: Path) -> None:
-    write_steps(write_run(tmp_path / "run"), [2.0, None, None])
-    (warning,) = frame(tmp_path)["warnings"][0]
-    assert "2 training steps were left out" in warning
+def test_the_results_say_how_many_steps_were_skipped(tmp_path: Path) -> None:
+    """The step log, which nothing protects, says it only where they do not."""
+    write_steps(write_run(tmp_path / "run", results={"skipped_steps": 3}), [2.0, None, None])
+    assert frame(tmp_path)["skipped_steps"].to_list() == [3]
+
+
+def test_the_code_that_a_run_ran(tmp_path: Path) -> None:
+    write_run(tmp_path / "known", config=CODE, results={"code": {"files": {"deep_components/metrics.py": "m"}}})
+    write_run(tmp_path / "unknown", seed=31)
+    runs = frame(tmp_path)
+    assert runs["code"].to_list() == ["t", None]
+    assert runs["run_code"][0].files == {"a.py": "1"}
+    assert runs["run_code"][0].own == {"loss.py": "5", "deep_components/metrics.py": "m"}
+
+
+CODE: dict[str, Any] = {"code": {"total": "t", "files": {"a.py": "1"}, "method": {"loss.py": "5"}}}
 
 
 def test_runs_behind_links_and_named_twice_count_once(tmp_path: Path) -> None:
@@ -122,7 +134,7 @@ def test_runs_that_do_not_belong_together(field: str, value: Any, tmp_path: Path
     write_run(tmp_path / "one")
     write_run(tmp_path / "two", results={field: value})
     with pytest.raises(InputError, match=f"the runs differ in {field}") as error:
-        read_runs([tmp_path])
+        rows_of(tmp_path)
     assert str(tmp_path / "one") in str(error.value)
     assert f"{value} in {tmp_path / 'two'}" in str(error.value)
 
@@ -131,7 +143,7 @@ def test_the_one_that_differs_from_many_is_named_first(tmp_path: Path) -> None:
     write_runs(tmp_path / "many", [0.5] * 9)
     odd = write_run(tmp_path / "odd", results={"data": "simulated"})
     with pytest.raises(InputError) as error:
-        read_runs([tmp_path])
+        rows_of(tmp_path)
     assert str(error.value).index(str(odd)) < str(error.value).index("seed30")
     assert "and 6 more" in str(error.value)
 
@@ -140,19 +152,76 @@ def test_runs_with_other_metrics(tmp_path: Path) -> None:
     write_run(tmp_path / "one")
     write_run(tmp_path / "two", results={"joint_recall@5@20": 0.5})
     with pytest.raises(InputError, match="the runs differ in metrics"):
-        read_runs([tmp_path])
+        rows_of(tmp_path)
 
 
 def test_runs_trained_on_other_data_of_the_same_day(tmp_path: Path) -> None:
     write_run(tmp_path / "one", config={"data_checksums": {"2024-01-13": "a", "2024-01-14": "b"}})
     fewer = write_run(tmp_path / "fewer", seed=31, config={"data_checksums": {"2024-01-13": "a"}})
     write_run(tmp_path / "untrained", epochs=0, config={"data_checksums": {}})
-    assert len(read_runs([tmp_path]).runs) == 3
+    assert sum(rows_of(tmp_path).values()) == 3
     other = write_run(tmp_path / "two", seed=32, config={"data_checksums": {"2024-01-13": "a", "2024-01-14": "c"}})
     with pytest.raises(InputError, match="training day 2024-01-14") as error:
-        read_runs([tmp_path])
+        rows_of(tmp_path)
     assert f"c in {other}" in str(error.value)
     assert str(fewer) not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["cascade", "schema_checksum"])
+def test_another_cascade_or_schema_under_one_name(field: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "one", config={field: "x"})
+    write_run(tmp_path / "two", seed=31, config={field: "x"})
+    write_run(tmp_path / "earlier", seed=32)
+    assert sum(rows_of(tmp_path).values()) == 3
+    write_run(tmp_path / "odd", seed=33, config={field: "y"})
+    with pytest.raises(InputError, match=f"the runs differ in {field.removesuffix('_checksum')}"):
+        rows_of(tmp_path)
+
+
+def test_days_of_a_stream_that_are_others(tmp_path: Path) -> None:
+    for seed, content in ((30, "a"), (31, "b")):
+        days = [{"test_day": "2024-01-14", "test_day_checksum": content, "joint_recall@10@20": 0.5}]
+        (write_run(tmp_path / str(seed), seed=seed) / "streaming.json").write_text(json.dumps({"days": days}))
+    with pytest.raises(InputError, match="the checksum of day of the stream 2024-01-14"):
+        rows_of(tmp_path)
+
+
+def test_the_training_days_of_all_methods_are_named_where_they_differ(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", name="bce", config={"train_days": ["2024-01-13"]})
+    assert rows_of(tmp_path) == {"bce": 1}
+    write_run(tmp_path / "two", name="lcron", config={"train_days": ["2024-01-13", "2024-01-14"]})
+    write_run(tmp_path / "untrained", epochs=0, config={"train_days": []})
+    assert rows_of(tmp_path) == {
+        "bce (train_days=2024-01-13)": 1,
+        "lcron (train_days=2024-01-13+2024-01-14)": 1,
+        "untrained": 1,
+    }
+
+
+@pytest.mark.parametrize(("field", "what"), [("loss", "values of the loss"), ("init_from_checksums", "--init_from")])
+def test_seeds_of_one_row_started_and_lost_alike(field: str, what: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "one", config={field: {"x": 1}})
+    write_run(tmp_path / "two", seed=31, config={field: {"x": 2}})
+    with pytest.raises(InputError, match=what):
+        rows_of(tmp_path)
+
+
+def test_seeds_of_other_code_are_not_averaged(tmp_path: Path) -> None:
+    """Of a row; another method's files are others anyway, and an untrained cascade has no method's."""
+    write_run(tmp_path / "one", config=CODE)
+    write_run(tmp_path / "bce", loss_type="bce", config={"code": CODE["code"] | {"method": {"other_loss.py": "7"}}})
+    for seed in (30, 31):
+        code = {"code": CODE["code"] | {"method": {"loss.py": str(seed)}}}
+        write_run(tmp_path / f"untrained{seed}", seed=seed, epochs=0, config=code)
+    write_run(tmp_path / "earlier", seed=32)
+    assert rows_of(tmp_path) == {"bce": 1, "lcron": 2, "untrained": 2}
+    other = write_run(tmp_path / "other", seed=33, config={"code": CODE["code"] | {"method": {"loss.py": "6"}}})
+    with pytest.raises(
+        InputError, match=r"lcron: its seeds ran different code: loss\.py, in .*--force.*--any_code"
+    ) as e:
+        rows_of(tmp_path)
+    assert str(other) in str(e.value)
+    assert len(comparable_rows(frame(tmp_path), any_code=True)) == 6
 
 
 def missing(name: str) -> Callable[[Path], None]:
@@ -247,7 +316,7 @@ def test_a_damaged_run_is_named_and_left_out(
 def test_only_damaged_runs(damage: Callable[[Path], None], tmp_path: Path) -> None:
     damage(add_requests(write_run(tmp_path / "one"), [0.5] * 40))
     with pytest.raises(InputError, match="one"):
-        read_runs([tmp_path])
+        rows_of(tmp_path)
 
 
 def test_every_named_folder_must_hold_a_run(tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deep_components.errors import InputError
 from deep_components.reporting.frame import frame, read_runs
 from deep_components.reporting.results import build_results
-from deep_components.reporting.tables import FORMATS, costs_document, metrics_document, streaming_document
+from deep_components.reporting.tables import FORMATS, Style, costs_document, metrics_document, streaming_document
 from tests.reporting.fake_runs import add_requests, write_costs, write_run, write_runs, write_streaming
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
 
@@ -171,6 +173,89 @@ def test_costs(tmp_path: Path) -> None:
     assert found[0][:6] == ["lcron", "three_stage", "2", "960", "4.0", "240"]
     with pytest.raises(InputError, match="train again"):
         costs_document(frame(tmp_path / "untrained"), None)  # type: ignore[arg-type]
+
+
+def test_costs_of_other_trainings_are_not_averaged(tmp_path: Path) -> None:
+    """Other learning rates under one name, each with a test day of its own; other logs of one origin are refused."""
+    for rate, day in ((0.01, "2024-02-03"), (0.1, "2024-02-04")):
+        run = write_run(tmp_path / day, arguments={"lr": rate}, results={"test_day": day})
+        write_costs(run, seconds=rate * 1000)
+    table = FORMATS["text"](partial(costs_document, frame(tmp_path)))
+    assert {name: cells[3] for name, cells in rows(table).items() if name != "method"} == {
+        "lcron (test_day=2024-02-03)": "10.0", "lcron (test_day=2024-02-04)": "100.0"
+    }  # fmt: skip
+    for seed, content in ((32, "a"), (33, "b")):
+        write_costs(write_run(tmp_path / content, seed=seed, config={"data_checksums": {"2024-01-13": content}}))
+    with pytest.raises(InputError, match="the checksum of training day 2024-01-13"):
+        costs_document(frame(tmp_path), Style())
+
+
+def with_code(folder: Path, loss: str = "5", shared: str = "t", commit: str = "abcdef0123456", **others: Any) -> Path:
+    code = {"total": shared, "files": {"a.py": shared}, "method": {"deep_components/loss/lcron.py": loss}}
+    return write_streaming(write_costs(write_run(folder, config={"code": code, "commit": commit}, **others)), STREAM)
+
+
+STREAM = {"2024-01-14": 0.5}
+DOCUMENTS: dict[str, Callable[..., Any]] = {
+    "metrics": lambda path, any_code: partial(
+        metrics_document, build_results(read_runs([path]), any_code=any_code)
+    ),
+    "costs": lambda path, any_code: partial(costs_document, frame(path), any_code=any_code),
+    "streaming": lambda path, any_code: partial(streaming_document, read_runs([path]), any_code=any_code),
+}  # fmt: skip
+
+
+def of_kind(kind: str, folder: Path, any_code: bool = False) -> str:
+    return FORMATS["text"](DOCUMENTS[kind](folder, any_code))
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_every_table_says_which_code_ran(kind: str, tmp_path: Path) -> None:
+    with_code(tmp_path / "one")
+    with_code(tmp_path / "two", seed=31)
+    assert "Code: t (commit abcdef012)." in of_kind(kind, tmp_path)
+    write_streaming(write_costs(write_run(tmp_path / "earlier", name="earlier", loss_type="bce")), STREAM)
+    shown = of_kind(kind, tmp_path)
+    if kind == "streaming":
+        assert "Code of earlier: unknown (commit unknown)." in shown and "Code of lcron: t (commit" in shown
+    else:
+        assert rows(shown)["method"][-1] == "code"
+        assert (rows(shown)["earlier"][-1], rows(shown)["lcron"][-1]) == (
+            "unknown (commit unknown)", "t (commit abcdef012)"
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_no_table_averages_seeds_of_other_code(kind: str, tmp_path: Path) -> None:
+    with_code(tmp_path / "one")
+    with_code(tmp_path / "two", seed=31, loss="6", commit="abcdef0-modified")
+    with pytest.raises(InputError, match=r"lcron: its seeds ran different code: deep_components/loss/lcron\.py"):
+        of_kind(kind, tmp_path)
+    shown = of_kind(kind, tmp_path, any_code=True)
+    assert "[1] lcron: the seeds ran different code: deep_components/loss/lcron.py." in shown
+    assert "lcron [1]" in shown if kind == "streaming" else "2 [1]" in " ".join(rows(shown)["lcron"])
+    assert "t (commit abcdef012); t (commit abcdef0-modified), loss/lcron.py 5, loss/lcron.py 6" in shown
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_steps_that_were_left_out_are_marked(kind: str, tmp_path: Path) -> None:
+    """And what was trained or evaluated by two codes."""
+    with_code(tmp_path / "one", results={"skipped_steps": 2})
+    with_code(tmp_path / "two", seed=31)
+    shown = of_kind(kind, tmp_path)
+    assert "[1] lcron: 2 of 120 training steps were left out, because they were not finite." in shown
+    run = with_code(tmp_path / "three", seed=32, name="lcron")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"code": config["code"] | {"before": {"a.py": "0"}}}))
+    assert "[2] lcron: trained or evaluated by other code than it began with: a.py." in of_kind(kind, tmp_path)
+
+
+def test_the_code_is_in_the_data_too(tmp_path: Path) -> None:
+    with_code(tmp_path / "one", results={"skipped_steps": 2})
+    content = json.loads(shown(tmp_path, "json"))
+    assert content["runs"][0]["code"] == "t" and content["runs"][0]["skipped_steps"] == 2
+    assert {record["code"] for record in content["results"]} == {"t (commit abcdef012)"}
+    assert content["notes"] == ["[1] lcron: 2 of 60 training steps were left out, because they were not finite."]
 
 
 def test_a_stream(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from deep_components.runs.identity import Difference, first_difference, method_a
 ARGUMENTS = {"seed": 30, "epochs": 1, "lr": 0.01, "emb_dim": 8, "loss_type": "lcron", "tau": None, "compact_from": 9}
 CONFIG: dict[str, Any] = {"setting": "two_stage", "data": "simulated", "cascade": {"stages": []}}
 CONFIG |= {"schema_checksum": "abc", "data_checksums": {"1": "x", "2": "y"}, "train_days": ["1", "2"]}
-CONFIG |= {"loss": {"tau": 50}, "arguments": ARGUMENTS}
+CONFIG |= {"loss": {"tau": 50}, "arguments": ARGUMENTS, "init_from_checksums": {"retrieval": "r", "rank": "s"}}
+CONFIG |= {"code": {"total": "t", "files": {"a.py": "1", "b.py": "2"}, "method": {"loss.py": "5"}}}
 
 
 def changed(**arguments: Any) -> dict[str, Any]:
@@ -42,8 +43,29 @@ def test_other_data_and_another_cascade() -> None:
 
 
 def test_what_an_earlier_version_did_not_write() -> None:
-    old = {name: value for name, value in CONFIG.items() if name not in ("cascade", "schema_checksum", "loss")}
+    optional = ("cascade", "schema_checksum", "loss", "init_from_checksums", "code")
+    old = {name: value for name, value in CONFIG.items() if name not in optional}
     assert first_difference(old, CONFIG) is None
+
+
+def test_other_code() -> None:
+    """Files have changed, or are gone, or are new."""
+    files, method = {"a.py": "1", "b.py": "3", "c.py": "5"}, {"loss.py": "6"}
+    wanted = CONFIG | {"code": {"total": "u", "files": files, "method": method}}
+    found = first_difference(CONFIG, wanted)
+    assert found is not None and found.is_code
+    assert str(found) == "other code: b.py, c.py, loss.py"
+    assert first_difference(CONFIG, wanted, any_code=True) is None
+    assert str(first_difference(CONFIG, wanted | {"train_days": ["2"]})) == "train_days=1,2, not 2"  # that says more
+    untrained = changed(epochs=0)
+    assert str(first_difference(untrained, untrained | {"code": wanted["code"]})) == "other code: b.py, c.py"
+
+
+def test_other_models_to_start_from() -> None:
+    wanted = CONFIG | {"init_from_checksums": {"retrieval": "r", "rank": "other"}}
+    for run in (wanted, wanted | {"arguments": ARGUMENTS | {"epochs": 0}}):
+        before = run | {"init_from_checksums": CONFIG["init_from_checksums"]}
+        assert str(first_difference(before, run)) == "other models in --init_from: rank"
 
 
 def test_more_days() -> None:

@@ -14,13 +14,22 @@ from safetensors.numpy import load_file, save_file
 from deep_components.errors import InputError
 from deep_components.runs import state
 from deep_components.runs.folder import STATE_FILE
-from deep_components.runs.state import load, load_model, load_state, save, save_models, save_state, saved_ids
+from deep_components.runs.state import (
+    load,
+    load_model,
+    load_state,
+    model_checksum,
+    save,
+    save_models,
+    save_state,
+    saved_ids,
+)
 
 MODELS: dict[str, dict[str, np.ndarray]] = {
     "retrieval": {"tower.0.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(2, np.float32)},
     "rank": {"tower.0.weight": np.arange(4.0)},
 }
-POSITION = {"epoch": 1, "day": 2, "batch": 4, "step": 3}
+POSITION = {"epoch": 1, "day": 2, "batch": 4, "step": 3, "skipped": 1}
 
 
 def test_models_come_back(tmp_path: Path) -> None:
@@ -48,6 +57,25 @@ def test_the_state_comes_back(tmp_path: Path) -> None:
     assert position == POSITION and loaded.keys() == arrays.keys()
     assert all(np.array_equal(loaded[name], values) for name, values in arrays.items())
     assert all(loaded[name].shape == values.shape for name, values in arrays.items())
+
+
+def test_a_state_that_does_not_count_what_was_skipped(tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    save_state(tmp_path / "state", {}, {name: value for name, value in POSITION.items() if name != "skipped"})
+    assert load_state(tmp_path / "state")[1] == POSITION | {"skipped": 0}
+
+
+def test_a_model_s_checksum_tells_its_content(tmp_path: Path) -> None:
+    for name, rank in (("one", np.arange(4.0)), ("same", np.arange(4.0)), ("other", np.arange(1.0, 5.0))):
+        save_models(tmp_path / name, {"rank": {"bias": rank}}, {})
+    one, same, other = (model_checksum(tmp_path / name, "rank") for name in ("one", "same", "other"))
+    assert one == same != other
+    save_file({"bias": np.arange(4.0)}, tmp_path / "one" / "rank.safetensors")  # by others, without checksums
+    foreign = model_checksum(tmp_path / "one", "rank")
+    save_file({"bias": np.arange(5.0)}, tmp_path / "one" / "rank.safetensors")
+    assert model_checksum(tmp_path / "one", "rank") != foreign
+    with pytest.raises(InputError, match="no such file; train first"):
+        model_checksum(tmp_path, "rank")
 
 
 def test_a_state_without_a_position(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
-from deep_components.files import as_json
+from deep_components.files import as_json, write_json
 from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.runs.folder import STATE_FILE
@@ -324,6 +324,17 @@ def test_init_from_the_run_itself_is_refused(log: Path, tmp_path: Path) -> None:
     assert contents(tmp_path, *MODEL_FILES) == before
 
 
+def test_resuming_after_the_models_of_init_from_have_changed(log: Path, tmp_path: Path) -> None:
+    """The parent was trained again: another run would go on from this one's state."""
+    parent = train(log, tmp_path / "parent", f"--train_days={DAYS[0]}")
+    arguments = (f"--init_from={parent}", f"--train_days={DAYS[1]}")
+    child = train(log, tmp_path / "child", *arguments)
+    train(log, child, *arguments, "--resume")
+    train(log, parent, f"--train_days={DAYS[0]}", "--seed=31")
+    with pytest.raises(InputError, match=r"--resume: .* other models in --init_from: rank, retrieval"):
+        train(log, child, *arguments, "--resume")
+
+
 def test_init_from_in_float64_is_exact(log: Path, tmp_path: Path) -> None:
     double = train(log, tmp_path / "double", "--dtype=float64")
     copy = train(log, tmp_path / "copy", "--dtype=float64", f"--init_from={double}", "--epochs=0")
@@ -484,6 +495,7 @@ TESTED_BELOW = {
     "shuffle": "test_flag_shuffle",
     "init_from": "test_init_from",
     "resume": "test_resumed_after_an_interruption",
+    "any_code": "test_flag_any_code",
     "cuda": "test_flags_of_the_device",
     "device": "test_flags_of_the_device",
     "save_minutes": "test_flag_save_minutes",
@@ -592,7 +604,7 @@ def test_flag_save_minutes(log: Path, baseline: Path, tmp_path: Path, interrupt:
     assert not (tmp_path / STATE_FILE).exists()
     interrupt(2)
     assert run_command(run_train2.main, [*arguments, "--save_minutes=1e-9"]) == 130
-    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 0, "batch": 1, "step": 1}
+    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 0, "batch": 1, "step": 1, "skipped": 0}
     interrupt(0)
     assert run_command(run_train2.main, [*arguments, "--resume"]) == 0
     assert_trained_alike(tmp_path, baseline)
@@ -617,6 +629,51 @@ def test_flag_on_nonfinite(log: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     made = 0
     with pytest.raises(InputError, match=r"lcron, step 2, day .*gradient_norm\.retrieval.*--on_nonfinite=skip"):
         train(log, tmp_path / "stop")
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_steps_that_are_left_out_are_counted_and_limited(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[int], None]
+) -> None:
+    """One may be, or 1 % of all; the count is part of the saved state and of all results."""
+    backward, broken = torch.Tensor.backward, [2]
+    made = 0
+
+    def some_broken(self: Tensor) -> None:
+        nonlocal made
+        made += 1
+        backward(self * torch.nan if made in broken else self)
+
+    monkeypatch.setattr(torch.Tensor, "backward", some_broken)
+    run = tmp_path / "run"
+    interrupt(4)
+    assert run_command(run_train2.main, training_arguments(log, run, "--on_nonfinite=skip")) == 130
+    interrupt(0)
+    (run / "train.jsonl").unlink()  # from which nothing but curves is taken
+    train(log, run, "--on_nonfinite=skip", "--resume")
+    assert evaluate(log, run)["skipped_steps"] == 1
+    assert json.loads((run / "training.json").read_text())["skipped_steps"] == 1
+    made, broken = 0, [2, 4]
+    with pytest.raises(InputError, match=r"step 4, day .* has left out 1 already, and 1 % of all steps is its limit"):
+        train(log, tmp_path / "two", "--on_nonfinite=skip")
+    assert not (tmp_path / "two" / "training.json").exists()
+
+
+def test_flag_any_code(log: Path, tmp_path: Path) -> None:
+    """A run of other code goes on only deliberately, and its record says so."""
+    run = train(log, tmp_path / "run", f"--train_days={DAYS[0]}")
+    written, days = config(run), f"--train_days={DAYS[0]},{DAYS[1]}"
+    assert written["code"]["files"]["deep_components/training/step.py"]
+    assert set(written["code"]["method"]) >= {"deep_components/loss/lcron.py", "deep_components/run_train2.py"}
+    for part, name in (("files", "deep_components/models/din.py"), ("method", "deep_components/loss/lcron.py")):
+        code = written["code"] | {part: written["code"][part] | {name: "other"}}
+        write_json(run / "config.json", written | {"code": code})
+        with pytest.raises(InputError, match=f"--resume: .* a run of other code: {name}; --any_code goes on"):
+            train(log, run, days, "--resume")
+    train(log, run, days, "--resume", "--any_code")
+    assert config(run)["code"] == written["code"] | {"before": {"deep_components/loss/lcron.py": "other"}}
+    train(log, run, days, "--resume")
+    assert config(run)["code"]["before"] == {"deep_components/loss/lcron.py": "other"}
 
 
 def test_flag_compile(log: Path, baseline: Path, tmp_path: Path) -> None:

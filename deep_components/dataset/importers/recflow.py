@@ -18,8 +18,8 @@ import numpy as np
 from deep_components.cascade import LABEL_CEILING, Cascade
 from deep_components.cli import progress
 from deep_components.dataset import clock
-from deep_components.dataset.cache import cached_day, default_cache_dir
-from deep_components.dataset.columnar import FORMAT_VERSION, ColumnFiles, DayCache, read_day, write_day
+from deep_components.dataset.cache import cached_day, day_folder, default_cache_dir
+from deep_components.dataset.columnar import FORMAT_VERSION, ColumnFiles, DayCache, checksum_of, read_day, write_day
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.safe_pickle import PickledArray
 from deep_components.dataset.manifest import read_manifest, verify
@@ -100,8 +100,6 @@ class RecFlowLog:
         """
         check_groups(cascade)
         identity = self._identity(day, cascade, zone)
-        # The log is in the name too: logs that share a --cache_dir must not take each other's days for stale.
-        log = hashlib.sha256(f"{self.folder.resolve()}|{zone}".encode()).hexdigest()[:8]
 
         def read(folder: Path) -> DayCache:
             return read_day(folder, day, cascade, made_from=identity)
@@ -110,8 +108,19 @@ class RecFlowLog:
             verify(self.folder, self.day_files(day))
             encode_day(self.folder, day, cascade, self.schema, clock.time_zone(zone), folder, identity)
 
-        parent = (cache_dir or default_cache_dir(self.folder)) / cascade.name
-        return cached_day(parent, f"{day}-{log}", identity, read, build).with_history(history_length)
+        parent, name = self._cached(day, cascade, cache_dir, zone)
+        return cached_day(parent, name, identity, read, build).with_history(history_length)
+
+    def checksum(self, day: str, cascade: Cascade, cache_dir: Path | None, zone: str) -> str | None:
+        """``checksum`` of the opened day, by what its cache says of itself; None where it is not in the cache."""
+        folder = day_folder(*self._cached(day, cascade, cache_dir, zone), self._identity(day, cascade, zone))
+        return checksum_of(folder) if folder.exists() else None
+
+    def _cached(self, day: str, cascade: Cascade, cache_dir: Path | None, zone: str) -> tuple[Path, str]:
+        """Where the cascade's days lie, and what the names of this one begin with. The log is in them too: logs that
+        share a --cache_dir must not take each other's days for stale."""
+        log = hashlib.sha256(f"{self.folder.resolve()}|{zone}".encode()).hexdigest()[:8]
+        return (cache_dir or default_cache_dir(self.folder)) / cascade.name, f"{day}-{log}"
 
     def files(self) -> list[Path]:
         """All files that the log consists of, for its manifest."""
