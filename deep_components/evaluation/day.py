@@ -23,7 +23,7 @@ from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import build_models
+from deep_components.models import MODELS, build_models
 from deep_components.runs.folder import (
     METRICS_FILE,
     PER_REQUEST_FILE,
@@ -96,8 +96,14 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
 def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted: Cascade | None) -> None:
     """InputError unless the run is of the ``wanted`` cascade and can be evaluated on the log."""
     if wanted is not None and own != wanted:
-        what = f"a {own.name} run" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
-        raise InputError(f"{run}: {what}; evaluate it with the command of that setting, or with run_test")
+        what = f"a run of {own.name}" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
+        raise InputError(f"{run}: {what}; evaluate it with the command or the --cascade that it was trained with")
+    foreign = [stage.model for stage in own.stages if stage.model not in MODELS]
+    if wanted is None and foreign:  # a run's folder is data: it does not say which code is executed
+        raise InputError(
+            f"{run}: its cascade names {foreign[0]!r}, which is none of this project's models; to import that code, "
+            "give the cascade's file with --cascade"
+        )
     same = "evaluate on the same log"
     if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
         raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
