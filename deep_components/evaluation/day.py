@@ -18,13 +18,15 @@ from deep_components.checkpoint import load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day
 from deep_components.dataset.loader import batches
+from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
-from deep_components.files import write_atomically
+from deep_components.files import folder_checksum, write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
 from deep_components.models import MODELS, build_models
 from deep_components.runs.folder import (
+    ENCODING_FOLDER,
     METRICS_FILE,
     PER_REQUEST_FILE,
     SCORES_FILE,
@@ -104,9 +106,13 @@ def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted:
             f"{run}: its cascade names {foreign[0]!r}, which is none of this project's models; to import that code, "
             "give the cascade's file with --cascade"
         )
-    same = "evaluate on the same log"
+    encoding, same = config.get("encoding_checksum", log.encoding_checksum), "evaluate on the same log"
     if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
         raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
+    if encoding != log.encoding_checksum:
+        raise InputError(f"{log.folder / ENCODING_OF_LOG}: maps values to other ids than the run's data did; {same}")
+    if "encoding_checksum" in config and folder_checksum(run / ENCODING_FOLDER) != encoding:
+        raise InputError(f"{run / ENCODING_FOLDER}: missing or damaged; copy it again, or train again")
     if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
         raise InputError(f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; {same}")
 
