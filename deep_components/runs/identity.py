@@ -1,7 +1,8 @@
 """Whether two trainings are the same run, decided here alone: for --resume, for the runner, and for reports.
 
-What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, origin and checksums of the
-data, arguments, the loss's hyper-parameters, the models of --init_from, the training days, and the code (runs/code.py).
+What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, encoding, origin and checksums
+of the data, arguments, the loss's hyper-parameters, the models of --init_from, the training days, and the code
+(runs/code.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ class Difference(NamedTuple):
             return f"other code: {code.named(self.found)}"
         if self.name == "init_from_checksums":
             return f"other models in --init_from: {', '.join(_changed(self.found, self.wanted))}"
-        if self.name in ("cascade", "schema_checksum", "loss") or self.name.startswith("day "):
+        if self.name in ("cascade", "schema_checksum", "encoding_checksum", "loss") or self.name.startswith("day "):
             return f"another {self.name.removesuffix('_checksum')}"
         return f"{self.name}={self.found}, not {self.wanted}"
 
@@ -87,7 +88,7 @@ def _differences(
 ) -> Iterator[Difference]:
     ours, arguments = run_arguments(wanted["arguments"]), found.get("arguments", {})
     theirs = run_arguments({**arguments, "epochs": ours["epochs"]}) | {"epochs": arguments.get("epochs")}
-    fields = ["setting", "cascade", "data", "schema_checksum"]
+    fields = ["setting", "cascade", "data", "schema_checksum", "encoding_checksum"]
     for name in [*fields, "loss"] if ours["epochs"] else fields:
         if name in found and name in wanted and found[name] != wanted[name]:
             yield Difference(name, found[name], wanted[name])

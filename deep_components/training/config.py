@@ -15,9 +15,9 @@ from torch import nn
 from deep_components.arguments import hyper_parameters, recorded_arguments
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.log import Log
+from deep_components.dataset.log import Log, zone_of
 from deep_components.files import as_json
-from deep_components.models import MODELS
+from deep_components.models import model_classes
 from deep_components.runs.code import training_code
 from deep_components.runs.state import model_checksum
 
@@ -33,9 +33,8 @@ def run_config(
     """All that makes a training this one (runs/identity.py), as config.json holds it.
 
     InputError when --init_from lacks a model."""
-    length = args.seq_len or log.history_length
+    of_log = {"seq_len": args.seq_len or log.history_length, "time_zone": zone_of(log, args.time_zone)}
     parents = cascade.stage_names if args.init_from is not None else ()
-    models = [MODELS[stage.model] for stage in cascade.stages if stage.model in MODELS]
     return as_json(
         {
             "setting": cascade.name,
@@ -43,12 +42,13 @@ def run_config(
             "data": log.origin,
             "schema": log.schema.to_json(),
             "schema_checksum": log.schema.checksum,
-            "arguments": dict(sorted((recorded_arguments(args, loss) | {"seq_len": length}).items())),
+            "encoding_checksum": log.encoding_checksum,
+            "arguments": dict(sorted((recorded_arguments(args, loss) | of_log).items())),
             "loss": hyper_parameters(loss),
             "init_from_checksums": {stage: model_checksum(args.init_from, stage) for stage in parents},
             "train_days": list(train_days),
             "data_checksums": {day.day: day.checksum for day in opened},
-            "code": training_code(args.loss_type, map(type, loss.modules()), models),
+            "code": training_code(args.loss_type, map(type, loss.modules()), model_classes(cascade)),
         }
     )
 

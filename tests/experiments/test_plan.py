@@ -36,10 +36,20 @@ def test_the_validation_day_is_the_last_training_day(log: Path) -> None:
 def test_validation_on_recflow() -> None:
     """Train .. 2024-02-02, validate 2024-02-03: the protocol's days, where the log has more."""
     days = [str(datetime.date(2024, 1, 13) + datetime.timedelta(offset)) for offset in range(37)]
-    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=tuple(days[:23]))
+    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=tuple(days[:23]), test_days=1)
     (part,) = schedule(log, None, None, validation=True)
     assert (part.train_days[0], part.train_days[-1], part.test_day) == ("2024-01-13", "2024-02-02", "2024-02-03")
     assert len(schedule(log, None, None, streaming=True)) == 22
+
+
+def test_a_stream_goes_through_all_test_days() -> None:
+    """Of a log that holds back its last three: nothing was learnt from them, but the stream trains on them."""
+    days = [f"2026-02-0{day}" for day in range(1, 6)]
+    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=(), test_days=3)
+    assert schedule(log, None, None) == (Part(tuple(days[:2]), days[4]),)
+    assert schedule(log, None, None, streaming=True) == tuple(Part(tuple(days[:n]), days[n]) for n in range(1, 5))
+    assert schedule(log, days[:1], days[4], streaming=True) == (Part((days[0],), days[4]),)
+    assert schedule(log, None, None, validation=True, streaming=True) == (Part((days[0],), days[1]),)
 
 
 def test_a_stream_tests_every_day_from_the_second(log: Path) -> None:
