@@ -131,15 +131,22 @@ def pairwise_bce(scores: Tensor, labels: Tensor) -> Tensor:
 def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
     """Sum over the groups but the last of the mean of softplus(-(s_m - s_n)), m in the group, n in any later group.
 
-    Each mean is over the group's pairs in the whole batch.
+    Each mean is over the group's pairs in the whole batch. Where all requests share one row of groups (a stride of
+    0, as :meth:`Tensor.expand` gives it and which is known without reading a value), the sums are taken slot by slot:
+    float32 then rounds as it always has in the paper's settings. The mathematics is the same.
     """
     clean, group = without_missing(scores, targets.mask), torch.where(targets.mask, targets.group, 0)
     penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # [B, N, N], of m before n
     ordered = pairs(targets.mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
+    penalty = torch.where(ordered, penalty, 0)
+    if len(group) > 1 and targets.group.stride(0) == 0:
+        row = targets.group[0]
+        same = (row.unsqueeze(-1) == row).to(penalty.dtype)  # [N, N]
+        total, num_pairs = penalty.sum(dim=(0, 2)) @ same, ordered.sum(dim=(0, 2)).to(penalty.dtype) @ same
+        return (total / num_pairs.clamp(min=1) / same.sum(dim=-1)).sum()  # each mean is in it once a slot
     num_pairs = ordered.sum(dim=-1).to(torch.float64)  # [B, N], of each item with those of later groups
     group_pairs = torch.bincount(group.flatten(), weights=num_pairs.flatten())[group]  # [B, N], of the item's group
-    total = torch.where(ordered, penalty, 0).sum(dim=-1)
-    return (total / group_pairs.to(total.dtype).clamp(min=1)).sum()
+    return (penalty.sum(dim=-1) / group_pairs.to(penalty.dtype).clamp(min=1)).sum()
 
 
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
