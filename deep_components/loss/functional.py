@@ -152,7 +152,7 @@ def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     """Sum over the ordered pairs of w * BCE(s_m - s_n, [y_m > y_n]), mean over the requests that have items.
 
-    With r the ranks by s, from 1, D(x) = 1 / ln(x + 1), gain g = y / sum_j D(j) y_(j):
+    With r the ranks by s, from 1, D(x) = 1 / ln(x + 1), y+ = max(y, 0), gain g = y+ / sum_j D(j) y+_(j):
     w = |g_m - g_n| (0.2 u + 0.8 v), without gradient; u = |D(|r_m - r_n|) - D(|r_m - r_n| + 1)| where the ranks differ
     and the smaller is at most ``cutoff``, else 0 (LambdaLoss, Wang et al., CIKM 2018); v = |d_m - d_n| with d = D(r) up
     to ``cutoff``, else 0.
@@ -161,7 +161,7 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     labels = torch.where(mask, targets.labels, 0)
     with torch.no_grad():
         rank = (_descending(clean, mask).argsort(dim=-1) + 1).to(clean.dtype)
-        gain = labels / _ideal_dcg(labels, mask, clean.dtype)
+        gain = labels.clamp(min=0) / _ideal_dcg(labels.clamp(min=0), clean.dtype)
         distance = (rank.unsqueeze(-1) - rank.unsqueeze(-2)).abs()  # [B, N, N]
         near = (distance > 0) & (torch.minimum(rank.unsqueeze(-1), rank.unsqueeze(-2)) <= cutoff)
         step = (_discount(distance.clamp(min=1)) - _discount(distance.clamp(min=1) + 1)).abs()
@@ -172,12 +172,10 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     return masked_mean(per_request, mask.any(dim=-1))
 
 
-def _ideal_dcg(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_j D(j) y_(j) of the present items, 1 where that is 0. [B, 1]."""
-    ordered = labels.masked_fill(~mask, torch.iinfo(labels.dtype).min).sort(dim=-1, descending=True).values
-    rank = torch.arange(1, mask.shape[-1] + 1, device=mask.device).to(dtype)
-    there = rank <= mask.sum(dim=-1, keepdim=True)
-    total = (torch.where(there, ordered, 0) * _discount(rank)).sum(dim=-1, keepdim=True)
+def _ideal_dcg(gains: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_j D(j) g_(j), 1 where that is 0. Gains are 0 or more. [B, 1]."""
+    rank = torch.arange(1, gains.shape[-1] + 1, device=gains.device).to(dtype)
+    total = (gains.sort(dim=-1, descending=True).values * _discount(rank)).sum(dim=-1, keepdim=True)
     return torch.where(total == 0, 1, total)
 
 

@@ -266,3 +266,9 @@ def test_lambda_loss_is_a_mean_over_requests_with_items() -> None:
 def test_lambda_loss_without_any_gain_is_zero() -> None:
     targets = make_targets([[0, 1]], [[1, 1]], [[0, 0]])
     assert lambda_loss(floats([[1, 2]]), targets, 30).item() == 0
+
+
+def test_lambda_loss_a_negative_label_has_no_gain_and_still_its_order() -> None:
+    scores = floats([[1, 2, 3]])
+    negative, zero = (make_targets([[0, 1, 1]], [[1, 1, 1]], [[3, 1, last]]) for last in (-5, 0))
+    assert lambda_loss(scores, negative, 30).item() == lambda_loss(scores, zero, 30).item()
