@@ -1,7 +1,8 @@
 """Cascade metrics, vectorised over requests.
 
 Arrays: scores and labels [R, N], mask [R, N] bool (False = missing item, which is as if it were not there), relevant
-[R, N] bool (the ground-truth items). Every metric is per request, [R]; NaN where it is not defined.
+[R, N] bool (the ground-truth items). Every metric is per request, [R]; NaN where it is not defined. What has another
+type or shape is a TypeError or ValueError, and so is a score that is NaN.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quota
 def cascade_survival(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> list[Tensor]:
     """The share of the ground-truth items that is left after each stage: one [R] per stage, arguments as in
     :func:`joint_recall`, which is the last of them."""
+    _check(mask, relevant=relevant, **{f"scores[{stage}]": values for stage, values in enumerate(scores)})
     relevant = relevant & mask
     left = survival_by_stage(scores, mask, quotas)
     return [(alive * relevant).sum(dim=-1) / relevant.sum(dim=-1) for alive in left]
@@ -87,6 +89,7 @@ def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
     A request whose ideal DCG is 0 gets 0; one without items is not defined (NaN). ValueError for a negative label,
     with which the worst order can have the largest value.
     """
+    _check(mask, scores=scores, labels=labels)
     if (mask & (labels < 0)).any():
         raise ValueError(f"labels are gains, 0 or more, and hold {labels[mask].min()}; add a constant to all of them")
     num_items = scores.shape[-1]
@@ -109,6 +112,7 @@ def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     NaN where all scores, or all labels, of a request are equal.
     """
+    _check(mask, scores=scores, labels=labels)
     parts = []
     for first in range(0, len(scores), _REQUESTS_PER_CHUNK):
         chunk = slice(first, first + _REQUESTS_PER_CHUNK)
@@ -134,6 +138,8 @@ def cascade_metrics(
     names and the cut of NDCG. Returns ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``,
     ``<stage>_kendall_tau``, and ``survival_after_<stage>``: the share of the ground truth left after it; [R] each.
     """
+    if missing := [stage for stage in quotas if stage not in scores]:
+        raise ValueError(f"scores lacks stage {missing[0]!r} of quotas")
     left = cascade_survival([scores[stage] for stage in quotas], mask, relevant, list(quotas.values()))
     metrics = {f"joint_recall@{num_relevant}@{list(quotas.values())[-1]}": left[-1]}
     for stage, quota in quotas.items():
@@ -141,6 +147,20 @@ def cascade_metrics(
         metrics[f"{stage}_ndcg@{num_relevant}"] = ndcg(scores[stage], labels, mask, num_relevant)
         metrics[f"{stage}_kendall_tau"] = kendall_tau(scores[stage], labels, mask)
     return metrics | {f"survival_after_{stage}": share for stage, share in zip(quotas, left, strict=True)}
+
+
+def _check(mask: Tensor, **arrays: Tensor) -> None:
+    """TypeError or ValueError, in one sentence, unless the mask and the arrays are tensors [R, N] that fit, and no
+    score of an item that is there is NaN."""
+    for name, values in {"mask": mask, **arrays}.items():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}, not a tensor [R, N]")
+        if name in ("mask", "relevant") and values.dtype != torch.bool:
+            raise TypeError(f"{name} holds {values.dtype}, not bool")
+        if values.dim() != 2 or values.shape != mask.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, not [R, N] = {tuple(mask.shape)}")
+        if (values.isnan() & mask).any():
+            raise ValueError(f"{name} holds NaN where mask is True")
 
 
 def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ FORMAT_VERSION = 3
 META_FILE = "meta.json"
 VERIFIED = "LCRON_VERIFIED_DAYS"  # environment variable: the days that this process or a parent of it has verified
 _ID_SETS = "ids."
-_OPTIONAL = "item.group"
+_LABEL, _OPTIONAL = "item.label", "item.group"
+REPEATED = "items that equal another of their request in every field, kept"  # in ``repairs``
 _MAX_SIZE = 1 << 32  # rows of a table
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
@@ -68,7 +69,7 @@ def columns_of(schema: Schema) -> dict[str, Column]:
         kind = np.min_scalar_type(entry.size - 1) if entry.table else np.dtype(np.float32)
         columns[f"{entry.side}.{entry.name}"] = Column(entry.side, (kind,), entry.size if entry.table else None)
     columns |= {f"{side}.mask": Column(side, (np.dtype(np.bool_),), 2) for side in ("history", "item")}
-    columns["item.label"] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
+    columns[_LABEL] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
     columns[_OPTIONAL] = Column("item", (np.dtype(np.uint8),))
     return columns
 
@@ -108,7 +109,7 @@ class DayCache:
     def batch(self, requests: np.ndarray) -> CascadeBatch[Features]:
         """The requests at the given positions, all N items at once."""
         targets = Targets(
-            labels=self._values("item.label", requests),
+            labels=self._values(_LABEL, requests),
             mask=self._values("item.mask", requests),
             group=self._values(_OPTIONAL, requests)
             if _OPTIONAL in self.columns
@@ -137,6 +138,22 @@ def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray]) -> I
     used = [columns[f"{entry.side}.{entry.name}"] for entry in schema.fields if entry.table == name]
     pieces = (part[k : k + _ROWS_PER_PIECE] for part in used for k in range(0, len(part), _ROWS_PER_PIECE))
     return IdSet.of((always, *pieces), table.size)
+
+
+def repeated_items(schema: Schema, columns: Mapping[str, np.ndarray]) -> int:
+    """How many items of the day equal one before them in their request, in every field: no model tells them apart."""
+    mask, total = columns["item.mask"], 0
+    for first in range(0, len(mask), _ROWS_PER_PIECE):
+        rows = slice(first, first + _ROWS_PER_PIECE)
+        digest = np.zeros(mask[rows].shape, np.uint64)
+        for entry in schema.side("item"):
+            values = columns[f"item.{entry.name}"][rows]
+            values = values.view(np.uint32) if values.dtype.kind == "f" else values
+            digest = (digest ^ (digest >> np.uint64(29)) ^ values.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        digest[~mask[rows]] = 0
+        digest.sort(axis=1)
+        total += int(((digest[:, 1:] == digest[:, :-1]) & (digest[:, 1:] != 0)).sum())
+    return total
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -215,6 +232,8 @@ class ColumnFiles:
             path = self.folder / f"{_ID_SETS}{table}.npy"
             np.save(path, _used_ids(self.schema, table, columns).bits)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        if repeated := repeated_items(self.schema, columns):
+            self.repairs[REPEATED] = repeated
         meta = {"format": FORMAT_VERSION, "schema": self.schema.to_json(), "made_from": made_from}
         write_json(self.folder / META_FILE, meta | {"repairs": self.repairs, "files": files})
 
@@ -384,6 +403,9 @@ def _check_values(folder: Path, name: str, array: np.ndarray, column: Column) ->
             values = np.frombuffer(piece, kind)
             if column.limit is not None and values.max() >= column.limit:
                 raise InputError(f"{path}: holds {values.max()}, outside the 0 .. {column.limit - 1} of its schema")
+            if name == _LABEL and values.min() < 0:
+                raise InputError(f"{path}: holds {values.min()}; labels are gains, so add a constant that makes the "
+                                 "lowest of all days 0")  # fmt: skip
             if kind.kind == "f" and not np.isfinite(values).all():
                 raise InputError(f"{path}: holds a value that is no finite number; say in the importer what it becomes")
     return digest.hexdigest()

@@ -4,7 +4,7 @@ Shapes: B requests, N items; ``mask`` is [B, N] bool, False where the item is mi
 its score, label and group may be anything, NaN included, and its gradient is zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -26,6 +26,33 @@ class Targets(Protocol):
     @property
     def group(self) -> Tensor:
         """[B, N] int64, from 0; 0 = the ground-truth group."""
+
+
+def check_inputs(scores: Mapping[str, Tensor], targets: Targets, stages: Iterable[str] | None = None) -> None:
+    """TypeError or ValueError, in one sentence, unless ``scores`` has a floating-point tensor [B, N] for each of the
+    loss's ``stages`` (None = any) and ``targets`` fits them. Values are not read, so that no device is waited for."""
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores is a {type(scores).__name__}, not a mapping of stages to tensors [B, N]")
+    if not scores:
+        raise ValueError("scores has no stage")
+    if stages is not None and scores.keys() != set(stages):
+        raise ValueError(f"scores is of the stages {', '.join(scores)}; the loss is of {', '.join(stages)}")
+    tensors = {f"scores[{stage!r}]": (s, "floating-point numbers") for stage, s in scores.items()}
+    kinds = {"mask": "bool", "labels": "integers", "group": "integers"}
+    tensors = {f"targets.{name}": (getattr(targets, name), kind) for name, kind in kinds.items()} | tensors
+    for name, (values, kind) in tensors.items():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}, not a tensor [B, N]")
+        if kind != _kind(values):
+            raise TypeError(f"{name} holds {values.dtype}, not {kind}")
+        if values.dim() != 2 or values.shape != targets.mask.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, not [B, N] = {tuple(targets.mask.shape)}")
+
+
+def _kind(values: Tensor) -> str:
+    if values.is_floating_point():
+        return "floating-point numbers"
+    return "bool" if values.dtype == torch.bool else "complex numbers" if values.is_complex() else "integers"
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -857,5 +857,5 @@ def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, said: str,
         del state[name]
     else:
         state[name] = value if value.ndim else torch.full_like(state[name], int(value))
-    with pytest.raises(InputError, match=f"the saved state does not fit: {said}"):
+    with pytest.raises(InputError, match=f"{STATE_FILE}: {said}"):
         trainer.restore(state)
