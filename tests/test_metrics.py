@@ -4,7 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -282,6 +282,31 @@ def test_negative_labels_are_refused_where_they_would_be_gains() -> None:
     with pytest.raises(ValueError, match="labels are gains, 0 or more, and hold -1"):
         ndcg(scores, labels, FOUR[:, :2], 10)
     assert ndcg(scores, labels, tensor([[1, 0]], torch.bool), 10).item() == 1  # a missing item's does not matter
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"mask": tensor([[1, 1, 0]])}, TypeError, "mask holds torch.float32, not bool"),
+        ({"mask": [[True, True, False]]}, TypeError, "mask is a list"),
+        ({"relevant": tensor([[1, 0, 0]], torch.int64)}, TypeError, "relevant holds torch.int64, not bool"),
+        ({"labels": [[3, 2, 1]]}, TypeError, "labels is a list"),
+        ({"labels": tensor([[3, 2]], torch.int64)}, ValueError, r"labels has shape \(1, 2\), not \[R, N\] = \(1, 3\)"),
+        ({"scores": {"first": tensor([[1, 2, 3]])}}, ValueError, "scores lacks stage 'second'"),
+        ({"scores": dict.fromkeys(QUOTAS, tensor([1, 2, 3]))}, ValueError, r"has shape \(3,\)"),
+        ({"scores": dict.fromkeys(QUOTAS, tensor([[1, np.nan, 3]]))}, ValueError, "holds NaN where mask is True"),
+    ],
+)
+def test_what_are_no_arrays_of_a_cascade_is_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    sound: dict[str, Any] = {
+        "scores": dict.fromkeys(QUOTAS, tensor([[1, 2, np.nan]])),
+        "labels": tensor([[3, 2, 1]], torch.int64),
+        "mask": tensor([[1, 1, 0]], torch.bool),
+        "relevant": tensor([[1, 0, 0]], torch.bool),
+    }
+    assert cascade_metrics(**sound, quotas=QUOTAS, num_relevant=4)["joint_recall@4@3"].item() == 1
+    with pytest.raises(error, match=text):
+        cascade_metrics(**sound | change, quotas=QUOTAS, num_relevant=4)
 
 
 def test_requests_do_not_mix() -> None:
