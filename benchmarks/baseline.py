@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from deep_components.batch import CascadeBatch, Features, Targets
-from deep_components.cascade import LABEL_CEILING, Cascade
+from deep_components.cascade import Cascade
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.log import open_log
 from deep_components.models.din import DIN, PADDING_LOGIT
@@ -157,16 +157,16 @@ class BaselineReader:
         ids = ("user_id", "device_id", "gender", "age", "province")
         user = _clock(int(self.columns["request_timestamp"][row]) // 1000)
         user += [int(self.columns[name][row]) + 1 for name in ids]
-        items, labels, groups = list[list[int]](), list[int](), list[int]()
+        items, labels, groups, ceiling = list[list[int]](), list[int](), list[int](), self.cascade.label_ceiling
         for number, group in enumerate(self.cascade.groups):
             for item in self.items[request][group.name][: group.size]:
                 items.append(_item(item))
                 groups.append(number)
                 if number:
-                    labels.append(group.label())
+                    labels.append(max(0, ceiling - (group.position or 0)))
                 else:
                     known = self.truth.get((request, int(item[0])))
-                    labels.append(0 if known is None else LABEL_CEILING - known)
+                    labels.append(0 if known is None else max(0, ceiling - known))
         history = [_event(event) for event in self.histories[request]]
         mask = [bool(event[7]) for event in self.histories[request]]
         sides = {"request": user, "history": history, "item": items}

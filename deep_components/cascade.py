@@ -16,7 +16,7 @@ import numpy as np
 from deep_components.errors import InputError
 
 DEFAULT_SLOTS = 10  # of a group, where neither the cascade nor the log says otherwise
-LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so that higher is better
+LABEL_CEILING = 30  # the label of position 0 in the true order, as in the original; see Cascade.labels
 STAGES_ALLOWED = range(2, 5)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -57,11 +57,6 @@ class Group:
         RecFlow's files have beyond is not used."""
         return DEFAULT_SLOTS if self.size is None else self.size
 
-    def label(self) -> int:
-        """The label shared by the group's items. Only for groups with a common position."""
-        assert self.position is not None
-        return LABEL_CEILING - self.position
-
 
 @dataclass(frozen=True)
 class Cascade:
@@ -88,6 +83,18 @@ class Cascade:
         """[N] int64: the group, from 0, that each item slot of a request belongs to, in a log without groups of its
         own."""
         return np.repeat(np.arange(len(self.groups)), [group.slots for group in self.groups])
+
+    @property
+    def label_ceiling(self) -> int:
+        """LABEL_CEILING, or the last position in the true order that the groups have, if that is beyond it."""
+        return max(LABEL_CEILING, *(g.slots if g.position is None else g.position for g in self.groups))
+
+    def labels(self, positions: np.ndarray) -> np.ndarray:
+        """The labels of items at these positions in the true order: max(0, ceiling - position), as labels are gains.
+
+        Items beyond the ceiling tie, below all others.
+        """
+        return np.maximum(self.label_ceiling - positions, 0)
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -74,8 +74,14 @@ def _rows(saved: SavedModel, store: EmbeddingStore, table: str) -> np.ndarray:
 
 def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], targets: Mapping[str, Tensor]) -> None:
     for name in sorted(targets.keys() | arrays.keys()):
-        found = tuple(arrays[name].shape) if name in arrays else None
-        wanted = tuple(targets[name].shape) if name in targets else None
-        if found != wanted:
-            raise InputError(f"{path}: parameter {name} has shape {found}, but the model wants {wanted}; use the data "
-                             "and the sizes (--emb_dim, --nn_units) that it was trained with")  # fmt: skip
+        if name not in arrays:
+            problem = f"lacks parameter {name} of the model"
+        elif name not in targets:
+            problem = f"has a parameter {name} that the model has not"
+        elif arrays[name].shape != targets[name].shape:
+            shapes = arrays[name].shape, tuple(targets[name].shape)
+            problem = f"parameter {name} has shape {shapes[0]}, but the model wants {shapes[1]}"
+        else:
+            continue
+        raise InputError(f"{path}: {problem}; use the model, the data and the sizes (--emb_dim, --nn_units) that it "
+                         "was trained with")  # fmt: skip

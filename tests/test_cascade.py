@@ -1,10 +1,12 @@
 """Cascades: the paper's numbers, TOML files of one's own, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from deep_components.cascade import SETTINGS, THREE_STAGE, TWO_STAGE, Cascade
+from deep_components.cascade import SETTINGS, THREE_STAGE, TWO_STAGE, Cascade, Group
 from deep_components.errors import InputError
 
 FOUR = """
@@ -37,8 +39,18 @@ def test_the_papers_settings() -> None:
     assert TWO_STAGE.icc_cuts == {"retrieval": 30, "rank": 30}
     assert THREE_STAGE.icc_cuts == {"retrieval": 40, "prerank": 30, "rank": 30}
     assert THREE_STAGE.exposed_groups == {"retrieval": 5, "prerank": 4, "rank": 2}
-    assert [group.label() for group in THREE_STAGE.groups[1:]] == [8, 7, 6, 5]
+    assert THREE_STAGE.labels(np.array([1, 22, 23, 24, 25])).tolist() == [29, 8, 7, 6, 5]
     assert TWO_STAGE.group_of_item.tolist() == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
+
+
+def test_labels_are_never_negative_and_keep_the_order_of_any_number_of_positions() -> None:
+    assert TWO_STAGE.labels(np.array([30, 31, 1000])).tolist() == [0, 0, 0]
+    assert (THREE_STAGE.label_ceiling, TWO_STAGE.label_ceiling) == (30, 30)
+    long = (Group("rank_pos", size=2000, index_field="rank_index"), Group("rank_neg", size=500, position=2500))
+    cascade = replace(TWO_STAGE, groups=long)
+    labels = cascade.labels(np.arange(1, 2501))
+    assert labels[-1] == 0 and (np.diff(labels) == -1).all()
+    assert replace(TWO_STAGE, groups=(long[0], Group("rank_neg", position=23))).labels(np.array([2000])).tolist() == [0]
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:

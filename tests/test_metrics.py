@@ -1,9 +1,10 @@
 """Metrics against the paper's code, scikit-learn, SciPy, hand-made cases, and their properties."""
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,12 +12,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from scipy.stats import kendalltau
+from scipy.stats import hypergeom, kendalltau
 from sklearn.metrics import ndcg_score
 from torch import Tensor
 
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
-from deep_components.metrics import cascade_metrics, cascade_survival, joint_recall, kendall_tau, ndcg, recall, survival
+from deep_components.metrics import (
+    cascade_metrics,
+    cascade_survival,
+    joint_recall,
+    kendall_tau,
+    ndcg,
+    recall,
+    survival,
+    survival_by_stage,
+)
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -190,6 +200,113 @@ def test_tied_items_share_the_places_left() -> None:
     assert survival(tensor([[4.0, 3.0, 1.0, 1.0, 0.0]]), alive, quota=2)[0].tolist() == pytest.approx(
         [1, 0.5, 0.25, 0.25, 0]
     )
+
+
+def outcomes(scores: list[list[int]], present: set[int], quotas: list[int]) -> list[dict[int, float]]:
+    """The probability of each item to be left after each stage: every stage draws among all choices of its tied."""
+    sets, left = {frozenset(present): 1.0}, []
+    for values, quota in zip(scores, quotas, strict=True):
+        following: dict[frozenset[int], float] = defaultdict(float)
+        for alive, probability in sets.items():
+            last = sorted((values[item] for item in alive), reverse=True)[:quota][-1] if alive else 0
+            above = {item for item in alive if values[item] > last}
+            tied = [item for item in alive if values[item] == last]
+            choices = list(itertools.combinations(tied, min(quota - len(above), len(tied))))
+            for choice in choices:
+                following[frozenset(above | {*choice})] += probability / len(choices)
+        sets = following
+        left.append({item: sum(p for alive, p in sets.items() if item in alive) for item in range(len(values))})
+    return left
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_ties_at_the_cuts_of_several_stages_are_drawn_in_every_way(data: st.DataObject) -> None:
+    size, stages = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 4))
+    scores = data.draw(arrays(np.float32, (stages, 1, size), elements=st.integers(0, data.draw(st.integers(0, 3)))))
+    mask = data.draw(arrays(np.bool_, (1, size)))
+    quotas = data.draw(st.lists(st.integers(1, size), min_size=stages, max_size=stages))
+    present = {int(item) for item in np.flatnonzero(mask)}
+    expected = outcomes(scores[:, 0].tolist(), present, quotas)
+    actual = survival_by_stage([*torch.from_numpy(scores)], torch.from_numpy(mask), quotas)
+    for probabilities, values in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(values[0], [probabilities[item] for item in range(size)], atol=1e-12)
+
+
+def test_chance_ties_at_two_cuts_by_hand() -> None:
+    # The first stage keeps item 2 and one of the items 0 and 1; the second keeps item 1 if it is there, else draws from
+    # 0 and 2. So item 2 is left with probability 1/2 * 1/2; 1/3 if the halves of 0 and 1 counted as one item's.
+    scores, ones = [tensor([[0, 0, 1]]), tensor([[0, 1, 0]])], torch.ones(1, 3, dtype=torch.bool)
+    assert survival_by_stage(scores, ones, [2, 1])[-1][0].tolist() == pytest.approx([0.25, 0.5, 0.25], abs=1e-15)
+    assert joint_recall(scores, ones, tensor([[0, 0, 1]], torch.bool), [2, 1]).item() == pytest.approx(0.25, abs=1e-15)
+
+
+def test_a_dead_stage_before_another_gives_chance() -> None:
+    # Item j of 40 by the second stage is left when it is among 30 drawn, with at most 19 of the j better ones.
+    generator = torch.Generator().manual_seed(0)
+    second, ones = torch.randn(1, 40, generator=generator), torch.ones(1, 40, dtype=torch.bool)
+    left = survival_by_stage([torch.zeros(1, 40), second], ones, [30, 20])[-1]
+    better = second[0].argsort(descending=True).argsort().tolist()
+    expected = [30 / 40 * hypergeom(39, j, 29).cdf(19) for j in better]
+    np.testing.assert_allclose(left[0], expected, atol=1e-12)
+    dead = survival_by_stage([torch.zeros(1, 40)] * 2, ones, [30, 20])
+    np.testing.assert_allclose(torch.cat(dead), np.tile([[0.75], [0.5]], (1, 40)), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [64, 200])
+def test_beyond_what_can_be_followed_stages_divide_their_quotas_in_proportion(size: int) -> None:
+    # 64 items of two scores at each of four stages have too many outcomes, 200 items are too many.
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randint(0, 2, (3, size), generator=generator).float() for _ in range(4)]
+    mask, quotas = torch.ones(3, size, dtype=torch.bool), [size * 3 // 4, size // 2, size // 3, size // 4]
+    alive = mask.double()
+    for values, quota, left in zip(scores, quotas, survival_by_stage(scores, mask, quotas), strict=True):
+        alive = survival(values, alive, quota)
+        torch.testing.assert_close(left, alive, rtol=0, atol=0)
+
+
+def test_a_request_with_too_many_outcomes_changes_no_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randint(0, 2, (2, 64), generator=generator).float() for _ in range(4)]
+    mask, quotas = torch.ones(2, 64, dtype=torch.bool), [48, 32, 24, 12]
+    mask[1, 8:] = False
+    few = [value[:, :8] for value in scores]
+    together = survival_by_stage(scores, mask, quotas)
+    alone = survival_by_stage([value[1:] for value in few], mask[1:, :8], quotas)
+    for left, own in zip(together, alone, strict=True):
+        torch.testing.assert_close(left[1:, :8], own, rtol=0, atol=1e-12)
+
+
+def test_negative_labels_are_refused_where_they_would_be_gains() -> None:
+    scores, labels = tensor([[1.0, 2.0]]), tensor([[1, -1]], torch.int64)
+    with pytest.raises(ValueError, match="labels are gains, 0 or more, and hold -1"):
+        ndcg(scores, labels, FOUR[:, :2], 10)
+    assert ndcg(scores, labels, tensor([[1, 0]], torch.bool), 10).item() == 1  # a missing item's does not matter
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"mask": tensor([[1, 1, 0]])}, TypeError, "mask holds torch.float32, not bool"),
+        ({"mask": [[True, True, False]]}, TypeError, "mask is a list"),
+        ({"relevant": tensor([[1, 0, 0]], torch.int64)}, TypeError, "relevant holds torch.int64, not bool"),
+        ({"labels": [[3, 2, 1]]}, TypeError, "labels is a list"),
+        ({"labels": tensor([[3, 2]], torch.int64)}, ValueError, r"labels has shape \(1, 2\), not \[R, N\] = \(1, 3\)"),
+        ({"scores": {"first": tensor([[1, 2, 3]])}}, ValueError, "scores lacks stage 'second'"),
+        ({"scores": dict.fromkeys(QUOTAS, tensor([1, 2, 3]))}, ValueError, r"has shape \(3,\)"),
+        ({"scores": dict.fromkeys(QUOTAS, tensor([[1, np.nan, 3]]))}, ValueError, "holds NaN where mask is True"),
+    ],
+)
+def test_what_are_no_arrays_of_a_cascade_is_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    sound: dict[str, Any] = {
+        "scores": dict.fromkeys(QUOTAS, tensor([[1, 2, np.nan]])),
+        "labels": tensor([[3, 2, 1]], torch.int64),
+        "mask": tensor([[1, 1, 0]], torch.bool),
+        "relevant": tensor([[1, 0, 0]], torch.bool),
+    }
+    assert cascade_metrics(**sound, quotas=QUOTAS, num_relevant=4)["joint_recall@4@3"].item() == 1
+    with pytest.raises(error, match=text):
+        cascade_metrics(**sound | change, quotas=QUOTAS, num_relevant=4)
 
 
 def test_requests_do_not_mix() -> None:

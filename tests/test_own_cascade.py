@@ -31,15 +31,19 @@ groups = [{name = "bought", size = 2}, {name = "clicked", size = 3}, {name = "sh
 """
 
 
-def write_log(folder: Path, product: Callable[[str, np.ndarray], np.ndarray] = lambda day, ids: ids) -> Path:
+def write_log(
+    folder: Path,
+    product: Callable[[str, np.ndarray], np.ndarray] = lambda day, ids: ids,
+    sizes: tuple[int, int, int] = (2, 3, 5),
+) -> Path:
     """A log and a cascade file; the items' groups differ from request to request. ``product`` changes a day's products,
-    given the day."""
+    given the day; ``sizes`` are those of the groups."""
     folder.mkdir(exist_ok=True)
     (folder / "shop.toml").write_text(CASCADE)
     rng = np.random.default_rng(0)
     for number, day in enumerate(DAYS):
-        batch = random_batch(OWN, requests=40, num_items=10, length=4, seed=number)
-        group = rng.permuted(np.tile([0] * 2 + [1] * 3 + [2] * 5, (40, 1)), axis=1)
+        batch = random_batch(OWN, requests=40, num_items=sum(sizes), length=4, seed=number)
+        group = rng.permuted(np.tile(np.repeat([0, 1, 2], sizes), (40, 1)), axis=1)
         with write_day(folder / day, OWN, requests=40) as columns:
             for field in OWN.fields:
                 values = getattr(batch.features, field.side)[field.name].numpy()

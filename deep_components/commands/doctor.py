@@ -21,6 +21,7 @@ import torch
 from deep_components.cascade import SETTINGS, Cascade
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
+from deep_components.dataset.columnar import REPEATED, repeated_items
 from deep_components.dataset.log import ColumnarLog, Log, open_log
 from deep_components.dataset.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from deep_components.errors import InputError
@@ -205,13 +206,13 @@ def _full(log: Log, day: str, cascade: Cascade, zone: str) -> Iterator[Finding]:
         verify(log.folder, log.day_files(day))
         with tempfile.TemporaryDirectory() as folder, _quiet("deep_components.dataset"):
             opened = log.open_day(day, cascade, Path(folder), zone)
-            repairs.update(opened.repairs)
+            repairs.update({REPEATED: repeated_items(opened.schema, opened.columns)} | dict(opened.repairs))
             return f"all {len(opened):,} requests read and encoded"
 
     yield checked(f"{day} {cascade.name}", encode)
     for text, count in repairs.items():
         if count:
-            advice = "data/README.md says what is done with them"
+            advice = f"{'docs/format' if text == REPEATED else 'data/README'}.md says what is done with them"
             yield Finding(WARN, f"{day} {cascade.name}", f"{text}: {count:,}; {advice}")
 
 

@@ -35,8 +35,8 @@ FORMAT_VERSION = 3
 META_FILE = "meta.json"
 VERIFIED = "LCRON_VERIFIED_DAYS"  # environment variable: the days that this process or a parent of it has verified
 _ID_SETS = "ids."
-_OPTIONAL = "item.group"
-_OFFSET = "item.offset"
+_LABEL, _OPTIONAL, _OFFSET = "item.label", "item.group", "item.offset"
+REPEATED = "items that equal another of their request in every field, kept"  # in ``repairs``
 _MAX_SIZE = 1 << 32  # rows of a table
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
@@ -76,7 +76,7 @@ def columns_of(schema: Schema, ragged: bool = False) -> dict[str, Column]:
     if ragged:
         del columns["item.mask"]
         columns[_OFFSET] = Column("offset", (np.dtype(np.int64),))
-    columns["item.label"] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
+    columns[_LABEL] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
     columns[_OPTIONAL] = Column("item", (np.dtype(np.uint8),))
     return columns
 
@@ -134,10 +134,10 @@ class DayCache:
             padding = {entry.name: entry.padding for entry in self.schema.side("item")}
             item = self._side("item", rows)
             sides["item"] = {name: _padded(values, mask, padding[name]) for name, values in item.items()}
-            labels, group = (_padded(self._values(name, rows), mask, 0) for name in ("item.label", _OPTIONAL))
+            labels, group = (_padded(self._values(name, rows), mask, 0) for name in (_LABEL, _OPTIONAL))
         else:
             sides = {side: self._side(side, requests) for side in SIDES}
-            labels, mask = self._values("item.label", requests), self._values("item.mask", requests)
+            labels, mask = self._values(_LABEL, requests), self._values("item.mask", requests)
             group = (
                 self._values(_OPTIONAL, requests)
                 if _OPTIONAL in self.columns
@@ -190,6 +190,43 @@ def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray]) -> I
     used = [columns[f"{entry.side}.{entry.name}"] for entry in schema.fields if entry.table == name]
     pieces = (part[k : k + _ROWS_PER_PIECE] for part in used for k in range(0, len(part), _ROWS_PER_PIECE))
     return IdSet.of((always, *pieces), table.size)
+
+
+def repeated_items(schema: Schema, columns: Mapping[str, np.ndarray]) -> int:
+    """How many items of the day equal one before them in their request, in every field: no model tells them apart.
+
+    Items with an id that stands for unknown ones do not count: they may well be different.
+    """
+    offset, total = columns.get(_OFFSET), 0
+    requests = len(columns["request_id"])
+    for first in range(0, requests, _ROWS_PER_PIECE):
+        last = min(first + _ROWS_PER_PIECE, requests)
+        rows = slice(first, last) if offset is None else slice(int(offset[first]), int(offset[last]))
+        digest, known = _item_digests(schema, columns, rows)
+        if offset is None:
+            known &= columns["item.mask"][rows]
+            request = np.broadcast_to(np.arange(first, last)[:, None], known.shape)
+        else:
+            request = np.repeat(np.arange(first, last), np.diff(offset[first : last + 1]))
+        digest, request = digest[known], request[known]
+        order = np.lexsort((digest, request))
+        digest, request = digest[order], request[order]
+        total += int(((digest[1:] == digest[:-1]) & (request[1:] == request[:-1])).sum())
+    return total
+
+
+def _item_digests(schema: Schema, columns: Mapping[str, np.ndarray], rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit digest of all fields of each item in the rows, and whether none of its ids stands for unknown ones."""
+    shape = columns[_LABEL][rows].shape
+    digest, known = np.zeros(shape, np.uint64), np.ones(shape, bool)
+    for entry in schema.side("item"):
+        values = columns[f"item.{entry.name}"][rows].reshape(*shape, -1)
+        if entry.unknown is not None:
+            known &= (values != entry.unknown).all(axis=-1)
+        values = values.view(np.uint32) if values.dtype.kind == "f" else values
+        for one in np.moveaxis(values, -1, 0):  # a list field has several
+            digest = (digest ^ (digest >> np.uint64(29)) ^ one.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    return digest, known
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -287,6 +324,8 @@ class ColumnFiles:
             path = self.folder / f"{_ID_SETS}{table}.npy"
             np.save(path, _used_ids(self.schema, table, columns).bits)
             files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        if repeated := repeated_items(self.schema, columns):
+            self.repairs[REPEATED] = repeated
         meta = {"format": FORMAT_VERSION, "schema": self.schema.to_json(), "made_from": made_from}
         write_json(self.folder / META_FILE, meta | {"repairs": self.repairs, "files": files})
 
@@ -508,6 +547,9 @@ def _check_values(folder: Path, name: str, array: np.ndarray, column: Column) ->
             values = np.frombuffer(piece, kind)
             if column.limit is not None and values.max() >= column.limit:
                 raise InputError(f"{path}: holds {values.max()}, outside the 0 .. {column.limit - 1} of its schema")
+            if name == _LABEL and values.min() < 0:
+                raise InputError(f"{path}: holds {values.min()}; labels are gains, so add a constant that makes the "
+                                 "lowest of all days 0")  # fmt: skip
             if kind.kind == "f" and not np.isfinite(values).all():
                 raise InputError(f"{path}: holds a value that is no finite number; say in the importer what it becomes")
     return digest.hexdigest()

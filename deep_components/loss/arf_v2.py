@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, masked_mean, num_ground_truth
+from deep_components.loss.functional import Targets, check_inputs, masked_mean, num_ground_truth
 from deep_components.loss.selection import (
     PERMUTATION_OPERATORS,
     SELECTION_OPERATORS,
@@ -44,6 +44,7 @@ class ARFv2(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
+        check_inputs(scores, targets, self.quotas)
         mask, dtype = targets.mask, next(iter(scores.values())).dtype
         k = num_ground_truth(targets, self.num_relevant)
         label_rows = label_permutation(targets.labels, mask, dtype)

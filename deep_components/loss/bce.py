@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, ground_truth_bce, sum_of_terms
+from deep_components.loss.functional import Targets, check_inputs, ground_truth_bce, sum_of_terms
 
 
 class BCE(nn.Module):
@@ -20,5 +20,6 @@ class BCE(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        check_inputs(scores, targets, self.exposed_groups)
         seen = {stage: targets.mask & (targets.group < groups) for stage, groups in self.exposed_groups.items()}
         return sum_of_terms({stage: ground_truth_bce(s, targets, seen[stage]) for stage, s in scores.items()})

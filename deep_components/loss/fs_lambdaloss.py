@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, lambda_loss, sum_of_terms
+from deep_components.loss.functional import Targets, check_inputs, lambda_loss, sum_of_terms
 
 
 class FSLambdaLoss(nn.Module):
@@ -21,4 +21,5 @@ class FSLambdaLoss(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        check_inputs(scores, targets)
         return sum_of_terms({stage: lambda_loss(s, targets, self.cutoff) for stage, s in scores.items()})

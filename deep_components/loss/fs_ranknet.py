@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, groupwise_ranknet, sum_of_terms
+from deep_components.loss.functional import Targets, check_inputs, groupwise_ranknet, sum_of_terms
 
 
 class FSRankNet(nn.Module):
@@ -13,4 +13,5 @@ class FSRankNet(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
+        check_inputs(scores, targets)
         return sum_of_terms({stage: groupwise_ranknet(s, targets) for stage, s in scores.items()})

@@ -4,7 +4,7 @@ Shapes: B requests, N items; ``mask`` is [B, N] bool, False where the item is mi
 its score, label and group may be anything, NaN included, and its gradient is zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -26,6 +26,33 @@ class Targets(Protocol):
     @property
     def group(self) -> Tensor:
         """[B, N] int64, from 0; 0 = the ground-truth group."""
+
+
+def check_inputs(scores: Mapping[str, Tensor], targets: Targets, stages: Iterable[str] | None = None) -> None:
+    """TypeError or ValueError, in one sentence, unless ``scores`` has a floating-point tensor [B, N] for each of the
+    loss's ``stages`` (None = any) and ``targets`` fits them. Values are not read, so that no device is waited for."""
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores is a {type(scores).__name__}, not a mapping of stages to tensors [B, N]")
+    if not scores:
+        raise ValueError("scores has no stage")
+    if stages is not None and scores.keys() != set(stages):
+        raise ValueError(f"scores is of the stages {', '.join(scores)}; the loss is of {', '.join(stages)}")
+    tensors = {f"scores[{stage!r}]": (s, "floating-point numbers") for stage, s in scores.items()}
+    kinds = {"mask": "bool", "labels": "integers", "group": "integers"}
+    tensors = {f"targets.{name}": (getattr(targets, name), kind) for name, kind in kinds.items()} | tensors
+    for name, (values, kind) in tensors.items():
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}, not a tensor [B, N]")
+        if kind != _kind(values):
+            raise TypeError(f"{name} holds {values.dtype}, not {kind}")
+        if values.dim() != 2 or values.shape != targets.mask.shape:
+            raise ValueError(f"{name} has shape {tuple(values.shape)}, not [B, N] = {tuple(targets.mask.shape)}")
+
+
+def _kind(values: Tensor) -> str:
+    if values.is_floating_point():
+        return "floating-point numbers"
+    return "bool" if values.dtype == torch.bool else "complex numbers" if values.is_complex() else "integers"
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -131,21 +158,28 @@ def pairwise_bce(scores: Tensor, labels: Tensor) -> Tensor:
 def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
     """Sum over the groups but the last of the mean of softplus(-(s_m - s_n)), m in the group, n in any later group.
 
-    Each mean is over the group's pairs in the whole batch.
+    Each mean is over the group's pairs in the whole batch. Where all requests share one row of groups (a stride of
+    0, as :meth:`Tensor.expand` gives it and which is known without reading a value), the sums are taken slot by slot:
+    float32 then rounds as it always has in the paper's settings. The mathematics is the same.
     """
     clean, group = without_missing(scores, targets.mask), torch.where(targets.mask, targets.group, 0)
     penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # [B, N, N], of m before n
     ordered = pairs(targets.mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
+    penalty = torch.where(ordered, penalty, 0)
+    if len(group) > 1 and targets.group.stride(0) == 0:
+        row = targets.group[0]
+        same = (row.unsqueeze(-1) == row).to(penalty.dtype)  # [N, N]
+        total, num_pairs = penalty.sum(dim=(0, 2)) @ same, ordered.sum(dim=(0, 2)).to(penalty.dtype) @ same
+        return (total / num_pairs.clamp(min=1) / same.sum(dim=-1)).sum()  # each mean is in it once a slot
     num_pairs = ordered.sum(dim=-1).to(torch.float64)  # [B, N], of each item with those of later groups
     group_pairs = torch.bincount(group.flatten(), weights=num_pairs.flatten())[group]  # [B, N], of the item's group
-    total = torch.where(ordered, penalty, 0).sum(dim=-1)
-    return (total / group_pairs.to(total.dtype).clamp(min=1)).sum()
+    return (penalty.sum(dim=-1) / group_pairs.to(penalty.dtype).clamp(min=1)).sum()
 
 
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     """Sum over the ordered pairs of w * BCE(s_m - s_n, [y_m > y_n]), mean over the requests that have items.
 
-    With r the ranks by s, from 1, D(x) = 1 / ln(x + 1), gain g = y / sum_j D(j) y_(j):
+    With r the ranks by s, from 1, D(x) = 1 / ln(x + 1), y+ = max(y, 0), gain g = y+ / sum_j D(j) y+_(j):
     w = |g_m - g_n| (0.2 u + 0.8 v), without gradient; u = |D(|r_m - r_n|) - D(|r_m - r_n| + 1)| where the ranks differ
     and the smaller is at most ``cutoff``, else 0 (LambdaLoss, Wang et al., CIKM 2018); v = |d_m - d_n| with d = D(r) up
     to ``cutoff``, else 0.
@@ -154,7 +188,7 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     labels = torch.where(mask, targets.labels, 0)
     with torch.no_grad():
         rank = (_descending(clean, mask).argsort(dim=-1) + 1).to(clean.dtype)
-        gain = labels / _ideal_dcg(labels, mask, clean.dtype)
+        gain = labels.clamp(min=0) / _ideal_dcg(labels.clamp(min=0), clean.dtype)
         distance = (rank.unsqueeze(-1) - rank.unsqueeze(-2)).abs()  # [B, N, N]
         near = (distance > 0) & (torch.minimum(rank.unsqueeze(-1), rank.unsqueeze(-2)) <= cutoff)
         step = (_discount(distance.clamp(min=1)) - _discount(distance.clamp(min=1) + 1)).abs()
@@ -165,12 +199,10 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     return masked_mean(per_request, mask.any(dim=-1))
 
 
-def _ideal_dcg(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_j D(j) y_(j) of the present items, 1 where that is 0. [B, 1]."""
-    ordered = labels.masked_fill(~mask, torch.iinfo(labels.dtype).min).sort(dim=-1, descending=True).values
-    rank = torch.arange(1, mask.shape[-1] + 1, device=mask.device).to(dtype)
-    there = rank <= mask.sum(dim=-1, keepdim=True)
-    total = (torch.where(there, ordered, 0) * _discount(rank)).sum(dim=-1, keepdim=True)
+def _ideal_dcg(gains: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_j D(j) g_(j), 1 where that is 0. Gains are 0 or more. [B, 1]."""
+    rank = torch.arange(1, gains.shape[-1] + 1, device=gains.device).to(dtype)
+    total = (gains.sort(dim=-1, descending=True).values * _discount(rank)).sum(dim=-1, keepdim=True)
     return torch.where(total == 0, 1, total)
 
 

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, masked_mean, pairs, pairwise_bce, soft_top_k, without_missing
+from deep_components.loss.functional import (
+    Targets,
+    check_inputs,
+    masked_mean,
+    pairs,
+    pairwise_bce,
+    soft_top_k,
+    without_missing,
+)
 
 
 class ICC(nn.Module):
@@ -30,6 +38,7 @@ class ICC(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss``. Tied labels are ordered by the items' index."""
+        check_inputs(scores, targets, self.cuts)
         mask, last = targets.mask, list(self.cuts)[-1]
         expected, reaches = torch.zeros_like(scores[last]), torch.ones_like(scores[last])
         for stage, cut in self.cuts.items():

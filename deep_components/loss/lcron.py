@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, masked_mean, num_ground_truth
+from deep_components.loss.functional import Targets, check_inputs, masked_mean, num_ground_truth
 from deep_components.loss.selection import (
     SELECTION_OPERATORS,
     Selection,
@@ -53,11 +53,12 @@ class LCRON(nn.Module):
         end_to_end_quotas: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
+        self._stages = tuple(stages)
         self.num_relevant, self.tau, self.topk_op = num_relevant, tau, topk_op
         self.terms, self.weighting, self.single_weight = terms, weighting, single_weight
         self.label_ties, self.end_to_end_quotas = label_ties, end_to_end_quotas
         trained = ["end_to_end"] if weighting == "paper" and terms != "single" else []
-        trained += stages if single_weight is None and terms != "end_to_end" else []
+        trained += self._stages if single_weight is None and terms != "end_to_end" else []
         self.weight = nn.ParameterDict([(name, nn.Parameter(torch.ones(()))) for name in trained])
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
@@ -65,6 +66,7 @@ class LCRON(nn.Module):
 
         A missing item (mask False) is as if it were not in its request.
         """
+        check_inputs(scores, targets, self._stages)
         mask, dtype = targets.mask, next(iter(scores.values())).dtype
         k = num_ground_truth(targets, self.num_relevant)
         truth = label_split(targets.labels, mask, k, dtype, self.label_ties == "repeated")

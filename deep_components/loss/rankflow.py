@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from deep_components.loss.functional import (
     Targets,
+    check_inputs,
     ground_truth_bce,
     ranking_distillation,
     squared_error,
@@ -34,6 +35,7 @@ class RankFlow(nn.Module):
 
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
+        check_inputs(scores, targets, self.quotas)
         classify, distill, order = {}, {}, {}
         reached, candidates = {}, targets.mask
         for stage, quota in self.quotas.items():

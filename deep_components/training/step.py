@@ -16,6 +16,7 @@ from torch.autograd.profiler import record_function
 from deep_components.batch import CascadeBatch, SlotFeatures
 from deep_components.errors import InputError
 from deep_components.kernels import Kernels, use_kernels
+from deep_components.runs.folder import STATE_FILE
 from deep_components.tables.deferred_adam import DeferredAdam
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
@@ -85,6 +86,7 @@ class Trainer:
             }
         with record_function("step.loss"):
             terms = self.loss(scores, batch.targets)
+            _check_terms(self.loss, terms)
         with record_function("step.backward"):
             terms["loss"].backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
@@ -207,13 +209,31 @@ class Trainer:
                 raise _does_not_fit(f"{name} has other ids or another shape")
             target[rows.to(target.device)] = saved.to(target)
         elif saved is None or saved.shape != target.shape:
-            raise _does_not_fit(f"{name} is missing or has another shape")
+            problem = "is missing" if saved is None else f"has shape {tuple(saved.shape)}, not {tuple(target.shape)}"
+            raise _does_not_fit(f"{kind} {name} {problem}")
         else:
             target.copy_(saved)
 
 
+def _check_terms(loss: nn.Module, terms: Any) -> None:
+    """InputError, without a look at values, unless the loss returned a dict of scalars with "loss" among them."""
+    if not isinstance(terms, Mapping):
+        problem = f"a {type(terms).__name__}, not a dict"
+    elif "loss" not in terms:
+        problem = f"a dict without 'loss', of {', '.join(map(str, terms)) or 'nothing'}"
+    elif wrong := [name for name, value in terms.items() if not isinstance(value, Tensor) or value.dim()]:
+        value = terms[wrong[0]]
+        what = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        problem = f"{wrong[0]!r} as a {what}, not a tensor of one number without axes"
+    elif not terms["loss"].requires_grad:
+        problem = "a 'loss' that does not depend on the scores, detached perhaps"
+    else:
+        return
+    raise InputError(f"the loss {type(loss).__name__} returned {problem}; return {{'loss': its sum, and terms to log}}")
+
+
 def _does_not_fit(what: str) -> InputError:
-    return InputError(f"the saved state does not fit: {what}; train again")
+    return InputError(f"{STATE_FILE}: {what}; train again without --resume")
 
 
 def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:

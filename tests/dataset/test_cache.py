@@ -266,7 +266,7 @@ def test_what_was_left_out_is_counted_and_logged_each_time(root: Path, caplog: p
         day = open_day(root, DAY, TWO_STAGE)
         (message,) = caplog.messages
         assert message.startswith(DAY) and "seq_effective_50_dict" in message and message.endswith(": 12")
-        assert sorted(day.repairs.values()) == [0, 0, 0, 0, 0, 12]
+        assert sorted(day.repairs.values()) == [0, 0, 0, 0, 0, 0, 0, 12]
     assert not day.columns["history.mask"].any()
 
 

@@ -17,7 +17,15 @@ import pytest
 
 from deep_components.cascade import Cascade, Group, Stage
 from deep_components.dataset import columnar
-from deep_components.dataset.columnar import VERIFIED, DayCache, columns_of, read_day, write_day
+from deep_components.dataset.columnar import (
+    REPEATED,
+    VERIFIED,
+    DayCache,
+    columns_of,
+    read_day,
+    repeated_items,
+    write_day,
+)
 from deep_components.dataset.days import test_day as default_test_day
 from deep_components.dataset.days import training_days
 from deep_components.dataset.log import open_log, write_log_file
@@ -182,6 +190,7 @@ def test_repairs_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         ("item.hour", lambda v: v.astype(np.int64) * 0 + 256, "holds 256, outside the 0 .. 255"),
         ("item.mask", lambda v: v.astype(np.int64) + 2, "outside the 0 .. 1"),
         ("item.label", lambda v: v.astype(str), "not int64"),
+        ("item.label", lambda v: v - 1000, "holds -[0-9]+; labels are gains"),
         ("item.video", lambda v: v[:, :4], r"shape \(7, 4\), not \(7, 5\)"),
         ("history.watched", lambda v: v[:, :, None], r"shape \(7, 4, 1\), not \(7, 4\)"),
     ],
@@ -194,6 +203,20 @@ def test_what_does_not_fit_is_not_written(
     with pytest.raises(InputError, match=rf"{name}.*{text}"):
         write(tmp_path / DAY, columns)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_items_that_equal_another_of_their_request_are_counted(tmp_path: Path) -> None:
+    columns = values()
+    for name in ("item.video", "item.price", "item.hour"):
+        columns[name][2, 3] = columns[name][2, 0]  # one item twice
+        columns[name][4, [1, 2, 3]] = columns[name][4, 0]  # one item four times, of which one is missing
+        columns[name][5] = columns[name][6]  # in another request
+    columns["item.price"][1] = columns["item.price"][1, 0]  # in one field alone
+    columns["item.mask"][:] = True
+    columns["item.mask"][4, 2] = False
+    day = read(write(tmp_path / DAY, columns))
+    assert repeated_items(SCHEMA, columns) == 3
+    assert dict(day.repairs) == {REPEATED: 3}
 
 
 def test_other_columns_are_not_written(tmp_path: Path) -> None:
@@ -274,6 +297,7 @@ POISONED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another byte order": (save("item.video", lambda v: v.astype(">u2")), "type >u2, not uint16"),
     "indices as floats": (save("item.video", lambda v: v.astype(np.float32)), "type float32, not uint16"),
     "numbers as doubles": (save("item.price", lambda v: v.astype(float)), "type float64, not float32"),
+    "a negative label": (save("item.label", lambda v: v * 0 - 5), "item.label.npy: holds -5; labels are gains"),
     "NaN": (save("item.price", lambda v: v * np.float32(np.nan)), "no finite number"),
     "a mask of 255": (overwrite("item.mask.npy", lambda c: c[:-1] + b"\xff"), "holds 255, outside the 0 .. 1"),
     "a group that the cascade lacks": (save("item.group", lambda v: v + 1), "holds 2, and the cascade custom has 2 gr"),

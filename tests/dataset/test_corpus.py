@@ -4,6 +4,7 @@ Every case spoils a copy of one small sound log. An error's sentence must hold a
 field among them; a repair must be counted under its name.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -340,6 +341,8 @@ NOT_IN_FEATHER = "requests of request_id_dict without rows"
 NO_INDEX = "items of rank_pos without rank_index"
 NO_HISTORY = "requests without a history"
 DISAGREE = "requests whose rows disagree"
+BEYOND = "items of rank_pos with rank_index above 30, given label 0"
+TWICE = "items that their request has already"
 SEVERAL = "items with several rank_index"
 
 FORMS: dict[str, Edit] = {  # the last five of a history, too
@@ -360,6 +363,15 @@ FORMS: dict[str, Edit] = {  # the last five of a history, too
 
 def without_first(content: dict[Any, Any]) -> dict[Any, Any]:
     return dict(list(content.items())[1:])
+
+
+def shared_items(better: str, worse: str) -> Edit:
+    """A request's group gets three items of another one."""
+
+    def change(groups: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return groups | {worse: np.concatenate([groups[better][4:7], groups[worse][3:]])}
+
+    return change
 
 
 def repeated(change: str | None) -> Callable[[pa.Table], pa.Table]:
@@ -393,6 +405,12 @@ def repaired() -> Iterator[tuple[str, Spoil, dict[str, int]]]:
     yield "items of another", whole(REQUESTS, lambda old: old | {5: {}}), {NOT_IN_FEATHER: 1}
     for index in (-1, -(1 << 40)):
         yield f"rank_index {index}", true_item("rank_index", index), {NO_INDEX: 1}
+    for index in (31, 1000):
+        yield f"rank_index {index}", true_item("rank_index", index), {BEYOND: 1}
+    for name in GROUPS:
+        yield f"an item of {name} twice", group(name, lambda rows: rows[[0, 1, 2, 1, 4, 5, 6, 7, 8, 2]]), {TWICE: 2}
+    for better, worse in itertools.combinations(GROUPS, 2):
+        yield f"items of {better} in {worse} too", first(REQUESTS, shared_items(better, worse)), {TWICE: 3}
     yield "one true item is not flagged", true_item("rank_pos", 0), {NO_INDEX: 1}
     yield "no item is flagged", column("rank_pos", lambda flags: flags * 0), {NO_INDEX: 40}
     for video in (-1, COUNTS["video_id"] + 1, 1 << 40):

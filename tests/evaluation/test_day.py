@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deep_components import run_test2
+from deep_components import run_test, run_test2, run_train, run_train2
 from deep_components.arguments import evaluation_parser
 from deep_components.cascade import THREE_STAGE, TWO_STAGE
 from deep_components.checkpoint import load_trained
@@ -23,6 +23,7 @@ from deep_components.dataset.log import open_log
 from deep_components.evaluation import day as evaluation
 from deep_components.models import build_models
 from deep_components.reporting.paper import TABLES
+from deep_components.runs import state
 from deep_components.tables.store import EmbeddingStore, build_stores
 from tests.helpers import (
     DAYS,
@@ -35,7 +36,9 @@ from tests.helpers import (
     leftovers,
     small_log,
     train,
+    training_arguments,
 )
+from tests.test_own_cascade import write_log as write_shop
 
 METRICS = [
     "joint_recall@10@20",
@@ -409,3 +412,71 @@ def test_an_interrupted_run_has_nothing_to_evaluate(
         with pytest.raises(KeyboardInterrupt):
             train(log, run)
     assert "no such file; train first" in refused(log, run, capsys)
+
+
+def drop(arrays: dict[str, np.ndarray]) -> None:
+    del arrays["embedding.user"]
+
+
+def drop_of_the_model(arrays: dict[str, np.ndarray]) -> None:
+    del arrays[max(arrays)]
+
+
+def cut(arrays: dict[str, np.ndarray]) -> None:
+    arrays[max(arrays)] = arrays[max(arrays)][..., :-1]
+
+
+def add(arrays: dict[str, np.ndarray]) -> None:
+    arrays["more.weight"] = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (drop, "rank.safetensors: lacks parameter embedding.user of the model"),
+        (drop_of_the_model, "rank.safetensors: lacks parameter "),
+        (cut, "but the model wants ("),
+        (add, "rank.safetensors: has a parameter more.weight that the model has not"),
+    ],
+)
+def test_a_checkpoint_of_another_model(
+    change: Callable[[dict[str, np.ndarray]], None],
+    text: str,
+    log: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arrays, metadata = state.load(run / "rank.safetensors")
+    change(arrays)
+    state.save(run / "rank.safetensors", arrays, {name: metadata[name] for name in metadata if "sha256" not in name})
+    for command, arguments in (
+        (run_test2.main, evaluation_arguments(log, run)),
+        (run_train2.main, training_arguments(log, tmp_path / "next", f"--init_from={run}")),
+    ):
+        assert run_command(command, arguments) == 2
+        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert text in message and "rank.safetensors" in message
+    assert not (run / "metrics.json").exists() and not (tmp_path / "next").exists()
+
+
+def test_a_cascade_of_other_group_sizes_than_the_data_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log of 10 items a request; the paper's two stages have 40, as has a run that is to be tested on it."""
+    shop = write_shop(tmp_path / "shop")
+    assert run_command(run_train2.main, training_arguments(shop, tmp_path / "run")) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "its requests have 10 items, the cascade two_stage has 40; give the groups of --cascade" in message
+    assert not (tmp_path / "run").exists()
+
+    other = (shop / "shop.toml").read_text().replace("size = 5", "size = 6")
+    (shop / "other.toml").write_text(other)
+    sizes = ("--emb_dim=4", "--nn_units=8", "--batch_size=20", "--device=cpu", "--loss_type=bce", f"--data_dir={shop}")
+    run = tmp_path / "run"
+    assert run_command(run_train.main, [*sizes, f"--output_dir={run}", f"--cascade={shop / 'other.toml'}"]) == 2
+    assert "its requests have 10 items, the cascade other has 11" in capsys.readouterr().err.splitlines()[-1]
+    run_train.main([*sizes, f"--output_dir={run}", f"--cascade={shop / 'shop.toml'}"])
+    capsys.readouterr()
+    (longer := tmp_path / "longer").mkdir()
+    write_shop(longer, sizes=(2, 3, 6))
+    assert run_command(run_test.main, evaluation_arguments(longer, run)) == 2
+    assert "its requests have 11 items, the cascade shop has 10" in capsys.readouterr().err.splitlines()[-1]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deep_components.batch import Targets
 from deep_components.loss.functional import (
@@ -202,6 +202,27 @@ def test_groupwise_ranknet_pools_the_pairs_of_a_group_over_the_batch() -> None:
     assert groupwise_ranknet(floats([[5, 1, 2], [3, NAN, 4]]), targets).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_groupwise_ranknet_where_all_requests_share_a_row_of_groups() -> None:
+    # float32 sums slot by slot, bit for bit; the same numbers up to rounding where each request has a row of its own.
+    generator = torch.Generator().manual_seed(0)
+    row = torch.tensor([0] * 10 + [1] * 10 + [2] * 10 + [3] * 10)
+    mask = torch.rand(32, 40, generator=generator) < 0.9
+    scores = torch.randn(32, 40, generator=generator).requires_grad_()
+    clean = torch.where(mask, scores, 0)
+    ordered = mask.unsqueeze(-1) & mask.unsqueeze(-2) & (row.unsqueeze(-1) < row)
+    same = (row.unsqueeze(-1) == row).float()
+    total = torch.where(ordered, nn.functional.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1)), 0).sum(dim=(0, 2))
+    expected = (total @ same / (ordered.sum(dim=(0, 2)).float() @ same).clamp(min=1) / same.sum(dim=-1)).sum()
+    slope = torch.autograd.grad(expected, scores)[0]
+
+    shared = groupwise_ranknet(scores, Targets(torch.zeros(32, 40), mask, row.expand(32, -1)))
+    assert torch.equal(shared, expected)
+    assert torch.equal(torch.autograd.grad(shared, scores)[0], slope)
+    own = groupwise_ranknet(scores, Targets(torch.zeros(32, 40), mask, row.expand(32, -1).clone()))
+    torch.testing.assert_close(own, expected)
+    torch.testing.assert_close(torch.autograd.grad(own, scores)[0], slope)
+
+
 def test_groupwise_ranknet_of_one_group_is_zero() -> None:
     scores = floats([[1, 2]]).requires_grad_()
     loss = groupwise_ranknet(scores, make_targets([[0, 0]], [[1, 1]]))
@@ -245,3 +266,9 @@ def test_lambda_loss_is_a_mean_over_requests_with_items() -> None:
 def test_lambda_loss_without_any_gain_is_zero() -> None:
     targets = make_targets([[0, 1]], [[1, 1]], [[0, 0]])
     assert lambda_loss(floats([[1, 2]]), targets, 30).item() == 0
+
+
+def test_lambda_loss_a_negative_label_has_no_gain_and_still_its_order() -> None:
+    scores = floats([[1, 2, 3]])
+    negative, zero = (make_targets([[0, 1, 1]], [[1, 1, 1]], [[3, 1, last]]) for last in (-5, 0))
+    assert lambda_loss(scores, negative, 30).item() == lambda_loss(scores, zero, 30).item()

@@ -3,6 +3,7 @@
 A new loss adds one line to ``VARIANTS`` (and its formula to ``reference.METHODS``).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from deep_components.batch import Targets
 from tests.loss import reference
 from tests.loss.methods import NUM_GROUPS, STAGES, Batch, Method, Step, make_batch, serving_batch, step, weights_of
 
@@ -323,3 +325,52 @@ def test_the_weights_survive_a_checkpoint(method: Method) -> None:
     state, loss = method.build_weighted(torch.float32).state_dict(), method.build()
     loss.load_state_dict(state)
     torch.testing.assert_close(dict(loss.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def with_scores(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Batch], tuple[Any, Any]]:
+    return lambda batch: (change(batch.scores), batch.targets)
+
+
+def with_target(name: str, change: Callable[[Tensor], Any]) -> Callable[[Batch], tuple[Any, Any]]:
+    return lambda batch: (batch.scores, Targets(**{**vars(batch.targets), name: change(getattr(batch.targets, name))}))
+
+
+WRONG: dict[str, tuple[Callable[[Batch], tuple[Any, Any]], type[Exception], str]] = {
+    "scores in a list": (with_scores(lambda s: list(s.values())), TypeError, "scores is a list, not a mapping"),
+    "no scores": (with_scores(lambda s: {}), ValueError, "scores has no stage"),
+    "a stage's scores as a list": (
+        with_scores(lambda s: s | {"rank": s["rank"].tolist()}), TypeError, r"scores\['rank'\] is a list, not a tensor"
+    ),
+    "whole scores": (with_scores(lambda s: s | {"rank": s["rank"].long()}), TypeError, "int64, not floating-point"),
+    "scores of one axis more": (
+        with_scores(lambda s: s | {"rank": s["rank"].unsqueeze(-1)}), ValueError, r"shape \(2, 12, 1\), not \[B, N\]"
+    ),
+    "scores of one item": (with_scores(lambda s: s | {"rank": s["rank"][:, :1]}), ValueError, r"has shape \(2, 1\)"),
+    "labels in a list": (with_target("labels", Tensor.tolist), TypeError, "targets.labels is a list, not a tensor"),
+    "labels as floats": (with_target("labels", Tensor.float), TypeError, "targets.labels holds torch.float32, not int"),
+    "labels of one request": (with_target("labels", lambda v: v[:1]), ValueError, r"labels has shape \(1, 12\)"),
+    "a mask of numbers": (with_target("mask", Tensor.long), TypeError, "targets.mask holds torch.int64, not bool"),
+    "a mask in a list": (with_target("mask", Tensor.tolist), TypeError, "targets.mask is a list, not a tensor"),
+    "a row of groups": (with_target("group", lambda v: v[0]), ValueError, r"targets.group has shape \(12,\)"),
+    "groups as floats": (with_target("group", Tensor.double), TypeError, "targets.group holds torch.float64, not int"),
+}  # fmt: skip
+METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron", "sorting")
+KNOW_THEIR_STAGES = ("bce", "icc", "rankflow", "arf", "arf_v2", "lcron")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_batch_is_named_in_a_sentence(name: str, case: str) -> None:
+    change, error, text = WRONG[case]
+    with pytest.raises(error, match=text):
+        Method("two_stage", f"--loss_type={name}").build()(*change(make_batch("two_stage")))
+
+
+@pytest.mark.parametrize("name", KNOW_THEIR_STAGES)
+@pytest.mark.parametrize("setting", ["two_stage", "three_stage"])
+def test_scores_of_other_stages_are_refused(name: str, setting: str) -> None:
+    """A stage that lacks scores would else not be trained; one too many would be left out."""
+    other = {"two_stage": "three_stage", "three_stage": "two_stage"}[setting]
+    batch = make_batch(other)
+    with pytest.raises(ValueError, match=r"scores is of the stages .*; the loss is of retrieval, "):
+        Method(setting, f"--loss_type={name}").build()(batch.scores, batch.targets)

@@ -1,6 +1,7 @@
 """Training: reproducible to the byte, resumable, every flag takes effect, Adam with dense semantics."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -443,6 +444,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(log: Path, tmp_path: Path, caps
     assert "Traceback" not in error
     assert [step["step"] for step in logged_steps(tmp_path)] == [1]
     assert not any((tmp_path / name).exists() for name in (*MODEL_FILES, STATE_FILE))
+
+
+class Returning(nn.Module):
+    """A loss that returns what ``result`` makes of the sum of all scores."""
+
+    def __init__(self, result: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.result = result
+
+    def forward(self, scores: dict[str, Tensor], targets: Any) -> Any:
+        return self.result(torch.stack([values.sum() for values in scores.values()]).sum())
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (lambda total: total, "a Tensor, not a dict"),
+        (lambda total: None, "a NoneType, not a dict"),
+        (lambda total: {}, "a dict without 'loss', of nothing"),
+        (lambda total: {"total": total}, "a dict without 'loss', of total"),
+        (lambda total: {"loss": total.expand(3)}, r"'loss' as a tensor of shape \(3,\), not a tensor of one number"),
+        (lambda total: {"loss": total, "rank": 0.5}, "'rank' as a float, not a tensor of one number"),
+        (lambda total: {"loss": total.detach()}, "a 'loss' that does not depend on the scores"),
+    ],
+)
+def test_a_loss_that_returns_something_else(
+    result: Callable[[Tensor], Any],
+    text: str,
+    log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_train2, "build_loss", lambda args: Returning(result))
+    assert run_command(run_train2.main, training_arguments(log, tmp_path)) == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(f"the loss Returning returned {text}", message)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_output_folder_is_a_file(log: Path, tmp_path: Path) -> None:
@@ -914,5 +953,5 @@ def test_a_damaged_part_of_the_state(name: str, value: Tensor | None, said: str,
         del state[name]
     else:
         state[name] = value if value.ndim else torch.full_like(state[name], int(value))
-    with pytest.raises(InputError, match=f"the saved state does not fit: {said}"):
+    with pytest.raises(InputError, match=f"{STATE_FILE}: {said}"):
         trainer.restore(state)

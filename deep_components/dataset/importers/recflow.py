@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 
-from deep_components.cascade import LABEL_CEILING, Cascade
+from deep_components.cascade import Cascade
 from deep_components.cli import progress
 from deep_components.dataset import clock
 from deep_components.dataset.cache import cached_day, day_folder, default_cache_dir
@@ -39,6 +39,7 @@ LOG_COLUMN = {
     "category_one": "category_level_one",
     "upload_type": "upload_type",
 }
+ENCODING_VERSION = 2  # of the rules by which a day is encoded: part of a cache's identity
 UNSHIFTED = ("category_one",)  # encoded as it is; every other id is encoded as id + 1
 
 T = TypeVar("T")
@@ -169,6 +170,7 @@ class RecFlowLog:
             sources[path.parent.name] = [status.st_size, status.st_mtime_ns, listed]
         return {
             "format": FORMAT_VERSION,
+            "encoding": ENCODING_VERSION,
             "sources": sources,
             "schema": self.schema.checksum,
             "groups": [asdict(group) for group in cascade.groups],
@@ -233,12 +235,15 @@ def encode_day(
         if len(listed) < len(ids):
             files.keep(listed)
         encoder.requests(feather, {name: values[listed] for name, values in log.fields.items()})
+        last = cascade.label_ceiling
         repairs = {
             "requests whose rows disagree in a field of the request, the first row taken": log.disagreeing,
             f"items with several {truth.index_field}, the first taken": positions.ambiguous,
             "requests of all_stage without items in request_id_dict, left out": len(ids) - len(listed),
             "requests of request_id_dict without rows in all_stage, left out": index.not_found,
             f"items of {truth.name} without {truth.index_field} in all_stage, left out": encoder.without_position,
+            f"items of {truth.name} with {truth.index_field} above {last}, given label 0": encoder.beyond,
+            "items that their request has already, in the same or a better group, left out": encoder.duplicates,
         }
         index = _RequestIndex(histories, ids[listed])
         del log, positions, ids
@@ -319,12 +324,16 @@ class _TruePositions:
 
 
 class _Encoder:
-    """Encodes pieces of a day into its columns; ``without_position`` counts the ground-truth items that were left out
-    because the log does not give their position."""
+    """Encodes pieces of a day into its columns.
+
+    Of the ground-truth items, ``without_position`` counts those left out because the log does not give their position,
+    and ``beyond`` those at a position beyond the cascade's labels, which have label 0. ``duplicates`` counts the items
+    left out because their request has them already.
+    """
 
     def __init__(self, schema: Schema, zone: ZoneInfo, files: ColumnFiles) -> None:
         self._tables, self._zone, self._files = schema.tables, zone, files
-        self.without_position = 0
+        self.without_position = self.beyond = self.duplicates = 0
 
     def requests(self, path: Path, log: Mapping[str, np.ndarray]) -> None:
         """Encode the request side, columns of the feather file."""
@@ -352,14 +361,18 @@ class _Encoder:
         values = np.concatenate([values for values, _ in stacked], axis=1)  # [b, N, 7]
         mask = np.concatenate([mask for _, mask in stacked], axis=1)  # [b, N]
         groups = cascade.group_of_item
-        shared = np.array([0 if group.position is None else group.label() for group in cascade.groups])
+        shared = cascade.labels(np.array([group.position or 0 for group in cascade.groups]))
         labels = np.repeat(shared[None, groups], len(rows), axis=0)
         if cascade.groups[0].index_field is not None:
             size = cascade.groups[0].slots
             position, known = positions.find(rows, values[:, :size, 0])
-            labels[:, :size] = np.where(known, LABEL_CEILING - position, 0)
+            labels[:, :size] = np.where(known, cascade.labels(position), 0)
+            self.beyond += int((mask[:, :size] & known & (position > cascade.label_ceiling)).sum())
             self.without_position += int((mask[:, :size] & ~known).sum())
             mask[:, :size] &= known
+        repeated = _repeated(values[:, :, 0], mask)
+        self.duplicates += int(repeated.sum())
+        mask &= ~repeated
         fields = {field: values[:, :, recflow.ITEM_COLUMNS.index(LOG_COLUMN[field])] for field in _CONTENT_IDS}
         self._write_ids(
             path,
@@ -435,6 +448,16 @@ class _Encoder:
             )
         for field, values in zip(_TIMES, clock.wall_clock(seconds, self._zone), strict=True):
             self._files.write(f"{side}.{field}", values * mask, rows)
+
+
+def _repeated(videos: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Which items their request has in an earlier slot too; masked items do not count. [b, N] bool."""
+    videos = np.where(mask, videos, np.iinfo(np.int64).min + np.arange(videos.shape[1]))  # masked: each its own
+    order = videos.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(videos, order, axis=1)
+    repeated = np.zeros_like(mask)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return repeated
 
 
 def _stack(
