@@ -19,9 +19,10 @@
 # Finished runs are kept, unfinished ones go on where they were, and a folder that holds another run is refused.
 # UNTRAINED=no leaves out the untrained cascade. Exit code: 0; 2 when the input was refused; 1 when a run failed otherwise.
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=$(realpath -- "${BASH_SOURCE[0]}")
+root=${root%/*}
 
-if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a line each
+if [ "${*: -1}" = --print_method ]; then # for run_all.sh: what the script states, a line each
     printf -- '--method=%s\n' "$1"
     shift
     while [ "$1" != -- ]; do
@@ -32,9 +33,12 @@ if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a lin
 fi
 
 run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=...] -- [the user's arguments]
-    local options=() data_dir='' argument command status=0 runs
+    local options=() data_dir='' table_kind=metrics argument list runs status=0
     while [ "$1" != -- ]; do
-        options+=("$1")
+        case $1 in
+            --table_kind=*) table_kind=${1#*=} ;;
+            *) options+=("$1") ;;
+        esac
         shift
     done
     shift
@@ -58,13 +62,13 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
         set -- "$@" --data_dir="$data_dir"
     fi
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
-    list=$(mktemp)
-    trap 'rm -f -- "$list"' EXIT
+    list=$(mktemp) || exit 2 # its own message says why: TMPDIR names no folder, or a full disk
+    trap "rm -f -- ${list@Q}" EXIT
     "$PYTHON" -m deep_components experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
         --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
-    mapfile -t runs <"$list"
+    mapfile -d '' runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
-        "$PYTHON" -m deep_components table --kind="${table_kind:-metrics}" "${runs[@]}" || status=$?
+        "$PYTHON" -m deep_components table --kind="$table_kind" "${runs[@]}" || status=$?
     fi
     return "$status"
 }

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--variant", default="", help="what sets the runs apart from the methods' main ones")
     table.add_argument("--by_setting", action="store_true", help="runs lie in OUTPUT_DIR/<setting>/<method>")
     table.add_argument("--no-untrained", dest="untrained", action="store_false", help="without the untrained cascade")
-    table.add_argument("--run_list", type=Path, help="a file that gets the folder of every finished run, a line each")
+    table.add_argument("--run_list", type=Path, help="a file that gets the folder of every finished run, each ended by a zero byte")
     user = parser.add_argument_group("the user's")
     user.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
     user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
@@ -138,8 +138,8 @@ def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
     """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
     done = [outcome.run for outcome in outcomes if outcome.done]
     worth = any(run.name != UNTRAINED for run in done)
-    text = "".join(f"{run.folder}\n" for run in done if worth)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    content = b"".join(os.fsencode(run.folder) + b"\0" for run in done if worth)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _say_commits(outcomes: Sequence[Outcome]) -> None:

@@ -165,7 +165,7 @@ def finish(
         code: int | str | None = run_command(run_experiments.main, argv)
     except SystemExit as ended:
         code = ended.code
-    return code, (folder / "list").read_text().splitlines()
+    return code, (folder / "list").read_text().split("\0")[:-1]
 
 
 def test_all_finish(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
