@@ -55,17 +55,17 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     if [ -z "$data_dir" ]; then
         data_dir=$root/data
         if [ ! -d "$data_dir/all_stage" ]; then
-            simulate_log
             data_dir=$root/data/simulated
             options=(--batch_divisor=8 "${options[@]}") # a batch of 1,024 would leave 16 steps in this small log
         fi
         set -- "$@" --data_dir="$data_dir"
     fi
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
+    options=(--setting="$setting" --train="$train" --evaluate="$evaluate" --runs_dir="$root/runs" "${options[@]}")
+    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log "${options[@]}" -- "$@"; fi
     list=$(mktemp) || exit 2 # its own message says why: TMPDIR names no folder, or a full disk
     trap "rm -f -- ${list@Q}" EXIT
-    "$PYTHON" -m deep_components experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
-        --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
+    "$PYTHON" -m deep_components experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
     mapfile -d '' runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
         "$PYTHON" -m deep_components table --kind="$table_kind" "${runs[@]}" || status=$?
@@ -73,7 +73,7 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     return "$status"
 }
 
-simulate_log() {
+simulate_log() { # what the runner will be called with: a mistake in it is said first
     printf '%s\n' \
         '***********************************************************************************************' \
         '** There is no data under data/, so this runs on a SIMULATED log (data/simulated).           **' \
@@ -84,6 +84,7 @@ simulate_log() {
     (
         if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
         if [ ! -e "$root/data/simulated/others/origin.json" ]; then
+            "$PYTHON" -m deep_components experiments --check "$@"
             "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
         fi
     ) 9>"$root/data/.simulated.lock"

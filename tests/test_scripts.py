@@ -89,7 +89,7 @@ class Recorded:
 
     def plan(self) -> tuple[argparse.Namespace, list[Method], list[str]]:
         """What the one call of the runner asks for."""
-        (call,) = self.calls("experiments")
+        *_, call = self.calls("experiments")  # one with --check may precede it
         return run_experiments.parse_args(call)
 
 
@@ -241,7 +241,7 @@ def test_all_is_the_table_of_the_eight_methods(folder: str, recorded: Recorded) 
     assert [method.name for method in methods] == names
 
 
-# ---- wherever it is called from, and in any environment ---------------------------------------------------------------
+# ---- wherever it is called from, in any environment ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,18 @@ def test_the_project_in_a_folder_of_any_name(name: str, recorded: Recorded) -> N
 # ---- when something is wrong -----------------------------------------------------------------------------------------
 
 
+def test_a_mistake_is_said_before_a_log_is_simulated(recorded: Recorded) -> None:
+    assert recorded.run("--tau=x", check=False, FAIL_ON="--tau=x") == ""
+    assert recorded.result.returncode == 2
+    assert recorded.calls("simulate") == []
+    assert [call[0] for call in recorded.calls("experiments")] == ["--check"]
+
+
 def test_a_failing_simulation_ends_the_script(recorded: Recorded) -> None:
     assert recorded.run(check=False, FAIL_ON="simulate") == ""
     assert recorded.result.returncode == 2
     assert "told to fail" in recorded.result.stderr
-    assert recorded.calls("experiments") == []
+    assert [call[0] for call in recorded.calls("experiments")] == ["--check"]
 
 
 def test_some_runs_fail(recorded: Recorded) -> None:

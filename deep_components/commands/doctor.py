@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from deep_components.cascade import SETTINGS, Cascade
+from deep_components.cli import Parser
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.log import ColumnarLog, Log, open_log
@@ -44,10 +45,9 @@ class Finding(NamedTuple):
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Check the environment and a log; say what is wrong and what to do.",
         epilog="Exit code: 0 nothing FAILs, 1 something does, 2 wrong arguments.",
-        allow_abbrev=False,
     )
     parser.add_argument("--data_dir", type=Path, help="the log (default: the project's data, where it holds one)")
     parser.add_argument("--cascade", metavar="FILE", help="check the log for this one (default: both settings)")

@@ -11,6 +11,7 @@ from torch import Tensor
 from deep_components.arguments import DTYPES
 from deep_components.cascade import Stage
 from deep_components.checkpoint import load_trained
+from deep_components.cli import Parser
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.models import MODELS
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write models for the original code.", allow_abbrev=False)
+    parser = Parser(description="Write models for the original code.")
     parser.add_argument("--run", type=Path, required=True, help="a run's folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets <stage>.pt for every stage")
     return parser.parse_args(argv)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deep_components.cascade import SETTINGS, THREE_STAGE, Cascade, Stage
 from deep_components.checkpoint import as_array
+from deep_components.cli import Parser
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.importers.recflow_files import HISTORY_LENGTH
 from deep_components.errors import InputError
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Read checkpoints of the original code.", allow_abbrev=False)
+    parser = Parser(description="Read checkpoints of the original code.")
     parser.add_argument("--setting", choices=sorted(SETTINGS), required=True)
     for stage in THREE_STAGE.stage_names:
         parser.add_argument(f"--{stage}", type=Path, metavar="FILE", help=f"the {stage} model's state_dict")

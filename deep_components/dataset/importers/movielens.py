@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from deep_components.cli import progress, run_command
+from deep_components.cli import Parser, progress, run_command
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
 
@@ -395,7 +395,7 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Convert MovieLens-1M as published into a log in RecFlow's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
