@@ -16,13 +16,13 @@ from deep_components.cli import Parser, nearest
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
 from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS
+from deep_components.runs.folder import MAX_EMB_DIM, MAX_NN_UNITS
 
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
-MAX_EMB_DIM, MAX_NN_UNITS = 1 << 16, 1 << 20
 # The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
 SCRIPT_OPTIONS = (
     *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),

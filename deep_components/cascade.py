@@ -14,10 +14,12 @@ from typing import Any, get_args, get_origin
 import numpy as np
 
 from deep_components.errors import InputError
+from deep_components.files import read_bytes
 
 LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so that higher is better
 STAGES_ALLOWED = range(2, 5)
 
+_MAX_BYTES = 1 << 20  # of a TOML file
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # A stage's name becomes that of files, metrics, terms of a loss, and entries of train.jsonl and scores.npz.
 _RESERVED = (
@@ -109,7 +111,7 @@ class Cascade:
     def from_toml(cls, path: Path) -> "Cascade":
         """The cascade in a TOML file (docs/cascades.md). InputError when it cannot be read or is no cascade."""
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(read_bytes(path, _MAX_BYTES).decode())
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); --cascade names a TOML file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -113,7 +113,8 @@ def packages(requirements: Path) -> Iterator[Finding]:
     project was installed with."""
     there = requirements.exists()
     try:
-        lines = requirements.read_text().splitlines() if there else importlib.metadata.requires("lcron") or []
+        written = requirements.read_text(encoding="utf-8").splitlines() if there else None
+        lines = importlib.metadata.requires("lcron") or [] if written is None else written
     except importlib.metadata.PackageNotFoundError:
         yield Finding(WARN, "packages", f"{requirements}: no such file, so the versions to compare with are unknown")
         return

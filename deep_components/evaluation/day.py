@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
-from deep_components.checkpoint import load_trained
+from deep_components.checkpoint import check_sizes, load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day
 from deep_components.dataset.loader import batches
@@ -110,6 +110,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """:func:`score_day` by the run's models."""
     device, dtype = choose_device(args), DTYPES[trained.dtype]
+    check_sizes(run, cascade, schema, trained.emb_dim, trained.nn_units)
     ids = _needed_ids(run, cascade, schema, day)
     models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
     stores = build_stores(cascade, schema, trained.emb_dim, None, ids)

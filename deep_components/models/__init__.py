@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from deep_components.cascade import Cascade
+from deep_components.cascade import Cascade, Stage
 from deep_components.errors import InputError
 from deep_components.models.din import DIN
 from deep_components.models.dssm import DSSM
@@ -18,6 +18,20 @@ from deep_components.models.mlp import MLP
 from deep_components.schema import Schema
 
 MODELS: dict[str, Callable[[Schema, int, int], nn.Module]] = {"dssm": DSSM, "mlp": MLP, "din": DIN}
+
+
+def parameter_shapes(stage: Stage, schema: Schema, emb_dim: int, nn_units: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a stage's model, nothing of which is allocated. InputError as
+    :func:`build_models`."""
+    _check_known(stage)
+    with torch.device("meta"):
+        parameters = MODELS[stage.model](schema, emb_dim, nn_units).state_dict()
+    return {name: tuple(values.shape) for name, values in parameters.items()}
+
+
+def _check_known(stage: Stage) -> None:
+    if stage.model not in MODELS:
+        raise InputError(f"stage {stage.name}: model {stage.model!r} is none of {', '.join(MODELS)}")
 
 
 def build_models(
@@ -31,8 +45,7 @@ def build_models(
     """
     models: dict[str, nn.Module] = {}
     for stage in cascade.stages:
-        if stage.model not in MODELS:
-            raise InputError(f"stage {stage.name}: model {stage.model!r} is none of {', '.join(MODELS)}")
+        _check_known(stage)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{stage.name}".encode()).digest()[:7], "little"))
             models[stage.name] = MODELS[stage.model](schema, emb_dim, nn_units)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
+from deep_components.files import regular
 from deep_components.reporting.frame import arguments_of, is_number, printable
 from deep_components.runs.folder import STEP_LOG_FILE, STREAMING_FILE, read_json
 
@@ -64,7 +65,7 @@ def read_steps(folder: Path) -> pd.DataFrame:
     """
     path = folder / STEP_LOG_FILE
     try:
-        with path.open() as file:
+        with open(path, "rb", opener=regular) as file:
             records = [json.loads(line) for line in file]
     except FileNotFoundError:
         return pd.DataFrame()

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
+from deep_components.files import regular
 from deep_components.runs import identity
 from deep_components.runs.folder import (
     CONFIG_FILE,
@@ -44,6 +45,8 @@ _COSTS = {
     "peak_memory_bytes": int | None, "peak_gpu_memory_bytes": int | None,
 }  # fmt: skip
 _INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
+
+_MAX_ARRAY = 1 << 28  # bytes of a metric per request: of 33 million requests
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,12 @@ def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:
 def per_request(folder: Path, name: str) -> np.ndarray | None:
     """A run's metric per request [R], or its "request_id"; None where the evaluation did not write it."""
     try:
-        with (folder / PER_REQUEST_FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with (
+            open(folder / PER_REQUEST_FILE, "rb", opener=regular) as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            if any(entry.file_size > _MAX_ARRAY for entry in arrays.zip.infolist()):  # a few bytes could unpack to it
+                raise ValueError(f"an array of more than {_MAX_ARRAY} bytes")
             return arrays.get(name)
     except FileNotFoundError:
         return None
@@ -289,7 +297,7 @@ def _costs(folder: Path, warnings: list[str]) -> dict[str, Any]:
 def _skipped_steps(folder: Path) -> int | None:
     """How many steps were left out: those in whose line of the step log a value is null."""
     try:
-        with (folder / STEP_LOG_FILE).open("rb") as file:
+        with open(folder / STEP_LOG_FILE, "rb", opener=regular) as file:
             return sum(b": null" in line for line in file)
     except OSError:
         return None

@@ -53,13 +53,13 @@ _STYLE = Style(
 
 def render(results: Results, charts: list[Chart], problems: list[str]) -> str:
     """The page of the results and their charts; ``problems`` are sentences about what could not be read."""
-    script = (FOLDER / "page.js").read_text()
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     by_kind = {kind: [chart for chart in charts if chart.kind == kind] for kind in _KINDS}
     colours = ";".join(f"--{name}:{colour}" for name, colour in PALETTE.items())
     return environment.get_template("report.html.j2").render(
-        style=Markup(f":root{{{colours}}}\n" + (FOLDER / "style.css").read_text()),
+        style=Markup(f":root{{{colours}}}\n" + (FOLDER / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(json_table(partial(metrics_document, results)).translate(_IN_SCRIPT)),

@@ -32,7 +32,7 @@ class PaperNumber:
 
 @cache
 def _tables() -> list[dict[str, str]]:
-    return list(csv.DictReader(TABLES.read_text().splitlines()))
+    return list(csv.DictReader(TABLES.read_text(encoding="utf-8").splitlines()))
 
 
 def paper_name(row: str) -> str:

@@ -7,8 +7,10 @@ a model's file lists beside a table ``embedding.<table>`` the ids of its rows, a
 import hashlib
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path
+from deep_components.files import atomic_path, regular
 from deep_components.runs.folder import model_file
 
 TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of their rows' ids, begin
@@ -92,6 +94,12 @@ def saved_ids(run: Path, stage: str) -> tuple[dict[str, np.ndarray], int | None]
     return model.ids, model.initial_seed
 
 
+def saved_shapes(run: Path, stage: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays in a stage's file, of which nothing else is read. InputError when it cannot be."""
+    with _opened(run / model_file(stage)) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+
+
 def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     path = run / model_file(stage)
     arrays, note = load(path, prefix)
@@ -111,10 +119,14 @@ def save_state(path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[s
 def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
     arrays, metadata = load(path)
-    try:
-        return arrays, {name: int(metadata["position"][name]) for name in _POSITION}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the state of a training run; train again without --resume") from error
+    position = metadata.get("position")
+    if (
+        not isinstance(position, dict)
+        or position.keys() != set(_POSITION)
+        or not all(type(number) is int and 0 <= number < 1 << 63 for number in position.values())
+    ):
+        raise InputError(f"{path}: not the state of a training run; train again without --resume")
+    return arrays, position
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -144,21 +156,29 @@ def load(path: Path, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str,
     A file without checksums was not written by this project; it is taken with a warning. Raises InputError when the
     file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            if not isinstance(metadata, dict):
-                raise ValueError("its metadata are not an object")
-            names = set(file.keys())
-            arrays = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; train first") from error
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
+    with _opened(path) as file:
+        metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata are not an object")
+        names = set(file.keys())
+        arrays = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
     damaged = _damage(path, metadata, names, arrays)
     if damaged:
         raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
     return arrays, {name: value for name, value in metadata.items() if name not in (_ARRAY_CHECKSUMS, _CHECKSUM)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file as safetensors opens it. InputError when it is missing, or what the block reads is damaged."""
+    try:
+        os.close(regular(str(path), os.O_RDONLY))  # a pipe would wait for a writer
+        with safe_open(path, framework="np") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; train first") from error
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
 
 
 def _damage(path: Path, metadata: dict[str, Any], names: set[str], arrays: Mapping[str, np.ndarray]) -> str:
