@@ -16,7 +16,7 @@ from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
 from deep_components.checkpoint import check_sizes, load_trained
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.days import test_day
+from deep_components.dataset.days import missing_days, test_day
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
@@ -82,6 +82,8 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     results |= {"test_day_checksum": day.checksum}
     if log.origin == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
+    if absent := missing_days(log):
+        results["warning_days"] = f"the log lacks {', '.join(absent)} of RecFlow's Period 1, which the paper trained on"
     if trained.epochs and name in config["train_days"]:
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])

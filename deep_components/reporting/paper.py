@@ -18,6 +18,7 @@ _PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_fr
 _NAMES = {
     "bce": "BCE", "icc": "ICC", "rankflow": "RankFlow", "fs_ranknet": "FS-RankNet",
     "fs_lambdaloss": "FS-LambdaLoss", "arf": "ARF", "arf_v2": "ARF-v2", "lcron": "LCRON",
+    "softsort": "SoftSort", "neuralsort": "NeuralSort",
 }  # fmt: skip
 
 
