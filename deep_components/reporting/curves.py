@@ -35,7 +35,7 @@ def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.Da
     length = min(len(log) for log in logs)
     batch = arguments_of(group.iloc[0].to_dict()).get("batch_size")
     edges = np.linspace(0, length, min(POINTS, length) + 1).astype(int)
-    requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if isinstance(batch, int) else 1)
+    requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if type(batch) is int and 0 < batch <= LARGEST else 1)
     part = np.repeat(requests, np.diff(edges))
     seeds = [log[:length].clip(-LARGEST, LARGEST).groupby(part).mean() for log in logs]
     names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
