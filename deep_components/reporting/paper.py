@@ -74,4 +74,10 @@ def _text(value: Any) -> str:
     """An argument as the tables' file writes it."""
     if isinstance(value, list | tuple):
         return ",".join(_text(part) for part in value)
-    return "none" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+    return (
+        "none"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, int | float) and abs(value) < 1e300
+        else str(value)
+    )

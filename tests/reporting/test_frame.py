@@ -33,6 +33,30 @@ def test_one_row_a_run(tmp_path: Path) -> None:
     assert frame([str(tmp_path / "a"), tmp_path / "b"]).equals(frame(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("config", "results"),
+    [
+        ({"train_days": 10**18}, {}),
+        ({"train_days": [1]}, {}),
+        ({"device": {"a": 1}}, {}),
+        ({"threads": []}, {}),
+        ({"commit": [1]}, {}),
+        ({"data_checksums": {"2024-01-13": [1]}}, {}),
+        ({}, {"test_day_checksum": {"a": 1}}),
+        ({}, {"joint_recall@10@20": 1e308}),
+        ({}, {"rank_ndcg@10": -1e308}),
+    ],
+    ids=str,
+)
+def test_edited_values_leave_a_run_out(config: dict[str, Any], results: dict[str, Any], tmp_path: Path) -> None:
+    write_run(tmp_path / "sound")
+    write_run(tmp_path / "edited", config=config, results=results, seed=31)
+    collected = read_runs([tmp_path])
+    assert len(collected.runs) == 1
+    (reason,) = collected.left_out.values()
+    assert "is missing or damaged; evaluate the run again" in reason
+
+
 def test_skipped_steps_are_a_warning(tmp_path: Path) -> None:
     write_steps(write_run(tmp_path / "run"), [2.0, None, None])
     (warning,) = frame(tmp_path)["warnings"][0]
