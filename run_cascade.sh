@@ -20,9 +20,10 @@
 # Finished runs are kept, unfinished ones go on where they were, and a folder that holds another run is refused.
 # UNTRAINED=no leaves out the untrained cascade. Exit code: 0; 2 when the input was refused; 1 when a run failed otherwise.
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=$(realpath -- "${BASH_SOURCE[0]}")
+root=${root%/*}
 
-if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a line each
+if [ "${*: -1}" = --print_method ]; then # for run_all.sh: what the script states, a line each
     printf -- '--method=%s\n' "$1"
     shift
     while [ "$1" != -- ]; do
@@ -33,9 +34,12 @@ if [ "${PRINT_METHOD:-}" ]; then # for run_all.sh: what the script states, a lin
 fi
 
 run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=...] -- [the user's arguments]
-    local options=() data_dir='' any_code='' argument command status=0 runs
+    local options=() data_dir='' any_code='' table_kind=metrics argument list runs status=0
     while [ "$1" != -- ]; do
-        options+=("$1")
+        case $1 in
+            --table_kind=*) table_kind=${1#*=} ;;
+            *) options+=("$1") ;;
+        esac
         shift
     done
     shift
@@ -53,25 +57,25 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     if [ -z "$data_dir" ]; then
         data_dir=$root/data
         if [ ! -d "$data_dir/all_stage" ]; then
-            simulate_log
             data_dir=$root/data/simulated
             options=(--batch_divisor=8 "${options[@]}") # a batch of 1,024 would leave 16 steps in this small log
         fi
         set -- "$@" --data_dir="$data_dir"
     fi
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
-    list=$(mktemp)
-    trap 'rm -f -- "$list"' EXIT
-    "$PYTHON" -m deep_components experiments --setting="$setting" --train="$train" --evaluate="$evaluate" \
-        --runs_dir="$root/runs" --run_list="$list" "${options[@]}" -- "$@" || status=$?
-    mapfile -t runs <"$list"
+    options=(--setting="$setting" --train="$train" --evaluate="$evaluate" --runs_dir="$root/runs" "${options[@]}")
+    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log "${options[@]}" -- "$@"; fi
+    list=$(mktemp) || exit 2 # its own message says why: TMPDIR names no folder, or a full disk
+    trap "rm -f -- ${list@Q}" EXIT
+    "$PYTHON" -m deep_components experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
+    mapfile -d '' runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
-        "$PYTHON" -m deep_components table --kind="${table_kind:-metrics}" ${any_code:+"$any_code"} "${runs[@]}" || status=$?
+        "$PYTHON" -m deep_components table --kind="$table_kind" ${any_code:+"$any_code"} "${runs[@]}" || status=$?
     fi
     return "$status"
 }
 
-simulate_log() {
+simulate_log() { # what the runner will be called with: a mistake in it is said first
     printf '%s\n' \
         '***********************************************************************************************' \
         '** There is no data under data/, so this runs on a SIMULATED log (data/simulated).           **' \
@@ -82,6 +86,7 @@ simulate_log() {
     (
         if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
         if [ ! -e "$root/data/simulated/others/origin.json" ]; then
+            "$PYTHON" -m deep_components experiments --check "$@"
             "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
         fi
     ) 9>"$root/data/.simulated.lock"

@@ -3,7 +3,12 @@
 # A named interpreter (PYTHON=/path/to/python bash two_stage/lcron.sh) or an active environment wins and is only checked.
 # Otherwise .venv is made in the project's folder, once, from requirements.txt; REQUIREMENTS names another file.
 
-_project=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "error: setup.sh is written for bash; run: bash setup.sh" >&2
+    return 2 2>/dev/null || exit 2
+fi
+_project=$(realpath -- "${BASH_SOURCE[0]}")
+_project=${_project%/*}
 _requirements=$_project/${REQUIREMENTS:-requirements.txt}
 
 _say() { printf '%s\n' "$*" >&2; }
@@ -84,6 +89,10 @@ case ${PYTHON:-} in
     */*) PYTHON=$PWD/$PYTHON ;; # the caller may change folders
 esac
 if [ -n "${PYTHON:-}" ]; then
+    if ! command -v -- "$PYTHON" >/dev/null; then
+        _say "error: $PYTHON: no such program; name a Python 3.11 or later with PYTHON=/path/to/python"
+        exit 2
+    fi
     _check_packages "$PYTHON" || exit 2
 else
     _make_venv "$_project/.venv" || exit 2

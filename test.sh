@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Environment, lint, types, tests. Arguments go to pytest: bash ./test.sh tests/loss -k lcron
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
+here=$(dirname -- "$(realpath -- "$0")")
 REQUIREMENTS=requirements-test.txt
-source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+source "$here/setup.sh"
+cd -- "$here"
 
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

@@ -54,8 +54,7 @@ def make_runs(setting: str, args: argparse.Namespace) -> dict[str, list[Path]]:
         script = ROOT / setting / f"{method}.sh"
         if not script.exists():
             raise InputError(f"{script}: no such script; name scripts of {setting}/ with --methods")
-        environment = os.environ | {"PRINT_METHOD": "yes"}
-        printed = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+        printed = subprocess.run(["bash", script, "--print_method"], capture_output=True, text=True, check=True)
         stated += printed.stdout.splitlines()
     number = len(SETTINGS[setting].stages)
     plan = [f"--train=deep_components.run_train{number}", f"--evaluate=deep_components.run_test{number}"]

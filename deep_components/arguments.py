@@ -2,6 +2,7 @@
 
 import argparse
 import pkgutil
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,15 +12,22 @@ from torch import nn
 
 from deep_components import loss as methods
 from deep_components.cascade import Cascade
+from deep_components.cli import Parser, nearest
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.errors import InputError
 from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS, TEMPERATURES
+from deep_components.runs.folder import MAX_EMB_DIM, MAX_NN_UNITS
 
 T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
+# The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
+SCRIPT_OPTIONS = (
+    *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),
+    *("--batch_divisor", "--save_scores", "--resume", "--force", "--discard_state", "--jobs", "--threads", "--engine"),
+)
 
 
 def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
@@ -31,7 +39,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {wanted}")
         return value
 
     return convert
@@ -42,7 +50,10 @@ _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
-_tower_width = _number(int, lambda value: value > 0 and value % 4 == 0, "a multiple of 4")
+_emb_dim = _number(int, lambda value: 0 < value <= MAX_EMB_DIM, f"a whole number from 1 to {MAX_EMB_DIM}")
+_tower_width = _number(
+    int, lambda value: 0 < value <= MAX_NN_UNITS and value % 4 == 0, f"a multiple of 4 up to {MAX_NN_UNITS}"
+)
 
 
 def folder(text: str) -> Path:
@@ -62,7 +73,7 @@ def _days(text: str) -> list[str]:
 
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every training command; methods add their own hyper-parameters to it."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, others=SCRIPT_OPTIONS)
     parser.add_argument("--loss_type", required=True, help="the method; a file of deep_components/loss has its name")
     _add_data_arguments(parser)
     parser.add_argument(
@@ -75,7 +86,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests a step (default 1024)")
     parser.add_argument("--epochs", type=_non_negative_int, default=1,
                         help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
-    parser.add_argument("--emb_dim", type=_positive_int, default=8, help="embedding dimension (default 8)")
+    parser.add_argument("--emb_dim", type=_emb_dim, default=8, help="embedding dimension (default 8)")
     parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
     parser.add_argument("--seq_len", type=_positive_int, help="last history positions used (default: all; RecFlow: 50)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
@@ -105,7 +116,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 
 def evaluation_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every evaluation command."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description)
     _add_data_arguments(parser)
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
@@ -228,6 +239,12 @@ def method_names() -> list[str]:
     return sorted({module.name for module in pkgutil.iter_modules(methods.__path__)} - {"functional", "selection"})
 
 
-def unknown_method(loss_type: str) -> InputError:
-    """The error for a --loss_type without a branch in build_loss."""
-    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {', '.join(method_names())}")
+def unknown_method(loss_type: str, command: str = "run_train2.py") -> InputError:
+    """The error for a --loss_type without a branch in ``build_loss`` of a command's file: names the nearest of the
+    methods, which are the files of the loss package, or the branch that is missing."""
+    if loss_type in method_names():
+        name = Path(command).name
+        return InputError(f"no branch for {loss_type!r} in {name}: add `elif args.loss_type == {loss_type!r}` to its "
+                          "build_loss, as README says under Adding a method")  # fmt: skip
+    near = nearest(loss_type, method_names())
+    return InputError(f"--loss_type={loss_type}: no such method{near}; choose one of: {', '.join(method_names())}")

@@ -14,11 +14,13 @@ from typing import Any, get_args, get_origin
 import numpy as np
 
 from deep_components.errors import InputError
+from deep_components.files import read_bytes
 
 DEFAULT_SLOTS = 10  # of a group, where neither the cascade nor the log says otherwise
 LABEL_CEILING = 30  # the label of position 0 in the true order, as in the original; see Cascade.labels
 STAGES_ALLOWED = range(2, 5)
 
+_MAX_BYTES = 1 << 20  # of a TOML file
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # A stage's name becomes that of files, metrics, terms of a loss, and entries of train.jsonl and scores.npz.
 _RESERVED = (
@@ -135,7 +137,7 @@ class Cascade:
     def from_toml(cls, path: Path) -> "Cascade":
         """The cascade in a TOML file (docs/cascades.md). InputError when it cannot be read or is no cascade."""
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(read_bytes(path, _MAX_BYTES).decode())
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); --cascade names a TOML file") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deep_components.cascade import Cascade
 from deep_components.errors import InputError
-from deep_components.runs.state import TABLE, SavedModel, load_model, save_models
+from deep_components.models import parameter_shapes
+from deep_components.runs.folder import CONFIG_FILE, model_file
+from deep_components.runs.state import TABLE, SavedModel, load_model, save_models, saved_shapes
+from deep_components.schema import Schema
 from deep_components.tables.store import EmbeddingStore
 
 
@@ -56,6 +60,19 @@ def load_trained(run: Path, models: Mapping[str, nn.Module], stores: Mapping[str
         for name, target in targets.items():
             target.copy_(torch.from_numpy(arrays[name]))
     return seed
+
+
+def check_sizes(run: Path, cascade: Cascade, schema: Schema, emb_dim: int, nn_units: int) -> None:
+    """InputError when the run's files hold models of other sizes: to be known before anything of them is allocated."""
+    for stage in cascade.stages:
+        wanted = parameter_shapes(stage, schema, emb_dim, nn_units)
+        for name, shape in saved_shapes(run, stage.name).items():
+            own = (*shape[:-1], emb_dim) if name.startswith(TABLE) else wanted.get(name, shape)
+            if shape != own:
+                raise InputError(
+                    f"{run / model_file(stage.name)}: {name} is {shape}, but the model wants {own} with the sizes that "
+                    f"{CONFIG_FILE} names, emb_dim={emb_dim} and nn_units={nn_units}; train again"
+                )
 
 
 def _rows(saved: SavedModel, store: EmbeddingStore, table: str) -> np.ndarray:

@@ -1,16 +1,47 @@
 """The edge of every command: logging, progress bars, and mistakes reported as one sentence with exit code 2."""
 
+import argparse
+import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
 from deep_components.errors import InputError, StoppedError
 
 T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, without abbreviations, which says what is wrong in one sentence and names the option that may have
+    been meant, one of its own or of ``others``."""
+
+    def __init__(self, *, others: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self._others = tuple(others)
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"{name}: no such {'option' if name.startswith('-') else 'argument'}{self._hint(name)}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and exit with code 2."""
+        self.exit(2, f"error: {' '.join(message.split())}; --help lists the options\n")
+
+    def _hint(self, name: str) -> str:
+        return nearest(name, [*self._option_string_actions, *self._others])
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The words " (did you mean ...?)" with the most similar of the names; "" where none is similar."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def run_command(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:

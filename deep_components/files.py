@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,8 +19,26 @@ from typing import Any, BinaryIO
 from deep_components.errors import InputError
 
 _CHECKSUM = "checksum"
+_MAX_JSON = 1 << 26  # bytes; the largest that is written here, a manifest, has some thousand times less
 
 logger = logging.getLogger(__name__)
+
+
+def regular(path: str, flags: int) -> int:
+    """An ``opener`` for open(): OSError for what is no regular file. A pipe would wait, and a device may never end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file; OSError when it cannot be read, or is larger than ``most`` bytes."""
+    with open(path, "rb", opener=regular) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"larger than the {most} bytes that such a file may have", str(path))
+        return file.read()
 
 
 def make_folder(path: Path) -> None:
@@ -79,7 +98,7 @@ def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(path: Path, must_have_checksum: bool = False) -> dict[str, Any]:
     """What :func:`write_json` wrote, its checksum verified; a file without one, written by others, is taken with a
     warning unless it ``must_have_checksum``. ValueError when it is no JSON object, or not what was written."""
-    content = json.loads(path.read_text())
+    content = json.loads(read_bytes(path, _MAX_JSON))
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     checksum = content.pop(_CHECKSUM, None)
@@ -187,5 +206,5 @@ def _temporary(path: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

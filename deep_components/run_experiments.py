@@ -29,11 +29,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deep_components.arguments import folder, method_names
 from deep_components.cascade import SETTINGS, named_cascade
-from deep_components.cli import run_command, write_out
+from deep_components.cli import Parser, nearest, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.experiments.engines import run_locally, run_on_ray, slots
 from deep_components.experiments.execution import REFUSED, Options, Outcome
-from deep_components.experiments.plan import UNTRAINED, Method, Run, make_plan, methods_of
+from deep_components.experiments.plan import UNTRAINED, Method, Run, make_plan, methods_of, parse_training
 from deep_components.experiments.progress import Progress
 from deep_components.files import write_atomically
 from deep_components.reporting.frame import read_runs
@@ -60,9 +60,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = parser.add_argument_group("what the scripts say")
     cascade = table.add_mutually_exclusive_group(required=True)
     cascade.add_argument("--setting", choices=sorted(SETTINGS), help="of the paper, with --train and --evaluate")
@@ -75,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--variant", default="", help="what sets the runs apart from the methods' main ones")
     table.add_argument("--by_setting", action="store_true", help="runs lie in OUTPUT_DIR/<setting>/<method>")
     table.add_argument("--no-untrained", dest="untrained", action="store_false", help="without the untrained cascade")
-    table.add_argument("--run_list", type=Path, help="a file that gets the folder of every finished run, a line each")
+    table.add_argument("--run_list", type=Path, help="gets the folder of every finished run, each with a zero byte")
+    table.add_argument("--check", action="store_true", help="only say whether the arguments can be used")
     user = parser.add_argument_group("the user's")
     user.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
     user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
@@ -113,7 +112,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[
     names = [method.name for method in methods]
     unknown = [name for name in args.methods or [] if name not in names]
     if unknown or not methods:
-        raise InputError(f"--methods={','.join(unknown)}: choose from {', '.join(names) or 'the --method= given'}")
+        near = nearest(unknown[0], names) if unknown else ""
+        choice = ", ".join(names) or "the --method= given"
+        raise InputError(f"--methods={','.join(unknown)}: choose from {choice}{near}")
     args.several = len(methods) > 1
     return args, [method for method in methods if method.name in (args.methods or names)], training
 
@@ -174,8 +175,8 @@ def _finished(outcomes: Sequence[Outcome]) -> list[Path]:
 
 
 def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
-    text = "".join(f"{folder}\n" for folder in _finished(outcomes))
-    write_atomically(path, lambda file: file.write(text.encode()))
+    content = b"".join(os.fsencode(folder) + b"\0" for folder in _finished(outcomes))
+    write_atomically(path, lambda file: file.write(content))
 
 
 def _say_codes(outcomes: Sequence[Outcome]) -> None:
@@ -212,6 +213,9 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
 
 def main(argv: list[str]) -> None:
     args, methods, training = parse_args(argv)
+    if args.check:
+        parse_training(args, methods, training)
+        return
     runs = make_plan(args, methods, training)
     for run in [] if args.force else runs:  # a folder that holds another run: better said now than after hours
         check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume, args.any_code)

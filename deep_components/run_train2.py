@@ -56,7 +56,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     elif args.loss_type == "sorting":
         return SortingCrossEntropy(**sorting_options(args))
     else:
-        raise unknown_method(args.loss_type)
+        raise unknown_method(args.loss_type, __file__)
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deep_components import loss as methods
-from deep_components import run_train2
+from deep_components import run_train2, run_train3
 from deep_components.arguments import choose_device, recorded_arguments
 from deep_components.errors import InputError
 
@@ -108,6 +108,37 @@ def test_an_unknown_method_names_the_known_ones() -> None:
     args = run_train2.parse_args(["--loss_type=nonsense", *REQUIRED[1:]])
     with pytest.raises(InputError, match=r"--loss_type=nonsense: .* choose one of: .*\blcron\b"):
         run_train2.build_loss(args)
+
+
+def test_a_misspelt_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, meant in {"--taus=3": "--tau", "--batchsize=8": "--batch_size", "--job=2": "--jobs"}.items():
+        with pytest.raises(SystemExit):
+            run_train2.parse_args([*REQUIRED, given])
+        wanted = f"error: {given.partition('=')[0]}: no such option (did you mean {meant}?); --help lists the options"
+        assert capsys.readouterr().err == f"{wanted}\n"
+
+
+def test_a_misspelt_method_names_the_nearest() -> None:
+    args = run_train2.parse_args(["--loss_type=lcorn", *REQUIRED[1:]])
+    with pytest.raises(InputError, match=r"--loss_type=lcorn: no such method \(did you mean lcron\?\)"):
+        run_train2.build_loss(args)
+
+
+@pytest.mark.parametrize("command", [run_train2, run_train3])
+def test_a_method_without_a_branch(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is there: what is missing is the branch."""
+    (tmp_path / "mine.py").touch()
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    file = Path(command.__file__).name
+    with pytest.raises(InputError, match=rf"^no branch for 'mine' in {file}: add `elif args.loss_type == 'mine'`"):
+        command.build_loss(command.parse_args(["--loss_type=mine", *REQUIRED[1:]]))
+
+
+@pytest.mark.parametrize("flag", ["--emb_dim=1000000000", f"--nn_units={4 * 10**9}", "--emb_dim=" + "9" * 5000])
+def test_absurd_widths(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_train2.parse_args([*REQUIRED, flag])
+    assert len(capsys.readouterr().err) < 500
 
 
 def test_every_file_of_the_loss_package_has_a_branch() -> None:

@@ -13,12 +13,31 @@ from deep_components.files import (
     copy_folder,
     folder_checksum,
     locked,
+    read_bytes,
     read_json,
     remove_folder,
+    sha256_of,
     temporaries,
     write_atomically,
     write_json,
 )
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    """A pipe would wait for a writer, and a device may never end."""
+    pipe, link, large = tmp_path / "pipe", tmp_path / "link", tmp_path / "large"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    for path in (pipe, link, tmp_path):
+        for read in (read_bytes, read_json, sha256_of):
+            with pytest.raises(OSError):
+                read(path)
+    with large.open("wb") as file:
+        file.truncate(1 << 40)  # takes no space
+    with pytest.raises(OSError, match="larger than the 1024 bytes"):
+        read_bytes(large, 1024)
+    with pytest.raises(OSError, match="larger than"):
+        read_json(large)
 
 
 def test_writes_and_makes_the_folder(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The runner's command: what its arguments make of a plan, what is said at the end, the exit code."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from deep_components import run_experiments, run_train2
+from deep_components.arguments import SCRIPT_OPTIONS
 from deep_components.cli import run_command
 from deep_components.errors import InputError
 from deep_components.experiments.execution import Outcome
@@ -62,6 +64,51 @@ def test_methods_of_other_sizes_have_their_own_untrained_cascade(log: Path) -> N
     assert folders(runs) == [
         "O/untrained/seed30", "O/lcron/seed30", "O/untrained_emb_dim4/seed30", "O/bce/seed30"
     ]  # fmt: skip
+
+
+REFUSED = {
+    "--taus=3": "--taus: no such option (did you mean --tau?)",
+    "--job=2": "--job: no such option (did you mean --jobs?)",
+    "--terms=singel": "argument --terms: invalid choice: 'singel'",
+    "--loss_type=bce": "--tau is not an option of bce",
+    "--loss_type=lcorn": "no such method (did you mean lcron?)",
+    "--device=gpu": "--device=gpu: unknown device",
+    "--batch_size=99": "has 40 requests, fewer than --batch_size=99",
+    "--seq_len=51": "the histories of the log have 50 positions",
+    "--methods=lcorn": "choose from lcron (did you mean lcron?)",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_a_mistake_is_said_before_anything_is_made(
+    option: str, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*SCRIPT, *LCRON, "--", f"--data_dir={log}", f"--output_dir={tmp_path / 'O'}", option]
+    try:
+        code: object = run_command(run_experiments.main, argv)
+    except SystemExit as end:
+        code = end.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and REFUSED[option] in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_are_checked_without_a_log(tmp_path: Path) -> None:
+    """So that none is simulated for a mistake."""
+    argv = ["--check", *SCRIPT, *LCRON, "--", f"--data_dir={tmp_path / 'none'}"]
+    run_experiments.main(argv)
+    with pytest.raises(InputError, match="--tau is not an option of bce"):
+        run_experiments.main([*argv, "--loss_type=bce"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_of_the_scripts_are_known_to_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose parser names the nearest of them for a misspelt one."""
+    with pytest.raises(SystemExit):
+        run_experiments.main(["--help"])
+    users = capsys.readouterr().out.split("the user's:")[1]
+    assert set(re.findall(r"--[a-z_]+", users)) == set(SCRIPT_OPTIONS)
 
 
 def test_two_rows_of_one_name(log: Path) -> None:
@@ -192,7 +239,7 @@ def finish(
         code: int | str | None = run_command(run_experiments.main, argv)
     except SystemExit as ended:
         code = ended.code
-    return code, (folder / "list").read_text().splitlines()
+    return code, (folder / "list").read_text().split("\0")[:-1]
 
 
 def test_all_finish(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

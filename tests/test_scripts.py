@@ -14,6 +14,7 @@ import sys
 import venv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ RECORDER = """#!/usr/bin/env bash
 if [ "$1" = - ]; then cat >/dev/null; exit 0; fi
 { printf '%s\\x1f' "$@"; printf '\\x1e'; } >>"$CALLS"
 for argument in "$@"; do
-    case $argument in --run_list=*) [ "${NO_RUNS:-}" ] || printf '%s\\n' 'run 1' 'run 2' >"${argument#*=}" ;; esac
+    case $argument in --run_list=*) [ "${NO_RUNS:-}" ] || printf '%s\\0' 'run 1' 'run 2' >"${argument#*=}" ;; esac
     if [ "$argument" = "${FAIL_ON:-}" ]; then echo "error: told to fail" >&2; exit 2; fi
 done
 case $3 in table) echo "the table" ;; esac
@@ -89,7 +90,7 @@ class Recorded:
 
     def plan(self) -> tuple[argparse.Namespace, list[Method], list[str]]:
         """What the one call of the runner asks for."""
-        (call,) = self.calls("experiments")
+        *_, call = self.calls("experiments")  # one with --check may precede it
         return run_experiments.parse_args(call)
 
 
@@ -241,14 +242,84 @@ def test_all_is_the_table_of_the_eight_methods(folder: str, recorded: Recorded) 
     assert [method.name for method in methods] == names
 
 
+# ---- wherever it is called from, in any environment ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"PRINT_METHOD": "yes"},
+        {"table_kind": "costs"},
+        {"setting": "x", "options": "x", "runs": "x", "list": "x", "root": "/", "collect": "x", "name": "x"},
+        {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_variables_of_the_environment_change_nothing(changes: Any, recorded: Recorded) -> None:
+    assert recorded.run("--data_dir=D", "--output_dir=O") == "the table\n"
+    wanted = recorded.plan()
+    recorded.run("--data_dir=D", "--output_dir=O", **changes)
+    found, methods, training = recorded.plan()
+    found.run_list = wanted[0].run_list  # a temporary file
+    assert (found, methods, training) == wanted
+    assert recorded.calls("table") == [["--kind=metrics", "run 1", "run 2"]]
+
+
+def test_without_a_home(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    assert recorded.run("--data_dir=D") == "the table\n"
+
+
+@pytest.mark.parametrize("name", ["two_stage/lcron", "two_stage/all", "paper/table_2", "paper/figure_2"])
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_called_by_sh_through_a_link_with_cdpath(shell: str, name: str, recorded: Recorded) -> None:
+    """CDPATH, by which cd may go elsewhere, and print where."""
+    (recorded.folder / "elsewhere/two_stage").mkdir(parents=True)
+    link = recorded.folder / "a link"
+    link.symlink_to(recorded.project / f"{name}.sh")
+    env = environment(
+        PYTHON=str(recorded.python), CALLS=str(recorded.calls_file), CDPATH=str(recorded.folder / "elsewhere")
+    )
+    for script, cwd in ((link, recorded.folder), (Path(f"{name}.sh"), recorded.project)):
+        recorded.calls_file.unlink(missing_ok=True)
+        done = subprocess.run(
+            [shell, str(script), "--data_dir=D"], cwd=cwd, env=env, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "the table\n"), done.stderr
+        assert recorded.plan()[0].runs_dir == recorded.project / "runs"
+
+
+def test_the_setup_says_that_it_wants_bash(recorded: Recorded) -> None:
+    script = recorded.project / "setup.sh"
+    done = subprocess.run(["sh", str(script)], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) in [(2, ""), (0, "")]  # sh may be bash under another name
+    assert done.returncode == 0 or done.stderr == "error: setup.sh is written for bash; run: bash setup.sh\n"
+
+
+@pytest.mark.parametrize("name", ["a\nproject", "a project\n", "-n", "$(touch x)", "'\""])
+def test_the_project_in_a_folder_of_any_name(name: str, recorded: Recorded) -> None:
+    recorded.project = recorded.project.rename(recorded.folder / name)
+    assert recorded.run("--data_dir=D") == "the table\n"
+    assert recorded.plan()[0].runs_dir == recorded.project / "runs"
+    assert recorded.run("--data_dir=D", script="paper/table_2") == "the table\n"
+    assert not list(recorded.folder.glob("x"))
+
+
 # ---- when something is wrong -----------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_said_before_a_log_is_simulated(recorded: Recorded) -> None:
+    assert recorded.run("--tau=x", check=False, FAIL_ON="--tau=x") == ""
+    assert recorded.result.returncode == 2
+    assert recorded.calls("simulate") == []
+    assert [call[0] for call in recorded.calls("experiments")] == ["--check"]
 
 
 def test_a_failing_simulation_ends_the_script(recorded: Recorded) -> None:
     assert recorded.run(check=False, FAIL_ON="simulate") == ""
     assert recorded.result.returncode == 2
     assert "told to fail" in recorded.result.stderr
-    assert recorded.calls("experiments") == []
+    assert [call[0] for call in recorded.calls("experiments")] == ["--check"]
 
 
 def test_some_runs_fail(recorded: Recorded) -> None:
@@ -292,7 +363,9 @@ def test_an_interpreter_that_is_not_there(tmp_path: Path) -> None:
     result = bash(PROJECT / "two_stage/lcron.sh", "--data_dir=D", cwd=tmp_path, env=env, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert str(tmp_path / "python") in result.stderr
+    assert result.stderr == (
+        f"error: {tmp_path / 'python'}: no such program; name a Python 3.11 or later with PYTHON=/path/to/python\n"
+    )
 
 
 # ---- the environment that setup.sh makes -----------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # FS-LambdaLoss: every stage learns the full order, pairs weighted.
-set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh" fs_lambdaloss \
+exec bash "$(dirname -- "$(realpath -- "$0")")/run.sh" fs_lambdaloss \
     --loss_type=fs_lambdaloss --lr=0.01 --batch_size=1024 -- "$@"

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # FS-RankNet: every stage learns the order of the groups.
-set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh" fs_ranknet \
+exec bash "$(dirname -- "$(realpath -- "$0")")/run.sh" fs_ranknet \
     --loss_type=fs_ranknet --lr=0.01 --batch_size=1024 -- "$@"

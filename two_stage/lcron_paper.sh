@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
 # LCRON as the paper writes it: Eq. 13's weights, trainable for the end-to-end term too.
-set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh" lcron_paper \
+exec bash "$(dirname -- "$(realpath -- "$0")")/run.sh" lcron_paper \
     --loss_type=lcron --tau=50 --lr=0.01 --batch_size=1024 --weighting=paper -- "$@"

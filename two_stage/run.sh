@@ -1,3 +1,5 @@
-# What all scripts of this folder share: source run.sh NAME [hyper-parameters] -- [the user's arguments]
+#!/usr/bin/env bash
+# What all scripts of this folder share: run.sh NAME [hyper-parameters] -- [the user's arguments]
+set -euo pipefail
 setting=two_stage train=deep_components.run_train2 evaluate=deep_components.run_test2
 source "$(dirname -- "${BASH_SOURCE[0]}")/../run_cascade.sh" "$@"

@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 
 from deep_components.cascade import SETTINGS, Cascade
+from deep_components.cli import Parser
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.columnar import REPEATED, repeated_items
+from deep_components.dataset.days import missing_days
 from deep_components.dataset.log import ColumnarLog, Log, open_log
 from deep_components.dataset.manifest import MANIFEST_FILE, read_manifest, verify, write_manifest
 from deep_components.errors import InputError
@@ -45,10 +47,9 @@ class Finding(NamedTuple):
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Check the environment and a log; say what is wrong and what to do.",
         epilog="Exit code: 0 nothing FAILs, 1 something does, 2 wrong arguments.",
-        allow_abbrev=False,
     )
     parser.add_argument("--data_dir", type=Path, help="the log (default: the project's data, where it holds one)")
     parser.add_argument("--cascade", metavar="FILE", help="check the log for this one (default: both settings)")
@@ -114,7 +115,8 @@ def packages(requirements: Path) -> Iterator[Finding]:
     project was installed with."""
     there = requirements.exists()
     try:
-        lines = requirements.read_text().splitlines() if there else importlib.metadata.requires("lcron") or []
+        written = requirements.read_text(encoding="utf-8").splitlines() if there else None
+        lines = importlib.metadata.requires("lcron") or [] if written is None else written
     except importlib.metadata.PackageNotFoundError:
         yield Finding(WARN, "packages", f"{requirements}: no such file, so the versions to compare with are unknown")
         return
@@ -170,11 +172,21 @@ def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
 def _days(log: Log, days: list[str]) -> Iterator[Finding]:
     alone = "; alone: to train on it name it with --train_days, or add days" if len(days) == 1 else ""
     yield checked("days", lambda: f"{len(log.days())}, {days[0]} .. {days[-1]}{alone}")
-    absent = [day for day in log.protocol_days if day not in days]
-    if absent and len(absent) < len(log.protocol_days) and log.origin == "unlabelled":
-        text = (f"lacks {', '.join(absent)}; without them a training takes all days here but the last, {days[-1]}, "
-                "which tests; --train_days=DAY,DAY and --test_day=DAY name others")  # fmt: skip
-        yield Finding(WARN, "published protocol", text)
+    if absent := missing_days(log):
+        yield Finding(WARN, "published protocol", f"lacks {', '.join(absent)}; {_without(log, days)}")
+
+
+def _without(log: Log, days: list[str]) -> str:
+    """How to train on a log that lacks days of the protocol."""
+    *train, test = [day for day in log.protocol_days if day in days]
+    try:
+        log.days()
+    except InputError:  # files of the others are there: a training must be told that they are not meant
+        if train:
+            return f"to train without them say --train_days={','.join(train)} --test_day={test}; the table will say so"
+        return "to train without them name other days with --train_days=DAY,DAY and --test_day=DAY"
+    return (f"without them a training takes all days here but the last, {days[-1]}, which tests; "
+            "--train_days=DAY,DAY and --test_day=DAY name others")  # fmt: skip
 
 
 def _manifest(log: Log) -> Finding:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deep_components.arguments import DTYPES
 from deep_components.cascade import Stage
-from deep_components.checkpoint import load_trained
+from deep_components.checkpoint import check_sizes, load_trained
+from deep_components.cli import Parser
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.models import MODELS
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write models for the original code.", allow_abbrev=False)
+    parser = Parser(description="Write models for the original code.")
     parser.add_argument("--run", type=Path, required=True, help="a run's folder")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets <stage>.pt for every stage")
     return parser.parse_args(argv)
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> None:
     config = read_training(args.run)
     schema = Schema.from_json(config.get("schema"), str(args.run / CONFIG_FILE))
     sizes = argparse.Namespace(**config["arguments"])
-    for stage in cascade_of(args.run, config).stages:
+    cascade = cascade_of(args.run, config)
+    check_sizes(args.run, cascade, schema, sizes.emb_dim, sizes.nn_units)
+    for stage in cascade.stages:
         path = args.run / model_file(stage.name)
         try:
             state = to_original(stage.model, _whole(args.run, stage, schema, sizes))

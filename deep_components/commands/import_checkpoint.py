@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from deep_components.cascade import SETTINGS, THREE_STAGE, Cascade, Stage
 from deep_components.checkpoint import as_array
+from deep_components.cli import Parser
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.importers.recflow_files import HISTORY_LENGTH
 from deep_components.errors import InputError
-from deep_components.files import make_folder
+from deep_components.files import make_folder, regular
 from deep_components.models import MODELS
 from deep_components.models.original_names import from_original
 from deep_components.runs.folder import CONFIG_FILE, remove_run, write_json
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Read checkpoints of the original code.", allow_abbrev=False)
+    parser = Parser(description="Read checkpoints of the original code.")
     parser.add_argument("--setting", choices=sorted(SETTINGS), required=True)
     for stage in THREE_STAGE.stage_names:
         parser.add_argument(f"--{stage}", type=Path, metavar="FILE", help=f"the {stage} model's state_dict")
@@ -71,6 +73,7 @@ def import_checkpoint(cascade: Cascade, files: Mapping[str, Path], output_dir: P
 def _read(stage: Stage, path: Path) -> dict[str, Tensor]:
     """The file's tensors under our names."""
     try:
+        os.close(regular(str(path), os.O_RDONLY))  # a pipe would wait for a writer
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; --{stage} names the {stage} model's state_dict") from error
@@ -80,6 +83,10 @@ def _read(stage: Stage, path: Path) -> dict[str, Tensor]:
                          ) from error  # fmt: skip
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path}: not a state_dict of tensors; save the model's state_dict()")
+    for name, value in content.items():  # a tensor of stride 0 can have any size in a small file
+        if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise InputError(f"{path}: parameter {name} is larger than what the file holds of it; save the model's "
+                             "state_dict()")  # fmt: skip
     try:
         # Models wrapped for several GPUs save their names behind "module.".
         return from_original(stage.model, {str(name).removeprefix("module."): value for name, value in content.items()})

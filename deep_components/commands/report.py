@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from deep_components.cli import run_command
+from deep_components.cli import Parser, run_command
 from deep_components.commands.table import add_run_arguments, results_of
 from deep_components.files import write_atomically
 from deep_components.reporting.figures import charts_of, write_figures
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The runs to report on, and where to."""
-    parser = argparse.ArgumentParser(description="Write one page about many runs.", allow_abbrev=False)
+    parser = Parser(description="Write one page about many runs.")
     add_run_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: report.html")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write the charts there, as PNG of 300 dpi")

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from deep_components.cli import run_command, write_out
+from deep_components.cli import Parser, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.reporting.frame import frame, read_runs
@@ -39,7 +39,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print one table of many runs.", allow_abbrev=False)
+    parser = Parser(description="Print one table of many runs.")
     add_run_arguments(parser)
     parser.add_argument("--kind", choices=["metrics", "costs", "streaming"], default="metrics",
                         help="metrics (default), time and memory of training, or joint recall by day")  # fmt: skip

@@ -25,11 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 def default_cache_dir(data_dir: Path) -> Path:
-    """``data_dir/cache``; for a folder marked read-only, a folder of its own under the user's cache directory."""
+    """``data_dir/cache``; for a folder marked read-only, a folder of its own under the user's cache directory.
+
+    InputError when the user has none."""
     writable = os.access(data_dir, os.W_OK) and data_dir.stat().st_mode & 0o222
     if writable:
         return data_dir / "cache"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and the user is in no list of users
+        raise InputError(f"{data_dir}: is read-only, and there is no HOME; name a folder with --cache_dir") from None
     return home / "lcron" / hashlib.sha256(str(data_dir.resolve()).encode()).hexdigest()[:16]
 
 

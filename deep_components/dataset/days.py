@@ -33,6 +33,13 @@ def test_day(log: Log, wanted: str | None) -> str:
     return wanted or _protocol(log, days)[-1]
 
 
+def missing_days(log: Log) -> list[str]:
+    """Days of the published protocol that the log lacks; none where it has none of them, or says what else made it."""
+    days = log.days(named=True)
+    absent = [day for day in log.protocol_days if day not in days]
+    return absent if log.origin == "unlabelled" and len(absent) < len(log.protocol_days) else []
+
+
 def _protocol(log: Log, days: list[str]) -> list[str]:
     """The published protocol's days where the log has all of them, else the log's."""
     return list(log.protocol_days) if log.protocol_days and set(log.protocol_days) <= set(days) else days

@@ -19,7 +19,6 @@ inverting the law in closed form. A day's own draws depend on the seed, the voca
 uploads) and its own date; what a day takes from the days before it is the histories.
 """
 
-import argparse
 import logging
 import math
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deep_components.cli import progress, run_command
+from deep_components.cli import Parser, progress, run_command
 from deep_components.dataset.clock import is_date
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
@@ -548,7 +547,7 @@ def _is_simulated(root: Path) -> bool:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write a simulated multi-stage recommender's log in RecFlow's layout; same arguments, same bytes."
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the log; a simulated one is replaced")

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
-from deep_components.checkpoint import load_trained
+from deep_components.checkpoint import check_sizes, load_trained
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.days import test_day
+from deep_components.dataset.days import missing_days, test_day
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
@@ -105,6 +105,8 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     results |= _skipped_steps(run)
     if log.origin == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
+    if absent := missing_days(log):
+        results["warning_days"] = f"the log lacks {', '.join(absent)} of RecFlow's Period 1, which the paper trained on"
     if trained.epochs and name in config["train_days"]:
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
@@ -201,6 +203,7 @@ def _scores(
 ) -> Iterable[dict[str, Tensor]]:
     """:func:`score_day` by the run's models."""
     device, dtype = choose_device(args), DTYPES[trained.dtype]
+    check_sizes(run, cascade, schema, trained.emb_dim, trained.nn_units)
     ids = _needed_ids(run, cascade, schema, day)
     models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
     stores = build_stores(cascade, schema, trained.emb_dim, None, ids)

@@ -15,6 +15,7 @@ from typing import Any
 
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run
+from deep_components.files import read_bytes, regular
 from deep_components.runs.folder import LOG_FILE, RUNNER_LOCK_FILE, STATE_FILE, only_user, remove_run
 from deep_components.runs.records import (
     FolderContents,
@@ -90,7 +91,7 @@ class Commands:
         Raises Ended: failed, with the sentence the command ended with, or after :meth:`stop` interrupted.
         """
         attached = [sys.executable, "-m", "deep_components.experiments.attached", str(os.getpid()), *command]
-        with log.open("ab") as output:
+        with open(log, "ab", opener=regular) as output:
             start = output.tell()
             with self._guard:
                 if self._stopping:
@@ -105,7 +106,7 @@ class Commands:
             self._running.discard(process)
             if self._stopping and code:
                 raise Ended("interrupted")
-        text = log.read_bytes()[start:].decode(errors="replace")
+        text = read_bytes(log)[start:].decode(errors="replace")
         if code:
             raise Ended("failed", error=error_sentence(text, code), code=code, log=log)
         for line in text.splitlines():

@@ -13,13 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from deep_components.arguments import training_parser
+from deep_components.arguments import choose_device, training_parser
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day, training_days
+from deep_components.dataset.loader import steps_of
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
 from deep_components.runs.identity import UNTRAINED_ARGUMENTS, first_difference
 from deep_components.training.config import run_config
+from deep_components.training.tensorboard import check_installed
 
 UNTRAINED = "untrained"
 
@@ -125,15 +127,14 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
     Raises InputError when the data or an argument cannot be used, or two runs would share a folder. Caches are built
     here, before several processes want them.
     """
-    words = [[*_divided(args, method), *training] for method in methods]
-    commands = [_parsed(args, given) for given in words]
+    words, commands = parse_training(args, methods, training)
     log = open_log(args.data_dir)
     template, opened = _template(args, commands[0][0], log)
     rows: list[Run] = []
     for method, given, (parsed, loss) in zip(methods, words, commands, strict=True):
         days = [opened[day] for day in template.parts[-1].train_days]
         config = run_config(args.cascade, parsed, loss, log, template.parts[-1].train_days, days)
-        steps = parsed.epochs * sum(len(day) // parsed.batch_size for day in days)
+        steps = parsed.epochs * sum(steps_of(day.with_history(parsed.seq_len), parsed.batch_size) for day in days)
         run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:
             rows.append(_untrained(args, run, parsed, commands[0][0]))
@@ -146,6 +147,20 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
             if first_difference(runs.setdefault(run.folder, run).config, run.config) is not None:
                 raise InputError(f"{run.folder}: two rows of the table, of different arguments, would be made there")
     return list(runs.values())
+
+
+def parse_training(
+    args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str]
+) -> tuple[list[list[str]], list[tuple[argparse.Namespace, nn.Module]]]:
+    """Of every method its arguments, and these parsed with its loss. A mistake in them is found before a log is read or
+    anything is trained: InputError, or SystemExit from the training command's parser."""
+    words = [[*_divided(args, method), *training] for method in methods]
+    commands = [_parsed(args, given) for given in words]
+    for parsed, _ in commands:
+        if args.engine == "local":  # a cluster's nodes have devices of their own
+            choose_device(parsed)
+        check_installed(parsed.tensorboard)
+    return words, commands
 
 
 def _with(config: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:

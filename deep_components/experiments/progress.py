@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
+from deep_components.files import regular
 from deep_components.runs.folder import STEP_LOG_FILE
 
 _BAR = "{l_bar}{bar}| {n:.1f}/{total} runs [{elapsed}<{remaining}{postfix}]"
@@ -59,7 +60,7 @@ def _sentence(outcome: Outcome) -> str:
 def _share(run: Run) -> float:
     """How much of its training a run has done, by the last whole line of its step log."""
     try:
-        with (run.folder / STEP_LOG_FILE).open("rb") as file:
+        with open(run.folder / STEP_LOG_FILE, "rb", opener=regular) as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL))
             lines = file.read().split(b"\n")
         return min(1.0, json.loads(lines[-2])["step"] / run.steps)

@@ -41,6 +41,16 @@ def model_classes(cascade: Cascade) -> list[Callable[[Schema, int, int], nn.Modu
     return [MODELS.get(stage.model) or own_class(stage.model, stage.name) for stage in cascade.stages]
 
 
+def parameter_shapes(stage: Stage, schema: Schema, emb_dim: int, nn_units: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters of a stage's model, nothing of which is allocated; none of a model of one's own,
+    which may not be made so. ``nn_units`` is the width of stages that name none. InputError as :func:`build_models`."""
+    if stage.model not in MODELS:
+        return {}
+    with torch.device("meta"):
+        parameters = MODELS[stage.model](schema, emb_dim, stage.nn_units or nn_units).state_dict()
+    return {name: tuple(values.shape) for name, values in parameters.items()}
+
+
 def build_models(
     cascade: Cascade, schema: Schema, emb_dim: int, nn_units: int, seed: int | None
 ) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
+from deep_components.files import regular
 from deep_components.reporting.frame import arguments_of, is_number, printable
 from deep_components.runs.folder import STEP_LOG_FILE, STREAMING_FILE, read_json
 
@@ -34,7 +35,7 @@ def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.Da
     length = min(len(log) for log in logs)
     batch = arguments_of(group.iloc[0].to_dict()).get("batch_size")
     edges = np.linspace(0, length, min(POINTS, length) + 1).astype(int)
-    requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if isinstance(batch, int) else 1)
+    requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if type(batch) is int and 0 < batch <= LARGEST else 1)
     part = np.repeat(requests, np.diff(edges))
     seeds = [log[:length].clip(-LARGEST, LARGEST).groupby(part).mean() for log in logs]
     names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
@@ -64,7 +65,7 @@ def read_steps(folder: Path) -> pd.DataFrame:
     """
     path = folder / STEP_LOG_FILE
     try:
-        with path.open() as file:
+        with open(path, "rb", opener=regular) as file:
             records = [json.loads(line) for line in file]
     except FileNotFoundError:
         return pd.DataFrame()

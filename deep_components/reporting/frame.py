@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from deep_components.errors import InputError
+from deep_components.files import regular
 from deep_components.reporting.remarks import check_one_code
 from deep_components.runs import identity
 from deep_components.runs.code import code_of
@@ -47,11 +48,15 @@ _KNOWN_OF_A_TABLE = ("cascade", "schema")
 _REQUIRED = dict.fromkeys(("setting", "data", "test_day", "loss_type"), str) | {
     "seed": int | None, "epochs": int | None, "num_requests": int
 }  # fmt: skip
+_OF_CONFIG = {"commit": str | None, "device": str | None, "threads": int | None}
 _COSTS = {
     "steps": int, "requests": int, "seconds": float | int,
     "peak_memory_bytes": int | None, "peak_gpu_memory_bytes": int | None,
 }  # fmt: skip
 _INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
+
+_MAX_METRIC = 1e6  # far above any metric; what is larger would overflow in means and charts
+_MAX_ARRAY = 1 << 28  # bytes of a metric per request: of 33 million requests
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +191,12 @@ def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:
 def per_request(folder: Path, name: str) -> np.ndarray | None:
     """A run's metric per request [R], or its "request_id"; None where the evaluation did not write it."""
     try:
-        with (folder / PER_REQUEST_FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with (
+            open(folder / PER_REQUEST_FILE, "rb", opener=regular) as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
+            if any(entry.file_size > _MAX_ARRAY for entry in arrays.zip.infolist()):  # a few bytes could unpack to it
+                raise ValueError(f"an array of more than {_MAX_ARRAY} bytes")
             return arrays.get(name)
     except FileNotFoundError:
         return None
@@ -315,11 +325,24 @@ def _clean(value: Any) -> Any:
 
 def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     wrong = [name for name, kind in _REQUIRED.items() if name not in results or not _is_a(results[name], kind)]
-    wrong += [name for name in filter(_is_metric, results) if not (results[name] is None or is_number(results[name]))]
+    wrong += [name for name in filter(_is_metric, results) if not (results[name] is None or _is_a_score(results[name]))]
     wrong += [] if isinstance(config.get("arguments"), dict) else [f"arguments of {CONFIG_FILE}"]
+    wrong += [f"{name} of {CONFIG_FILE}" for name, kind in _OF_CONFIG.items() if not _is_a(config.get(name), kind)]
+    wrong += [] if _is_days(config.get("train_days")) else [f"train_days of {CONFIG_FILE}"]
+    checksums = config.get("data_checksums")
+    sums = [results.get("test_day_checksum"), *(checksums.values() if isinstance(checksums, dict) else ())]
+    wrong += [] if all(isinstance(value, str | None) for value in sums) else ["checksum"]
     wrong += [] if any("@" in name for name in results) else ["joint_recall"]
     if wrong:
         raise InputError(f"{path}: field {wrong[0]} is missing or damaged; evaluate the run again")
+
+
+def _is_days(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(day, str) for day in value))
+
+
+def _is_a_score(value: Any) -> bool:
+    return is_number(value) and abs(value) <= _MAX_METRIC
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -362,7 +385,7 @@ def _skipped_steps(folder: Path, results: Mapping[str, Any]) -> int | None:
     if type(said := results.get("skipped_steps")) is int and _is_a(said, int):
         return said
     try:
-        with (folder / STEP_LOG_FILE).open("rb") as file:
+        with open(folder / STEP_LOG_FILE, "rb", opener=regular) as file:
             return sum(b": null" in line for line in file)
     except OSError:
         return None

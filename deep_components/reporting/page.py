@@ -18,7 +18,7 @@ from deep_components.reporting.curves import streaming_curves
 from deep_components.reporting.figures import PALETTE, Chart, survival
 from deep_components.reporting.frame import method_arguments, printable
 from deep_components.reporting.paper import paper_name
-from deep_components.reporting.results import Results, metric_title
+from deep_components.reporting.results import Results, metric_title, notes_of
 from deep_components.reporting.statistics import CONFIDENCE, SIGNIFICANCE
 from deep_components.reporting.tables import (
     NOTHING,
@@ -53,19 +53,22 @@ _STYLE = Style(
 
 def render(results: Results, charts: list[Chart], problems: list[str]) -> str:
     """The page of the results and their charts; ``problems`` are sentences about what could not be read."""
-    script = (FOLDER / "page.js").read_text()
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
     by_kind = {kind: [chart for chart in charts if chart.kind == kind] for kind in _KINDS}
     colours = ";".join(f"--{name}:{colour}" for name, colour in PALETTE.items())
     return environment.get_template("report.html.j2").render(
-        style=Markup(f":root{{{colours}}}\n" + (FOLDER / "style.css").read_text()),
+        style=Markup(f":root{{{colours}}}\n" + (FOLDER / "style.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(json_table(partial(metrics_document, results)).translate(_IN_SCRIPT)),
         title=_title(results),
         summary=_summary(results),
         results=results,
+        notes=_notes(results),
+        several=len(results.rows) - results.runs[results.runs["untrained"]]["row"].nunique() > 1,
+        tested=bool(results.compared["p"].notna().any()),
         ours=_STYLE.row(results.ours) if results.ours else None,
         untrained=[_STYLE.row(row) for row in results.runs[results.runs["untrained"]]["row"].unique()],
         runs=len(results.runs),
@@ -81,7 +84,8 @@ def render(results: Results, charts: list[Chart], problems: list[str]) -> str:
 def _title(results: Results) -> str:
     setting = str(results.about["setting"]).replace("_", "-").capitalize()
     trained = [row for row in results.rows if not results.of(results.headline).loc[row, "untrained"]]
-    return f"{setting} cascade: {_STYLE.row(trained[0]) if len(trained) == 1 else f'{len(trained)} methods'}"
+    named = trained or results.rows
+    return f"{setting} cascade: {_STYLE.row(named[0]) if len(named) == 1 else f'{len(named)} methods'}"
 
 
 def _summary(results: Results) -> list[str]:
@@ -99,8 +103,7 @@ def _summary(results: Results) -> list[str]:
     verdicts = list(cells["ours_is"].dropna())
     tested = [verdict for verdict in verdicts if verdict != "not tested"]
     if tested:
-        better, worse = tested.count("better"), tested.count("worse")
-        sentences.append(f"It is significantly better than {better} of {len(tested)} baselines, worse than {worse}.")
+        sentences.append(f"It is {_verdicts(tested)}.")
     if len(tested) < len(verdicts):
         number = "No difference can" if not tested else f"{len(verdicts) - len(tested)} more cannot"
         sentences.append(f"{number} be tested: {', '.join(cells['no_test'].dropna().unique())}.")
@@ -109,6 +112,23 @@ def _summary(results: Results) -> list[str]:
     for row, cell in cells[cells["untrained"] & cells["mean"].notna()].iterrows():
         sentences.append(f"Chance, the {row} cascade, has {mean_and_std(cell)}.")
     return sentences
+
+
+def _notes(results: Results) -> list[str]:
+    made = results.compared.astype(object).where(results.compared.notna(), None)
+    return notes_of(made.to_dict("records"), _STYLE.row) if len(made) else results.notes
+
+
+def _verdicts(tested: list[str]) -> str:
+    """Against how many baselines ours is what."""
+    better, worse = tested.count("better"), tested.count("worse")
+    if len(tested) == 1:
+        return {"better": "significantly better than", "worse": "significantly worse than"}.get(
+            tested[0], "not significantly different from"
+        ) + " its one baseline"
+    if better == len(tested):
+        return f"significantly better than all {better} baselines"
+    return f"significantly better than {better} of {len(tested)} baselines, worse than {worse}"
 
 
 def _tables(results: Results) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_fr
 _NAMES = {
     "bce": "BCE", "icc": "ICC", "rankflow": "RankFlow", "fs_ranknet": "FS-RankNet",
     "fs_lambdaloss": "FS-LambdaLoss", "arf": "ARF", "arf_v2": "ARF-v2", "lcron": "LCRON",
+    "softsort": "SoftSort", "neuralsort": "NeuralSort",
 }  # fmt: skip
 
 
@@ -32,7 +33,7 @@ class PaperNumber:
 
 @cache
 def _tables() -> list[dict[str, str]]:
-    return list(csv.DictReader(TABLES.read_text().splitlines()))
+    return list(csv.DictReader(TABLES.read_text(encoding="utf-8").splitlines()))
 
 
 def paper_name(row: str) -> str:
@@ -73,4 +74,10 @@ def _text(value: Any) -> str:
     """An argument as the tables' file writes it."""
     if isinstance(value, list | tuple):
         return ",".join(_text(part) for part in value)
-    return "none" if value is None else f"{value:g}" if isinstance(value, int | float) else str(value)
+    return (
+        "none"
+        if value is None
+        else f"{value:g}"
+        if isinstance(value, int | float) and abs(value) < 1e300
+        else str(value)
+    )

@@ -1,6 +1,6 @@
 """What many runs say together: a row per method, mean and deviation per metric, and one method against the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,7 +124,7 @@ def build_results(
     elif ours in trained:
         made = [record for metric in metrics for record in _compare(trained, ours, metric, test)]
         cells = cells.merge(pd.DataFrame(made), on=["method", "metric"], how="left", sort=False)
-        notes = _notes(made)
+        notes = notes_of(made)
     else:
         ours, notes = (
             None,
@@ -233,14 +233,14 @@ def _mean_per_request(group: pd.DataFrame, metric: str) -> pd.Series | None:
     return sum(seeds[1:], seeds[0]) / len(seeds)
 
 
-def _notes(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What is missing of the comparisons, and why."""
+def notes_of(records: Sequence[Mapping[Any, Any]], name: Callable[[str], str] = str) -> list[str]:
+    """What is missing of the comparisons, and why; ``name`` says how a row is called."""
     untested: dict[str, dict[str, None]] = {}
     for record in records:
         if record["no_test"]:
-            untested.setdefault(record["no_test"], {})[record["method"]] = None
+            untested.setdefault(record["no_test"], {})[name(record["method"])] = None
     notes = [f"No t-test of some metrics against {', '.join(names)}: {reason}." for reason, names in untested.items()]
-    lacking = {r["method"] for r in records if r["interval_low"] is None and r["difference"] is not None}
+    lacking = {name(r["method"]) for r in records if r["interval_low"] is None and r["difference"] is not None}
     if lacking:
         notes.append(
             f"No interval over requests against {', '.join(sorted(lacking))}: per_request.npz is missing or has other "

@@ -10,7 +10,7 @@ import pandas as pd
 
 from deep_components.errors import InputError
 from deep_components.reporting.curves import streaming_curves
-from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing
+from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing, printable
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.remarks import Remarks, Row, remarks_of
 from deep_components.reporting.results import DECIMALS, Results, metric_title
@@ -194,7 +194,7 @@ def _more(results: Results) -> dict[str, Any]:
         "warnings": results.warnings,
         "notes": [*results.notes, *results.remarks.lines],
         "left_out": results.left_out,
-        "runs": _records(runs.assign(folder=runs["folder"].map(str))),
+        "runs": _records(runs.assign(folder=[printable(str(folder)) for folder in runs["folder"]])),
     }
 
 

@@ -1,6 +1,7 @@
 """A run's folder: the names of its files, its JSON files, what is removed when, and who may write in it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,19 @@ LOG_FILE = "run.log"
 LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
 
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
-_CONFIG_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs")
+MAX_EMB_DIM, MAX_NN_UNITS = 1 << 16, 1 << 20
+_MAX_INTEGER = (1 << 63) - 1
+# Arguments of a training that evaluating or continuing it needs, and what they can be.
+_CONFIG_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    "emb_dim": lambda value: _integer(value, 1, MAX_EMB_DIM),
+    "nn_units": lambda value: _integer(value, 4, MAX_NN_UNITS) and value % 4 == 0,
+    "seq_len": lambda value: _integer(value, 0),
+    "dtype": lambda value: value in ("float32", "float64"),
+    "time_zone": lambda value: isinstance(value, str),
+    "loss_type": lambda value: isinstance(value, str),
+    "seed": lambda value: value is None or _integer(value, 0),  # None: models of another program
+    "epochs": lambda value: value is None or _integer(value, 0),
+}
 
 
 def model_file(stage: str) -> str:
@@ -57,10 +70,19 @@ def read_training(run: Path) -> dict[str, Any]:
     for field, kind in _CONFIG_FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise InputError(f"{path}: field {field} is missing or damaged; train again")
-    for name in _CONFIG_ARGUMENTS:
+    if not all(isinstance(day, str) for day in config["train_days"]):
+        raise InputError(f"{path}: field train_days is missing or damaged; train again")
+    for name, sound in _CONFIG_ARGUMENTS.items():
         if name not in config["arguments"]:
             raise InputError(f"{path}: field arguments lacks {name}; train again")
+        if not sound(config["arguments"][name]):
+            value = reprlib.repr(config["arguments"][name])
+            raise InputError(f"{path}: field arguments: {name} is {value}, which no training has; train again")
     return config
+
+
+def _integer(value: Any, least: int, most: int = _MAX_INTEGER) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def cascade_of(run: Path, config: Mapping[str, Any]) -> Cascade:

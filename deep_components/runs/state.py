@@ -7,6 +7,7 @@ a model's file lists beside a table ``embedding.<table>`` the ids of its rows, a
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, sha256_of
+from deep_components.files import atomic_path, regular, sha256_of
 from deep_components.runs.folder import model_file
 
 TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of their rows' ids, begin
@@ -102,6 +103,12 @@ def model_checksum(run: Path, stage: str) -> str:
         return noted if isinstance(noted, str) else sha256_of(path)
 
 
+def saved_shapes(run: Path, stage: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays in a stage's file, of which nothing else is read. InputError when it cannot be."""
+    with _opened(run / model_file(stage)) as (file, _):
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+
+
 def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     path = run / model_file(stage)
     arrays, note = load(path, prefix)
@@ -121,11 +128,16 @@ def save_state(path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[s
 def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
     arrays, metadata = load(path)
-    try:
-        position = {"skipped": 0, **metadata["position"]}  # earlier versions did not count them
-        return arrays, {name: int(position[name]) for name in _POSITION}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not the state of a training run; train again without --resume") from error
+    position = metadata.get("position")
+    if isinstance(position, dict):
+        position = {"skipped": 0, **position}  # earlier versions did not count them
+    if (
+        not isinstance(position, dict)
+        or position.keys() != set(_POSITION)
+        or not all(type(number) is int and 0 <= number < 1 << 63 for number in position.values())
+    ):
+        raise InputError(f"{path}: not the state of a training run; train again without --resume")
+    return arrays, position
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -168,6 +180,7 @@ def load(path: Path, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str,
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """A safetensors file and our metadata in it. InputError when it is missing or damaged, before or in the block."""
     try:
+        os.close(regular(str(path), os.O_RDONLY))  # a pipe would wait for a writer
         with safe_open(path, framework="np") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             if not isinstance(metadata, dict):

@@ -72,7 +72,7 @@ def _commit() -> str | None:
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[2]), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=variables).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain", "-uno") else "")

@@ -1,6 +1,7 @@
 """The models and tables of a training before its first step."""
 
 import argparse
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from deep_components.cascade import Cascade
 from deep_components.checkpoint import load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.errors import InputError
-from deep_components.models import build_models
+from deep_components.models import build_models, parameter_shapes
 from deep_components.runs.state import saved_ids
 from deep_components.schema import Schema
 from deep_components.tables.id_set import IdSet
@@ -37,13 +38,17 @@ def initial_cascade(
     if args.table_memory == "host" and args.optimizer == "adam":
         raise InputError("--table_memory=host: --optimizer=adam moves all rows in each step; use deferred_adam")
     host = pulled if args.table_memory == "host" else ()
-    if args.epochs:
-        itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
+    itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
+    shapes = [parameter_shapes(stage, schema, args.emb_dim, args.nn_units) for stage in cascade.stages]
+    parameters = sum(math.prod(shape) for named in shapes for shape in named.values())
+    if not args.epochs:
+        memory.check_memory({device: itemsize * (parameters + stages * sum(rows.values()) * args.emb_dim)})
+    else:
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         longest = max((day.num_items for day in days), default=cascade.num_items)
         units = max(stage.nn_units or args.nn_units for stage in cascade.stages)
         step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
-        needed = {device: stages * in_dense + step}
+        needed = {device: stages * in_dense + step + 4 * itemsize * parameters}  # gradients, and Adam's moments
         home = torch.device("cpu") if args.table_memory == "host" else device
         memory.check_memory(needed | {home: needed.get(home, 0) + stages * in_pulled})
     seed: int | None = None if args.init_from is not None else args.seed

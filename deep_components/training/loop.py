@@ -172,6 +172,7 @@ def _start(run: Run) -> Position:
         position = Position(**saved)
         before = read_training(folder)
         run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
+        _check_position(run, position)
     remove_results(folder, stages)  # they must not stand beside this training's
     if not resumes:
         (folder / STATE_FILE).unlink(missing_ok=True)  # first: an old state never stands beside a new config.json
@@ -181,6 +182,18 @@ def _start(run: Run) -> Position:
         copy_folder(run.args.data_dir / ENCODING_OF_LOG, folder / ENCODING_FOLDER, checksum)
     write_json(folder / CONFIG_FILE, run.config)
     return position
+
+
+def _check_position(run: Run, position: Position) -> None:
+    """InputError for a position that this training cannot have reached."""
+    reached = position.epoch * sum(run.steps) + sum(run.steps[: position.day]) + position.batch
+    batches_of_day = [*run.steps, 0][min(position.day, len(run.steps))]
+    possible = position.epoch < run.args.epochs and position.day <= len(run.days) and position.batch <= batches_of_day
+    if not possible or position.step != reached:
+        raise InputError(
+            f"{run.folder / STATE_FILE}: its position, {position}, is none of this training; train again without "
+            "--resume"
+        )
 
 
 def _can_resume(run: Run) -> bool:

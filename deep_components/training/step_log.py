@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deep_components.errors import InputError
-from deep_components.files import write_atomically
+from deep_components.files import read_bytes, write_atomically
 from deep_components.training.tensorboard import ScalarLog
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class StepLog:
             return math.nan
         names = list(self._waiting[0][3])
         values = torch.stack([torch.stack([terms[name].double() for name in names]) for *_, terms in self._waiting])
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             for (step, day, seconds, _), row in zip(self._waiting, values.tolist(), strict=True):
                 terms = dict(zip(names, row, strict=True))
                 record = {"step": step, "day": day} | {n: v if math.isfinite(v) else None for n, v in terms.items()}
@@ -82,14 +82,21 @@ class StepLog:
         logger.warning("%s; the step is left out", what)
 
 
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return read_bytes(path).splitlines(keepends=True)
+    except OSError:  # none, or no file
+        return []
+
+
 def _sound_lines(path: Path, steps: int) -> dict[int, tuple[bytes, float]]:
     """The first ``steps`` steps of a log that can be read: step -> its line and its seconds."""
     found: dict[int, tuple[bytes, float]] = {}
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+    for line in _lines(path):
         try:
             record = json.loads(line)
             step, seconds = record["step"], float(record["seconds"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
         if type(step) is int and len(found) < step <= steps and math.isfinite(seconds) and line.endswith(b"\n"):
             found[step] = line, seconds

@@ -161,6 +161,20 @@ def test_a_partial_recflow(root: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert f"lacks {', '.join(missing)}; without them a training takes all days here but the last, {DAYS[2]}" in warning
 
 
+def test_recflow_as_the_mirror_has_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of a day is missing: the report says the arguments that train without the day."""
+    (root / recflow.ORIGIN_FILE).unlink()
+    recflow.feather_path(root, DAYS[0]).unlink()
+    text = report(capsys, root, code=1)
+    line(text, "FAIL", "days", f"all_stage/{DAYS[0]}.feather: no such file")
+    line(text, "WARN", "lacks 2024-01-13", f"without them say --train_days={DAYS[1]} --test_day={DAYS[2]}")
+
+
+def test_a_pipe_for_a_cascade(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(root / "cascade.toml")
+    assert "not a regular file" in report(capsys, root, f"--cascade={root / 'cascade.toml'}", code=2)
+
+
 def test_a_read_only_log(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent / "user"))
     folders = [root, *(path for path in root.rglob("*") if path.is_dir())]

@@ -453,3 +453,16 @@ def test_four_times_the_requests_do_not_take_four_times_the_memory(tmp_path: Pat
     files = [sum(path.stat().st_size for path in recflow.day_paths(root, DAY)) for root in (small, large)]
     assert files[1] - files[0] > 4500 * 8_000
     assert peak_of_preparing(large) - peak_of_preparing(small) < 4500 * 2_000
+
+
+def test_a_read_only_log_of_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    tmp_path.chmod(0o555)
+    try:
+        with (
+            mock.patch.object(Path, "home", side_effect=RuntimeError("Could not determine home directory.")),
+            pytest.raises(InputError, match="is read-only, and there is no HOME; name a folder with --cache_dir"),
+        ):
+            default_cache_dir(tmp_path)
+    finally:
+        tmp_path.chmod(0o755)

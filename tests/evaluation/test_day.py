@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ from deep_components.checkpoint import load_trained
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.log import open_log
+from deep_components.errors import InputError
 from deep_components.evaluation import day as evaluation
+from deep_components.files import write_json
 from deep_components.models import build_models
 from deep_components.reporting.paper import TABLES
 from deep_components.runs import state
@@ -480,3 +483,31 @@ def test_a_cascade_of_other_group_sizes_than_the_data_s(tmp_path: Path, capsys: 
     write_shop(longer, sizes=(2, 3, 6))
     assert run_command(run_test.main, evaluation_arguments(longer, run)) == 2
     assert "its requests have 11 items, the cascade shop has 10" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("changed", [{"emb_dim": 65536}, {"nn_units": 1048576}, {"emb_dim": 8}])
+def test_sizes_that_are_not_the_models(changed: dict[str, int], log: Path, run: Path) -> None:
+    """Said before models of such sizes are made."""
+    made = config(run)
+    write_json(run / "config.json", made | {"arguments": made["arguments"] | changed})
+    with pytest.raises(InputError, match=r"retrieval.safetensors: .* but the model wants .* emb_dim="):
+        evaluate(log, run)
+
+
+def test_pipes_in_a_run_s_folder(log: Path, run: Path) -> None:
+    for name in ("rank.safetensors", "config.json"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        with pytest.raises(InputError, match=f"{name}: not .*readable.*not a regular file"):
+            evaluate(log, run)
+
+
+def test_days_that_the_log_lacks_are_said(log: Path, tmp_path: Path) -> None:
+    """A log without an origin that has some days of RecFlow's Period 1, the test day among them."""
+    folder = Path(shutil.copytree(log, tmp_path / "log", ignore=shutil.ignore_patterns("cache")))
+    (folder / "others/origin.json").unlink()
+    (folder / "all_stage" / f"{DAYS[0]}.feather").unlink()
+    days = [f"--train_days={DAYS[1]}"]
+    trained = train(folder, tmp_path / "run", *days)
+    said = evaluate(folder, trained, f"--test_day={DAYS[2]}")["warning_days"]
+    assert f"the log lacks {DAYS[0]}, 2024-01-16" in said and DAYS[1] not in said

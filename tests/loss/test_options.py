@@ -282,7 +282,7 @@ SCRIPTS = [
 def script_arguments(script: Path) -> tuple[str, list[str]]:
     """NAME and the hyper-parameters of a script: what stands between NAME and ``--``."""
     command = re.search(r'run\.sh" (.*?) -- "\$@"', script.read_text().replace("\\\n", " "), flags=re.DOTALL)
-    assert command, f'{script}: not of the form: source run.sh NAME ... -- "$@"'
+    assert command, f'{script}: not of the form: exec bash run.sh NAME ... -- "$@"'
     name, *arguments = shlex.split(command[1])
     return name, arguments
 

@@ -51,6 +51,30 @@ def test_the_code_that_a_run_ran(tmp_path: Path) -> None:
 CODE: dict[str, Any] = {"code": {"total": "t", "files": {"a.py": "1"}, "method": {"loss.py": "5"}}}
 
 
+@pytest.mark.parametrize(
+    ("config", "results"),
+    [
+        ({"train_days": 10**18}, {}),
+        ({"train_days": [1]}, {}),
+        ({"device": {"a": 1}}, {}),
+        ({"threads": []}, {}),
+        ({"commit": [1]}, {}),
+        ({"data_checksums": {"2024-01-13": [1]}}, {}),
+        ({}, {"test_day_checksum": {"a": 1}}),
+        ({}, {"joint_recall@10@20": 1e308}),
+        ({}, {"rank_ndcg@10": -1e308}),
+    ],
+    ids=str,
+)
+def test_edited_values_leave_a_run_out(config: dict[str, Any], results: dict[str, Any], tmp_path: Path) -> None:
+    write_run(tmp_path / "sound")
+    write_run(tmp_path / "edited", config=config, results=results, seed=31)
+    collected = read_runs([tmp_path])
+    assert len(collected.runs) == 1
+    (reason,) = collected.left_out.values()
+    assert "is missing or damaged; evaluate the run again" in reason
+
+
 def test_runs_behind_links_and_named_twice_count_once(tmp_path: Path) -> None:
     write_run(tmp_path / "deep" / "down" / "seed30", 0.8)
     write_run(tmp_path / "elsewhere" / "seed31", 0.6, seed=31)

@@ -1,7 +1,10 @@
 """The page's text, its charts, and the command that writes them; test_browser.py looks at it in a browser."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -11,15 +14,18 @@ import numpy as np
 import pytest
 
 from deep_components.cli import run_command
-from deep_components.commands import report
+from deep_components.commands import report, table
+from deep_components.reporting import frame
 from deep_components.reporting.figures import Chart, charts_of, line_style, survival
 from deep_components.reporting.frame import read_runs
 from deep_components.reporting.page import render
 from deep_components.reporting.results import Results, build_results
 from tests.helpers import evaluate, leftovers, train
-from tests.reporting.fake_runs import write_run, write_runs, write_steps, write_streaming
+from tests.reporting.fake_runs import write_costs, write_run, write_runs, write_steps, write_streaming
 from tests.reporting.report_runs import MARKUP, RECALLS, SCRIPT, write_all
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
+
+ROOT = Path(__file__).parents[2]
 
 
 class Elements(HTMLParser):
@@ -129,6 +135,70 @@ def test_the_headline(page: str, tmp_path: Path) -> None:
         "LCRON reaches a Joint Recall@10@20 of 0.6000 (one seed). No difference can be tested: fewer than two" in text
     )
     assert "The best is ARF with 0.7500 ± 0.0707." in text
+
+
+def test_the_first_command_s_report(tmp_path: Path) -> None:
+    """One method and the untrained cascade; no sentence twice."""
+    for name, epochs in (("lcron", 1), ("untrained", 0)):
+        write_runs(tmp_path / name, [0.5, 0.6], name=name, epochs=epochs)
+    text = Elements(page_of(tmp_path)).text
+    assert "LCRON reaches a Joint Recall@10@20 of 0.5500" in text and "Chance, the untrained cascade, has" in text
+    assert text.count("standard deviation") == 1
+    assert "The rings are the seeds. The dashed line is chance" in text
+
+
+def test_one_seed_is_no_mean(tmp_path: Path) -> None:
+    for name, recall in (("lcron", 0.7), ("bce", 0.6)):
+        write_costs(write_steps(write_run(tmp_path / name, recall, name=name), [2.0, 1.0]))
+    text = Elements(page_of(tmp_path)).text
+    for word in ("rings", "mean over", "of means", "lowest to the highest", "Holm's method with", "standard deviation"):
+        assert word not in text, word
+    assert "One run each; higher is better." in text
+
+
+def test_only_an_untrained_cascade(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", epochs=0)
+    assert "Two-stage cascade: untrained" in Elements(page_of(tmp_path)).text
+
+
+def test_better_than_all(tmp_path: Path) -> None:
+    write_runs(tmp_path / "lcron", [0.80, 0.81, 0.82])
+    write_runs(tmp_path / "bce", [0.50, 0.51, 0.52], name="bce")
+    assert "It is significantly better than its one baseline." in Elements(page_of(tmp_path)).text
+    write_runs(tmp_path / "softsort", [0.40, 0.41, 0.42], name="softsort")
+    text = Elements(page_of(tmp_path)).text
+    assert "It is significantly better than all 2 baselines." in text
+    assert "No t-test of some metrics against BCE, SoftSort: the values do not vary" in text
+
+
+def test_folders_with_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    write_run(folder, name="lcron")
+    report.main([str(folder), f"--output={tmp_path / 'r.html'}"])
+    for form in ("text", "markdown", "csv", "latex", "json"):
+        table.main([str(folder), f"--format={form}", f"--output={tmp_path / form}"])
+        assert (tmp_path / form).read_text()
+
+
+def test_in_an_ascii_locale(tmp_path: Path) -> None:
+    write_run(tmp_path / "é", name="lcron")
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (["table"], ["report", f"--output={tmp_path / 'ü.html'}"]):
+        command = [sys.executable, "-m", "deep_components", *words, str(tmp_path / "é")]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+    assert "Joint Recall@10@20 of" in (tmp_path / "ü.html").read_text(encoding="utf-8")
+
+
+def test_pipes_and_bombs_in_a_run_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step log that is a pipe has no curve; metrics of which a small file unpacks to more than any log has none."""
+    monkeypatch.setattr(frame, "_MAX_ARRAY", 1 << 10)
+    os.mkfifo(write_run(tmp_path / "runs/a", name="lcron") / "train.jsonl")
+    bomb = write_run(tmp_path / "runs/b", name="bce")
+    np.savez_compressed(bomb / "per_request.npz", request_id=np.zeros(1000))
+    report.main([str(tmp_path / "runs"), f"--output={tmp_path / 'r.html'}"])
+    text = Elements((tmp_path / "r.html").read_text()).text
+    assert "train.jsonl: not readable" in text and "per_request.npz: not readable (an array of more than" in text
 
 
 def test_tables_are_accessible(page: str) -> None:

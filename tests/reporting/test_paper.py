@@ -1,7 +1,6 @@
 """The paper's numbers: the same as in its tables, and beside the runs that are made as the paper's were."""
 
 import csv
-import os
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -41,8 +40,7 @@ PAPER_CONFIG = {"train_days": list(PERIOD_1[:-1])}
 def script_arguments(setting: str, method: str) -> list[str]:
     """The hyper-parameters that the method's script states."""
     script = Path(__file__).parents[2] / setting / f"{method}.sh"
-    environment = os.environ | {"PRINT_METHOD": "yes"}
-    printed = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=True)
+    printed = subprocess.run(["bash", str(script), "--print_method"], capture_output=True, text=True, check=True)
     return [line for line in printed.stdout.splitlines() if not line.startswith("--method=")]
 
 

@@ -21,7 +21,8 @@ from deep_components.runs.folder import (
     write_json,
 )
 
-ARGUMENTS = dict.fromkeys(("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs"))
+ARGUMENTS: dict[str, Any] = {"emb_dim": 8, "nn_units": 128, "seq_len": 50, "dtype": "float32"}
+ARGUMENTS |= {"time_zone": "Asia/Shanghai", "loss_type": "lcron", "seed": 30, "epochs": 1}
 CONFIG = {"setting": "two_stage", "data": "simulated", "arguments": ARGUMENTS, "train_days": ["a"]}
 
 
@@ -57,6 +58,25 @@ def test_a_config_that_lacks_fields(change: dict[str, Any], tmp_path: Path) -> N
     assert read_training(tmp_path) == CONFIG
     write_json(tmp_path / CONFIG_FILE, CONFIG | change)
     with pytest.raises(InputError, match=r"config.json: field .* train again"):
+        read_training(tmp_path)
+
+
+EDITED: dict[str, list[Any]] = {
+    "emb_dim": [None, 0, -8, 8.0, "8", True, 10**9, 1e308, []],
+    "nn_units": [None, 0, 6, -4, 1e308, 10**30, "128"],
+    "seq_len": [None, -1, 0.5, "x", 10**30],
+    "dtype": [None, "float16", 1, [], {}],
+    "time_zone": [None, 1],
+    "loss_type": [None, [], 1e308],
+    "seed": [-1, 0.5, "30", 1 << 63],
+    "epochs": [-1, 1e308, "1", True],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in EDITED.items() for value in values])
+def test_an_argument_that_no_training_has(name: str, value: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / CONFIG_FILE, CONFIG | {"arguments": ARGUMENTS | {name: value}})
+    with pytest.raises(InputError, match=rf"config.json: field arguments: {name} is .*; train again"):
         read_training(tmp_path)
 
 

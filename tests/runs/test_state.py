@@ -23,6 +23,7 @@ from deep_components.runs.state import (
     save_models,
     save_state,
     saved_ids,
+    saved_shapes,
 )
 
 MODELS: dict[str, dict[str, np.ndarray]] = {
@@ -40,6 +41,27 @@ def test_models_come_back(tmp_path: Path) -> None:
         assert all(np.array_equal(loaded.arrays[name], values) for name, values in arrays.items())
         assert all(loaded.arrays[name].dtype == values.dtype for name, values in arrays.items())
         assert load(tmp_path / "run" / f"{stage}.safetensors")[1]["data"] == "simulated"
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        None, [], "x", {}, POSITION | {"day": -1}, POSITION | {"day": "2"}, POSITION | {"step": 1.5},
+        POSITION | {"step": True}, POSITION | {"batch": 1 << 70}, POSITION | {"more": 1},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_forged_position(position: Any, tmp_path: Path) -> None:
+    save(tmp_path / STATE_FILE, {"a": np.ones(2)}, {"position": position})
+    with pytest.raises(InputError, match="not the state of a training run; train again without --resume"):
+        load_state(tmp_path / STATE_FILE)
+
+
+def test_the_shapes_alone(tmp_path: Path) -> None:
+    save_models(tmp_path, MODELS, {})
+    assert saved_shapes(tmp_path, "retrieval") == {"tower.0.weight": (2, 3), "bias": (2,)}
+    with pytest.raises(InputError, match=r"prerank.safetensors: no such file"):
+        saved_shapes(tmp_path, "prerank")
 
 
 def test_the_same_models_give_the_same_bytes(tmp_path: Path) -> None:

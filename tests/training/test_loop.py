@@ -28,7 +28,7 @@ from deep_components.files import as_json, write_json
 from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.runs.folder import STATE_FILE
-from deep_components.runs.state import load_state
+from deep_components.runs.state import load_state, save_state
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore, build_stores
 from deep_components.training import memory
@@ -260,6 +260,28 @@ def test_a_damaged_state(log: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match="not a readable checkpoint"):
         train(log, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize(
+    "forged", [{"epoch": 1, "step": 8}, {"day": 7}, {"day": 1}, {"batch": 1}, {"batch": 99, "step": 103}, {"step": 3}]
+)
+def test_a_position_that_the_training_cannot_have_reached(forged: dict[str, int], log: Path, tmp_path: Path) -> None:
+    """Steps would be left out, or made twice, without a word."""
+    train(log, tmp_path)
+    arrays, position = load_state(tmp_path / STATE_FILE)
+    assert position == {"epoch": 0, "day": 2, "batch": 0, "step": 4}
+    save_state(tmp_path / STATE_FILE, arrays, position | forged)
+    with pytest.raises(InputError, match=f"{STATE_FILE}: its position, .* is none of this training"):
+        train(log, tmp_path, "--resume")
+    save_state(tmp_path / STATE_FILE, arrays, position)
+    train(log, tmp_path, "--resume")
+
+
+def test_an_untrained_cascade_too_large_for_the_memory(log: Path, tmp_path: Path) -> None:
+    for flags in (["--nn_units=1048576"], ["--nn_units=1048576", "--epochs=0"]):
+        with pytest.raises(InputError, match=r"the training needs about .* of memory"):
+            train(log, tmp_path / "run", *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_step_log_does_not_hinder(

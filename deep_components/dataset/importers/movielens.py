@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from deep_components.cli import progress, run_command
+from deep_components.cli import Parser, progress, run_command
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.errors import InputError
+from deep_components.files import read_bytes
 
 GROUP_SIZE = 10
 WINDOW = 3 * GROUP_SIZE  # ratings of one request: rank_pos, rerank_neg, rank_neg
@@ -153,7 +154,7 @@ def read_ratings(path: Path, user_ids: pd.Index, movie_ids: pd.Index) -> pd.Data
 def _read(path: Path, rules: dict[str, Rule]) -> pd.DataFrame:
     """The file's fields, int64 or text, every one as its rule wants it."""
     try:
-        data = path.read_bytes().replace(b"::", _SEPARATOR)
+        data = read_bytes(path).replace(b"::", _SEPARATOR)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); unpack ml-1m.zip of grouplens.org there"
@@ -395,7 +396,7 @@ def convert(input_dir: Path, output_dir: Path, num_days: int, test_share: float,
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Convert MovieLens-1M as published into a log in RecFlow's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

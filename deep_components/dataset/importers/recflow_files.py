@@ -32,7 +32,7 @@ from deep_components.dataset.clock import is_date
 from deep_components.dataset.importers.safe_pickle import PickledArray, iterate_pickle, load_pickle
 from deep_components.dataset.manifest import verify
 from deep_components.errors import InputError
-from deep_components.files import write_atomically
+from deep_components.files import read_bytes, write_atomically
 
 HISTORY_LENGTH = 50
 CATEGORY_ONE_PADDING = 2  # readers do not shift category_level_one: 2 stands for a missing item, so no video has it
@@ -56,6 +56,7 @@ PERIOD_1 = tuple(str(datetime.date(2024, 1, 13) + datetime.timedelta(days=offset
 
 _FEATHER_ROWS_PER_BATCH = 1 << 16
 _REQUESTS_PER_PIECE = 2000
+_MAX_ORIGIN = 1 << 20  # bytes of a file that says what made a log
 _COUNT_ALIASES = {"photo_id": "video_id"}  # the released id_cnt.pkl also has a blank before category_level_two
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
@@ -130,7 +131,7 @@ def read_origin(root: Path) -> str:
 def origin_in(path: Path, key: str) -> str:
     """The name of what made a log, in a JSON file. InputError when it cannot be read or is no name."""
     try:
-        origin = json.loads(path.read_text())[key]
+        origin = json.loads(read_bytes(path, _MAX_ORIGIN))[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not readable ({error}); make the log again") from error
     if not isinstance(origin, str) or not origin.isprintable() or not 0 < len(origin) <= 100:

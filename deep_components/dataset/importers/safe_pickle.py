@@ -10,12 +10,10 @@ A day's file is one dict of hundreds of thousands of requests, so its items are 
 one piece of a file may take is limited: the memory needed does not grow with the file.
 """
 
-import errno
 import math
 import os
 import re
 import reprlib
-import stat
 import struct
 from array import array
 from bisect import bisect_left
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from deep_components.errors import InputError
+from deep_components.files import regular
 
 _TYPE_STRING = re.compile(r"[iufb]\d{1,2}")  # as numpy pickles them; np.dtype itself would parse far more
 _MAX_DIMENSIONS = 4
@@ -536,9 +535,7 @@ def iterate_pickle(path: Path) -> Iterator[list[tuple[Any, Any]]]:
 def _opened(path: Path) -> Iterator[FileIO]:
     """The file; says in one sentence why it cannot be read."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for a writer
-            raise OSError(errno.EINVAL, "not a regular file")
-        with path.open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=regular) as file:
             yield file
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; see data/README.md for the files expected") from error
