@@ -200,9 +200,10 @@ def _make_part(run: Run, part: Part, slot: Slot, commands: Commands, lock: int, 
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """What a process needs to find the project, and its number of threads."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    changes = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    """What a process needs to find the project, and nothing in the current folder, and its number of threads."""
+    inherited = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = dict.fromkeys([str(Path(__file__).parents[2]), *inherited])
+    changes = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     return changes | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
