@@ -103,7 +103,8 @@ def environment() -> Iterator[Finding]:
     yield _device()
     with _quiet(load_kernels.__module__):
         compiled = load_kernels(torch.float32) is not None
-    slow = "cannot be compiled, so a training on a CPU takes several times as long; install gcc, or say --no-compile"
+    slow = "cannot be used, so a training on a CPU takes several times as long; install gcc or, where it is, do what "
+    slow += "a training's warning says, or say --no-compile"
     yield Finding(OK, "kernels", "compiled") if compiled else Finding(WARN, "kernels", slow)
     free = available(torch.device("cpu"))
     text = f"{size(free)} available; preparing a day takes {size(PREPARATION_BYTES)}"
