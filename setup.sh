@@ -11,11 +11,26 @@ _project=$(realpath -- "${BASH_SOURCE[0]}")
 _project=${_project%/*}
 _requirements=$_project/${REQUIREMENTS:-requirements.txt}
 
+# The current folder may be that of a log, whose files are not to be executed: Python would import from it, and takes an
+# empty or relative entry of PYTHONPATH for it.
+export PYTHONSAFEPATH=1
+IFS=: read -r -a _entries <<<"${PYTHONPATH:-}"
+PYTHONPATH=$_project
+for _entry in "${_entries[@]-}"; do
+    case $_entry in "$_project") ;; /*) PYTHONPATH+=:$_entry ;; esac
+done
+export PYTHONPATH
+
 _say() { printf '%s\n' "$*" >&2; }
 
 _check_packages() { # interpreter
     "$1" - "$_requirements" <<'PY'
-import importlib.metadata, pathlib, sys
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}; the project needs 3.11 or later")
+
+import importlib.metadata, pathlib # not before: earlier versions import from the current folder
 
 def names(path):
     for line in path.read_text().splitlines():
@@ -36,8 +51,6 @@ absent = [name for name in pins if version(name) is None]
 other = [f"{name} {version(name)} (pinned: {pin})" for name, pin in pins.items() if version(name) not in (None, pin)]
 if other:
     print(f"note: {sys.executable} has {', '.join(other)}", file=sys.stderr)
-if sys.version_info < (3, 11):
-    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}; the project needs 3.11 or later")
 if absent:
     sys.exit(f"error: {sys.executable} lacks {', '.join(absent)}; run: {sys.executable} -m pip install -r '{path}'")
 PY
@@ -99,4 +112,3 @@ else
     PYTHON=$_project/.venv/bin/python
 fi
 export PYTHON
-export PYTHONPATH=$_project${PYTHONPATH:+:$PYTHONPATH}

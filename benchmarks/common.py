@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.log import open_log
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.errors import InputError
+from deep_components.threads import short_waits
 
 COMMANDS = {"two_stage": run_train2, "three_stage": run_train3}
 DAY = "2024-01-13"
@@ -109,7 +110,11 @@ class Measured:
 
 
 def compete(
-    builders: Mapping[str, Builder], args: argparse.Namespace, data_dir: Path, profiled: int = 0
+    builders: Mapping[str, Builder],
+    args: argparse.Namespace,
+    data_dir: Path,
+    profiled: int = 0,
+    environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[str, Measured]:
     """Measure several ways to do the same work.
 
@@ -122,13 +127,18 @@ def compete(
         args: the benchmark's arguments.
         data_dir: the log.
         profiled: how often the work is done once more to measure its parts.
+        environments: name -> environment variables of its process; by default as those of the training command.
     """
     names = [name for name in builders if name != "baseline" or args.baseline]
     turns: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in names}
     with ExitStack() as stack:
         context = multiprocessing.get_context("spawn")
         pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in names}
-        for built in [pools[name].submit(_build, name, builders[name], args, data_dir) for name in names]:
+        variables = environments or {}
+        started = [
+            _start(pools[name], variables.get(name, {}), _build, name, builders[name], args, data_dir) for name in names
+        ]
+        for built in started:
             built.result()
         for _ in range(1 + args.repeats):
             for name in names:
@@ -145,6 +155,17 @@ def compete(
         )
         for name in names
     }
+
+
+def _start(pool: ProcessPoolExecutor, environment: Mapping[str, str], *call: Any) -> Future[None]:
+    """Submit the first call to a pool, which starts its process with the environment."""
+    before = dict(os.environ)
+    os.environ.update(short_waits() | dict(environment))
+    try:
+        return pool.submit(*call)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 _works: dict[str, Work] = {}  # of a contestant's process

@@ -3,16 +3,22 @@
     python -m benchmarks.step [--setting=two_stage] [--loss_type=lcron] [--videos=4000] [--output=step.json]
     python -m benchmarks.step --modes=compiled,plain,torch_compile,bfloat16 [--no-baseline]
 
+    python -m benchmarks.step --batch_size=128 --busy=0,1,2,4 [--spins=0,10000,300000]
+
 All train on the same simulated log, data path included, and take turns. Their first losses must be the same to
 rounding. "ours" is the training command as it is; "compiled" and "plain" are it with --compile and --no-compile,
 "bfloat16" is it with --autocast=bfloat16, and "torch_compile" has Inductor compile every model of "plain":
 ``seconds_of_first_step`` has the time this takes. With TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 nothing is taken from
-Inductor's cache.
+Inductor's cache. With --busy the training competes with so many processes that only compute, once for each number; the
+contestants are ways to wait, GOMP_SPINCOUNT (0 is OMP_WAIT_POLICY=PASSIVE, 300000 libgomp's default), and one thread.
 """
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +37,7 @@ from deep_components.dataset.loader import batches
 from deep_components.errors import InputError
 from deep_components.models import build_models, din
 from deep_components.tables.store import build_stores
+from deep_components.threads import SPINS
 from deep_components.training.loop import Run, prepare
 from deep_components.training.step import Trainer
 
@@ -140,6 +147,36 @@ def bytes_moved(batch: CascadeBatch[SlotFeatures], trainer: Trainer, stage: str)
     return 4 * requests * (4 * activations + 8 * looked_up)
 
 
+@contextmanager
+def burning(count: int) -> Iterator[None]:
+    """So many processes that keep a core busy."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+
+
+def beside_busy_processes(args: argparse.Namespace, data_dir: Path) -> dict[str, Any]:
+    """Number of busy processes -> way to wait -> requests/s, and ``share``: the requests/s, relative to a quiet
+    machine's, that the training would have if every thread and process had the same share of the cores."""
+    waits = {f"spins_{spins}": {"GOMP_SPINCOUNT": str(spins)} for spins in args.spins}
+    waits |= {"one_thread": {"OMP_NUM_THREADS": "1"}}
+    cores, result = len(os.sched_getaffinity(0)), {}
+    for busy in args.busy:
+        with burning(busy):
+            measured = common.compete(dict.fromkeys(waits, partial(ours, "ours")), args, data_dir, environments=waits)
+        speeds = {name: args.batch_size / one.seconds for name, one in measured.items()}
+        result[str(busy)] = {"share": min(1.0, cores / (torch.get_num_threads() + busy)), "requests_per_second": speeds}
+    return result
+
+
+def _counts(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def _modes(text: str) -> list[str]:
     names = text.split(",")
     if not set(names) <= MODES.keys():
@@ -150,11 +187,16 @@ def _modes(text: str) -> list[str]:
 def main(argv: list[str]) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--modes", type=_modes, default=["ours"], help=f"compared ways: {', '.join(MODES)}")
+    parser.add_argument("--busy", type=_counts, help="numbers of busy processes beside the training")
+    parser.add_argument("--spins", type=_counts, default=[0, SPINS, 300_000], help="with --busy: values compared")
     args = parser.parse_args(argv)
     if args.requests < args.batch_size:
         raise InputError(f"--requests={args.requests}: fewer than --batch_size={args.batch_size}")
     with common.simulated_log(args) as data_dir:
         day = common.open_day(args, data_dir)  # the cache is there before anybody's turn
+        if args.busy is not None:
+            common.report(args, {"busy": beside_busy_processes(args, data_dir)})
+            return
         builders = {mode: partial(ours, mode) for mode in args.modes} | {"baseline": baseline}
         measured = common.compete(builders, args, data_dir, profiled=2)
         common.check_same(measured, "first losses", 1e-5, bfloat16=BFLOAT16_TOLERANCE)

@@ -50,14 +50,16 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     0 on success, 1 when nobody reads the output any more, 2 for an :class:`InputError` (its sentence goes to stderr),
     130 or 143 when SIGINT or SIGTERM stopped it. Anything else is a defect of ours and keeps its traceback.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         command(sys.argv[1:] if argv is None else argv)
     except InputError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")  # a file's content may have come in
+        sys.stderr.write(f"error: {printable(' '.join(str(error).splitlines()))}\n")
         return 2
     except StoppedError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return 128 + error.signal_number
     except BrokenPipeError:  # who reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
@@ -74,6 +76,24 @@ def write_out(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
 
 
+def printable(text: str) -> str:
+    """The text, which a file may have brought, as one line that says what it holds: characters that a terminal would
+    obey, or that hide or reorder others, are written as in Python (\\n, \\x1b, \\u202e)."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+class _Printable(logging.Formatter):
+    """Messages, and the lines of tracebacks, are :func:`printable`."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
 def progress(iterable: Iterable[T], description: str, unit: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on a terminal, silence elsewhere."""
-    return tqdm(iterable, desc=description, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)
+    return tqdm(
+        iterable, desc=printable(description), unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False
+    )

@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from deep_components.arguments import folder, method_names
 from deep_components.cascade import SETTINGS, named_cascade
-from deep_components.cli import Parser, nearest, run_command, write_out
+from deep_components.cli import Parser, nearest, printable, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.experiments.engines import run_locally, run_on_ray, slots
 from deep_components.experiments.execution import REFUSED, Options, Outcome
@@ -207,7 +207,7 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
         same = [outcome for outcome in failed if outcome.error == sentence]
         lines += [f"  {'; '.join(outcome.run.title for outcome in same)}: {sentence}"]
         lines += [f"    {outcome.log}" for outcome in same if outcome.log is not None]
-    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.write("\n".join(map(printable, lines)) + "\n")
     return REFUSED if all(outcome.code == REFUSED for outcome in failed) else 1
 
 

@@ -48,7 +48,8 @@ def test_the_readmes_three_steps_add_a_method(tmp_path: Path, tmp_path_factory: 
 
     small = ["--seeds=30", "--batch_size=16", "--emb_dim=4", "--nn_units=16", "--device=cpu"]
     environment = {**os.environ, "PYTHON": sys.executable}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+        environment.pop(name, None)
 
     def run(*flags: str) -> subprocess.CompletedProcess[str]:
         words = ["bash", "two_stage/mine.sh", f"--data_dir={log}", f"--output_dir={tmp_path / 'runs'}", *small, *flags]

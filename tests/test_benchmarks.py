@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -53,6 +54,15 @@ def test_a_step(setting: str, tmp_path: Path) -> None:
     assert results["ratio"] == pytest.approx(seconds["baseline"] / seconds["ours"], rel=1e-3)
     assert results["seconds_per_part"]["ours"].keys() >= {"forward", "loss", "backward", "optimizer"}
     assert results["roofline"]["share_of_the_ceiling"] > 0
+
+
+def test_a_step_beside_busy_processes(tmp_path: Path) -> None:
+    results = run("step", tmp_path, "--busy=0,1", "--spins=0,7")["busy"]
+    shares = [min(1.0, len(os.sched_getaffinity(0)) / (torch.get_num_threads() + busy)) for busy in (0, 1)]
+    assert [results[busy]["share"] for busy in "01"] == pytest.approx(shares, rel=1e-3)
+    for busy in "01":
+        assert results[busy]["requests_per_second"].keys() == {"spins_0", "spins_7", "one_thread"}
+        assert min(results[busy]["requests_per_second"].values()) > 0
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -40,7 +40,8 @@ def project(tmp_path: Path, log: Path) -> Path:
 
 def bash(project: Path, script: str) -> str:
     environment = os.environ | {"PATH": f"{project / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+        environment.pop(name, None)
     done = subprocess.run(
         ["bash", "-euc", script], cwd=project, env=environment, capture_output=True, text=True, check=False
     )

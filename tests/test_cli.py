@@ -1,5 +1,6 @@
 """Exit codes and sentences of the commands."""
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,31 @@ def test_a_sentence_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run_command(mistaken, []) == 2
     assert capsys.readouterr().err.splitlines() == ["error: data: holds 'forged lines  here'; make it"]
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    """In refusals, messages and tracebacks, through the command itself."""
+    script = """if True:
+        import logging, sys
+        from deep_components.cli import run_command
+        from deep_components.errors import InputError
+        nasty = "day '\\x1b[2J\\x9b\\x07\\u202e\\ud800' \\u00e9"
+        def command(_):
+            logging.warning("%s\\nerror: forged", nasty)
+            try:
+                raise ValueError(nasty)
+            except ValueError:
+                logging.exception("a defect")
+            raise InputError(nasty)
+        sys.exit(run_command(command, []))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 2
+    shown = r"day '\x1b[2J\x9b\x07\u202e\ud800' é"
+    first, second, *_, last, error = done.stderr.decode().splitlines()
+    assert (first, second, last, error) == (
+        *(rf"{shown}\nerror: forged", "a defect", f"ValueError: {shown}", f"error: {shown}"),
+    )  # fmt: skip
 
 
 def test_a_reader_that_has_seen_enough() -> None:

@@ -46,7 +46,7 @@ def executable(path: Path, text: str) -> Path:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without an active or named interpreter."""
-    ours = ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "REQUIREMENTS", "UNTRAINED", "PYTHONPATH")
+    ours = ("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "REQUIREMENTS", "UNTRAINED", "PYTHONPATH", "PYTHONSAFEPATH")
     return {key: value for key, value in os.environ.items() if key not in ours} | changes
 
 

@@ -5,11 +5,13 @@ Only the module of the command that is run gets imported.
 
 import difflib
 import importlib
+import os
 import sys
 from pathlib import Path
 
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.threads import short_waits
 
 # name -> a module with main(argv), and what it does
 COMMANDS = {
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for words in (2, 1):
         if (name := " ".join(argv[:words])) in COMMANDS:
+            os.environ.update(short_waits())
             module = importlib.import_module(f"deep_components.{COMMANDS[name][0]}")
             sys.argv[0] = f"{_program()} {name}"  # argparse shows it in a command's usage
             return run_command(module.main, argv[words:])

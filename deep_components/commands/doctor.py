@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from deep_components.cascade import SETTINGS, Cascade
-from deep_components.cli import Parser
+from deep_components.cli import Parser, printable
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.columnar import REPEATED, repeated_items
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         if args.data_dir is None:
             raise InputError("--write_manifest: name the log with --data_dir")
         count = write_manifest(args.data_dir, open_log(args.data_dir).files())
-        sys.stdout.write(f"{args.data_dir / MANIFEST_FILE}: written, {count} files\n\n")
+        sys.stdout.write(printable(f"{args.data_dir / MANIFEST_FILE}: written, {count} files") + "\n\n")
     levels = [*_report("environment", environment()), *_report("log", log_and_room(args))]
     failed, odd = levels.count(FAIL), levels.count(WARN)
     counts = " and ".join(f"{count} {level}" for count, level in ((failed, FAIL), (odd, WARN)) if count)
@@ -83,7 +83,8 @@ def _report(title: str, findings: Iterator[Finding]) -> Iterator[str]:
     """Print the findings under their title, each as soon as it is there; yields their levels."""
     sys.stdout.write(f"{title}\n")
     for level, subject, text in findings:
-        sys.stdout.write(f"  {level:<5} {subject:<24} {' '.join(text.splitlines())}\n")
+        line = f"{subject:<24} {' '.join(text.splitlines())}"
+        sys.stdout.write(f"  {level:<5} {printable(line)}\n")
         sys.stdout.flush()
         yield level
 
@@ -103,7 +104,8 @@ def environment() -> Iterator[Finding]:
     yield _device()
     with _quiet(load_kernels.__module__):
         compiled = load_kernels(torch.float32) is not None
-    slow = "cannot be compiled, so a training on a CPU takes several times as long; install gcc, or say --no-compile"
+    slow = "cannot be used, so a training on a CPU takes several times as long; install gcc or, where it is, do what "
+    slow += "a training's warning says, or say --no-compile"
     yield Finding(OK, "kernels", "compiled") if compiled else Finding(WARN, "kernels", slow)
     free = available(torch.device("cpu"))
     text = f"{size(free)} available; preparing a day takes {size(PREPARATION_BYTES)}"

@@ -4,6 +4,8 @@ import queue
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import chdir
+from pathlib import Path
 from typing import Any
 
 from deep_components.errors import InputError
@@ -70,7 +72,8 @@ def run_on_ray(runs: Sequence[Run], slot: Slot, gpus: bool, options: Options) ->
             f"--engine=ray: {sys.executable} lacks ray; run: {sys.executable} -m pip install -r requirements-ray.txt"
         ) from error
     known = {"env_vars": environment()}
-    ray.init(runtime_env=known, include_dashboard=False, log_to_driver=False, logging_level="error")
+    with chdir(Path(__file__).parents[2]):  # workers import from the folder in which this is called
+        ray.init(runtime_env=known, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         one_gpu = 1 if gpus and ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=1)(execute)

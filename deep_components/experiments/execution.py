@@ -26,6 +26,7 @@ from deep_components.runs.records import (
     read_folder,
     start_record,
 )
+from deep_components.threads import short_waits
 
 REFUSED = 2  # the exit code of a command that refuses its input
 SECONDS_TO_END = 60.0  # that the commands of a killed runner may need to save a large state
@@ -206,9 +207,11 @@ def _make_part(
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """What a process needs to find the project, and its number of threads."""
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    changes = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    """What a process needs to find the project, and nothing in the current folder; its number of threads, and how they
+    wait."""
+    inherited = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = dict.fromkeys([str(Path(__file__).parents[2]), *inherited])
+    changes = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"} | short_waits()
     return changes | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 

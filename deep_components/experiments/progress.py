@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from deep_components.cli import printable
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Run
 from deep_components.files import regular
@@ -38,7 +39,7 @@ class Progress:
         shares = {folder: _share(run) for folder, run in self._open.items()}
         training = [run.title for folder, run in self._open.items() if shares[folder] > self._before[folder]]
         self._bar.n = len(self._before) - len(self._open) + sum(shares.values())
-        self._bar.set_postfix_str("; ".join(training))
+        self._bar.set_postfix_str(printable("; ".join(training)))
 
     def ended(self, outcome: Outcome) -> None:
         """Report a run that ended."""

@@ -1,8 +1,8 @@
 """Compiled loops for CPUs: DIN's attention, embedding look-ups, and the rows of deferred Adam.
 
-kernels.c is compiled once per machine and number type by the C compiler ($CC, else gcc, cc or clang) and kept in the
-user's cache directory. Without a compiler :func:`load_kernels` gives None, and models and optimizer use PyTorch's own
-operators: the same formulas, to rounding, in several times the time.
+kernels.c is compiled once per machine and number type by the C compiler ($CC, else gcc, cc or clang) and kept, with its
+SHA-256, in the user's cache directory, if nobody else can write there. Without a compiler :func:`load_kernels` gives
+None, and models and optimizer use PyTorch's own operators: the same formulas, to rounding, in several times the time.
 """
 
 import atexit
@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_ALLOCATION = 1 << 30
 _ROWS_PER_SUM = 512  # rows whose gradients are summed in one piece, whatever the number of threads
 _SECONDS_TO_COMPILE = 120
+_DIGEST = hashlib.sha256().digest_size  # bytes after a library, which the loader does not look at
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ class TableUse(NamedTuple):
     ids: Tensor
     values: Tensor
     padding: int
+
+
+class _NoCompilerError(OSError):
+    pass
 
 
 class _Use(ctypes.Structure):
@@ -237,8 +243,16 @@ def load_kernels(dtype: torch.dtype) -> Kernels | None:
     except (OSError, KeyError, AttributeError, ValueError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip() or type(error).__name__
         logger.warning("the compiled kernels are not used (%s): PyTorch's operators do the same, several times slower; "
-                       "install gcc, or silence this with --no-compile", reason.splitlines()[-1])  # fmt: skip
+                       "%s, or silence this with --no-compile", reason.splitlines()[-1], _advice(error))  # fmt: skip
         return None
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, _NoCompilerError):
+        return "install gcc"
+    if isinstance(error, subprocess.SubprocessError):
+        return "name another compiler in CC"
+    return "name a folder of your own, whose files may be executed, in XDG_CACHE_HOME"
 
 
 def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
@@ -250,26 +264,41 @@ def use_kernels(users: Iterable[object], kernels: Kernels | None) -> None:
 
 
 def _compiled(real: str) -> Path:
-    """The shared library for a number type. OSError or SubprocessError when it cannot be made."""
+    """The shared library for a number type, whole and written by nobody else. OSError or SubprocessError when it cannot
+    be made."""
     names = filter(None, (os.environ.get("CC"), "gcc", "cc", "clang"))
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
-        raise OSError("there is no C compiler")
+        raise _NoCompilerError("there is no C compiler")
+    compiler = str(Path(compiler).absolute())  # it is started in another folder
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     flags = (*_FLAGS, "-fopenmp") if _openmp() is not None else _FLAGS
     identity = [SOURCE.read_text(), *flags, real, version, platform.machine(), _processor()]
     name = f"kernels-{real}-{hashlib.sha256(chr(0).join(identity).encode()).hexdigest()[:16]}.so"
     library = _cache_folder() / name
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
-            built, compiled = Path(temporary) / name, Path(temporary) / "kernels.o"
+    if not _intact(library):
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / name
             # OpenMP is not linked: its names are bound to PyTorch's own copy, so that there is one pool of threads. Two
             # would fight for the cores.
-            compile_it = [compiler, *flags, f"-DREAL={real}", "-c", str(SOURCE), "-o", str(compiled)]
-            for command in (compile_it, [compiler, "-shared", str(compiled), "-o", str(built), "-lm"]):
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS_TO_COMPILE)
+            compile_it = [compiler, *flags, f"-DREAL={real}", "-c", str(SOURCE.absolute()), "-o", "kernels.o"]
+            for command in (compile_it, [compiler, "-shared", "kernels.o", "-o", name, "-lm"]):
+                subprocess.run(command, cwd=folder, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True,
+                               check=True, timeout=_SECONDS_TO_COMPILE)  # fmt: skip
+            content = built.read_bytes()
+            built.write_bytes(content + hashlib.sha256(content).digest())
+            built.chmod(0o700)
             built.replace(library)
     return library
+
+
+def _intact(library: Path) -> bool:
+    """Whether the library is there as it was compiled, by the SHA-256 at its end, and nobody else can change it."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return _only_ours(library) and hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 
 def _openmp() -> Path | None:
@@ -280,13 +309,21 @@ def _openmp() -> Path | None:
 
 
 def _cache_folder() -> Path:
-    """A folder that only this user writes to: what lies in it is executed."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcron" / "kernels"
+    """A folder that only this user writes to, and can replace: what lies in it is executed."""
     try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = home.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(home, os.W_OK):
-            return home
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        if home.is_absolute():  # else it would depend on the folder one stands in
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder = (home / "lcron-kernels").resolve()
+            folder.mkdir(exist_ok=True, mode=0o700)
+            if not _only_ours(folder):
+                logger.warning(
+                    "%s: other users can change it or a folder above it, so the compiled kernels are not "
+                    "kept; take that right from them, or name another folder in XDG_CACHE_HOME",
+                    folder,
+                )
+            elif os.access(folder, os.W_OK):
+                return folder
     except (OSError, RuntimeError):  # no home directory, or a read-only one
         pass
     return _private_folder()
@@ -295,9 +332,20 @@ def _cache_folder() -> Path:
 @cache
 def _private_folder() -> Path:
     """For this process only, where there is no cache directory."""
-    folder = tempfile.mkdtemp(prefix="lcron-kernels-")
+    folder = Path(tempfile.mkdtemp(prefix="lcron-kernels-")).resolve()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    if not _only_ours(folder):
+        raise OSError(f"other users can change a folder above {folder}")
+    return folder
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether no other user, but root, can change a file or folder without symbolic links, or replace it by changing a
+    folder above it."""
+    this, *above = [part.lstat() for part in (path, *path.parents)]
+    owners = {0, os.getuid()}
+    writable = [this.st_mode, *(folder.st_mode for folder in above if not folder.st_mode & stat.S_ISVTX)]
+    return all(part.st_uid in owners for part in (this, *above)) and not any(mode & 0o022 for mode in writable)
 
 
 def _processor() -> str:

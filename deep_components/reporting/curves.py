@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from deep_components.cli import printable
 from deep_components.errors import InputError
 from deep_components.files import regular
-from deep_components.reporting.frame import arguments_of, is_number, printable
+from deep_components.reporting.frame import arguments_of, is_number
 from deep_components.runs.folder import STEP_LOG_FILE, STREAMING_FILE, read_json
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,8 @@ class Chart:
     @contextmanager
     def figure(self, width: float = COLUMN) -> Iterator["Figure"]:
         """The chart as a matplotlib figure, ``width`` inches wide, within the style it is drawn and saved with."""
-        import matplotlib as mpl  # slow to import, and only needed here
+        with chdir(Path(__file__).parent):  # the current folder, maybe a log's, may hold a matplotlibrc that is read
+            import matplotlib as mpl  # slow to import, and only needed here
         from matplotlib.figure import Figure
 
         sizes = {"font.size": 9, "legend.fontsize": 8.5} if width > COLUMN else {}

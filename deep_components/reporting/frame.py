@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from deep_components.cli import printable
 from deep_components.errors import InputError
 from deep_components.files import regular
 from deep_components.reporting.remarks import check_one_code
@@ -200,11 +201,6 @@ def per_request(folder: Path, name: str) -> np.ndarray | None:
             return arrays.get(name)
     except FileNotFoundError:
         return None
-
-
-def printable(text: str) -> str:
-    """The text without what would steer a terminal or cannot be written: names come from files."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def is_number(value: Any) -> bool:

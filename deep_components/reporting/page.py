@@ -14,9 +14,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from deep_components.cli import printable
 from deep_components.reporting.curves import streaming_curves
 from deep_components.reporting.figures import PALETTE, Chart, survival
-from deep_components.reporting.frame import method_arguments, printable
+from deep_components.reporting.frame import method_arguments
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.results import Results, metric_title, notes_of
 from deep_components.reporting.statistics import CONFIDENCE, SIGNIFICANCE

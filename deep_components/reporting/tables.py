@@ -8,9 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from deep_components.cli import printable
 from deep_components.errors import InputError
 from deep_components.reporting.curves import streaming_curves
-from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing, printable
+from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.remarks import Remarks, Row, remarks_of
 from deep_components.reporting.results import DECIMALS, Results, metric_title
@@ -22,8 +23,8 @@ NOTHING = "-"  # in a cell that has no value
 
 @dataclass(frozen=True)
 class Style:
-    """How a format writes names, numbers and marks. ``escape`` makes text from files harmless; an HTML style's other
-    strings are of markupsafe's type, so that what is put into them is escaped.
+    """How a format writes names, numbers and marks. ``escape`` makes text from files harmless, and one line; an HTML
+    style's other strings are of markupsafe's type, so that what is put into them is escaped.
 
     Args:
         number, best: templates of a number, and of the best of a column.
@@ -31,7 +32,7 @@ class Style:
         best_word: what the legend calls ``best``.
     """
 
-    escape: Callable[[str], str] = str
+    escape: Callable[[str], str] = printable
     row: Callable[[str], str] = str
     metric: Callable[[str], str] = str
     plus_minus: str = " +- "
@@ -297,8 +298,9 @@ def text(make: Maker) -> str:
     return "\n".join([*lines, ""])
 
 
+_MARKDOWN_LETTERS = re.compile(r"([\\`*_{}\[\]<>|#~&!$]|:(?=//)|(?<=www)\.)")  # the last two make links of addresses
 _MARKDOWN = Style(
-    escape=lambda words: re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", words), metric=metric_title, plus_minus=" ± ",
+    escape=lambda words: _MARKDOWN_LETTERS.sub(r"\\\1", printable(words)), metric=metric_title, plus_minus=" ± ",
     best="**{}**", best_word="Bold", marks={"better": " ↓", "worse": " ↑"},
 )  # fmt: skip
 
@@ -316,9 +318,10 @@ _LATEX_LETTERS: dict[str, str | int | None] = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "[": "{[}", "]": "{]}", "*": "{*}",  # after the end of a row they would be its options
 }  # fmt: skip
 _LATEX = Style(
-    escape=lambda words: words.translate(str.maketrans(_LATEX_LETTERS)), row=paper_name, metric=metric_title,
+    escape=lambda words: printable(words).translate(str.maketrans(_LATEX_LETTERS)), row=paper_name, metric=metric_title,
     plus_minus=r" \pm ", number="${}$", best=r"\mathbf{{{}}}", best_word="Bold",
     marks={"better": r"^{\downarrow}", "worse": r"^{\uparrow}"},
 )  # fmt: skip
@@ -341,13 +344,17 @@ def latex(make: Maker) -> str:
     return "\n".join([*tables, *(f"% {note}" for note in document.notes), ""])
 
 
+_FORMULA = re.compile("((?:^|[;,|]) *)([=+@\uff1d\uff0b\uff0d\uff20-])")  # the same four in full width too
+
+
 def csv(make: Maker) -> str:
-    """A line per record. A name that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """A line per record. What a spreadsheet would take for a formula gets an apostrophe before it: at the beginning of
+    a name, and after a sign that separates cells in some countries."""
     return make(Style()).data.map(_no_formula).to_csv(index=False, lineterminator="\n")
 
 
 def _no_formula(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return _FORMULA.sub(r"\1'\2", printable(value)) if isinstance(value, str) else value
 
 
 def json_table(make: Maker) -> str:

@@ -1,6 +1,10 @@
 """The command that prints the table; what it computes is tested in tests/reporting."""
 
+import csv
+import io
 import json
+import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +105,84 @@ def test_a_damaged_run_is_named_on_screen_and_in_the_table(runs: Path, capsys: p
     assert "left out: " in capsys.readouterr().out
     table.main([str(runs), "--format=json"])
     assert str(runs / "bce" / "seed31") in json.loads(capsys.readouterr().out)["left_out"]
+
+
+# Text that a terminal, a spreadsheet, LaTeX or a Markdown viewer would obey, and what is harmless in its stead.
+ATTACKS = {
+    "terminal": "\x1b]0;owned\x07\x1b[2J\x9b31m\r",
+    "lines": "a\nerror: forged\n\n| b |\n% c\n\\end{table}\u2028",
+    "order": "a\u202egpj.exe\u2066\u200b",
+    "latex": "\\input{/etc/passwd}^^5cwrite18{id}%$&#_~",
+    "options of a row": "[1cm]*",
+    "markdown": "<img src=x onerror=alert(1)>![x](http://x)[y](javascript:z)|`q`**b** ~~s~~ &lt; https://a www.b.c",
+    "formula": '=HYPERLINK("http://x";"y")',
+    "formulas later": "a;=1+1,+1|@SUM(1); -2",
+    "full width": "\uff1d1\uff0b1",
+    "plus": "+1",
+    "at": "@A1",
+    "minus": "-1",
+}
+FORMULAS = ("formula", "formulas later", "full width", "plus", "at", "minus")
+CASES = [
+    *((attack, form, "metrics") for attack in ATTACKS for form in (["csv"] if attack in FORMULAS else FORMATS)),
+    *((attack, form, kind) for attack in ("lines", "latex") for form in FORMATS for kind in ("costs", "streaming")),
+    *(("formula", "csv", kind) for kind in ("costs", "streaming")),
+]
+
+
+def attacked(folder: Path, word: str) -> Path:
+    """Runs all of whose texts that a table shows are ``word``, a metric's and a folder's name too, and one left out."""
+    results = dict.fromkeys(("setting", "data", "test_day", "loss_type"), word) | {f"rank_{word}@1": 0.5}
+    for seed in (30, 31):
+        one = write_run(folder / f"seed{seed}", results=results, name=word, seed=seed, config={"commit": word})
+        write_streaming(write_costs(one, device=word), {word: 0.5})
+    broken = write_run(folder / word.replace("/", " ")) / "metrics.json"
+    broken.write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(("attack", "form", "kind"), CASES)
+def test_text_from_files_is_shown_and_not_obeyed(
+    attack: str, form: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for name, word in (("attack", ATTACKS[attack]), ("plain", "word")):
+        attacked(tmp_path / name, word)
+        table.main([str(tmp_path / name), f"--format={form}", f"--kind={kind}"])
+        shown[name] = capsys.readouterr().out
+    text, plain = shown["attack"], shown["plain"]
+    assert all(letter.isprintable() for letter in text.replace("\n", ""))
+    if form != "json":  # as many lines, and of the same structure
+        assert text.count("\n") == plain.count("\n")
+    if form == "csv":
+        (head, *cells), (_, *like) = (list(csv.reader(io.StringIO(one))) for one in (text, plain))
+        assert [len(line) for line in cells] == [len(line) for line in like] == [len(head)] * len(cells)
+        for cell in (piece.lstrip(" ") for line in cells for whole in line for piece in re.split("[;,|]", whole)):
+            assert is_number(cell) or cell[:1] not in set("=+-@\uff1d\uff0b\uff0d\uff20")
+    if form == "latex":
+        assert commands(text) <= commands(plain) | {"textbackslash", "textasciitilde", "textasciicircum", "textless",
+                                                    "textgreater", "textbar", *"&%$#_{}"}  # fmt: skip
+        assert not re.search(r"^\s*[\[*]", text, flags=re.MULTILINE) and "^^" not in text
+    if form == "markdown":
+        assert special(text) == special(plain)
+
+
+def is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def commands(latex: str) -> set[str]:
+    return set(re.findall(r"\\([a-zA-Z]+|.)", latex, flags=re.DOTALL))
+
+
+def special(markdown: str) -> Counter[str]:
+    """How often each letter that Markdown obeys stands there without a backslash before it."""
+    found = re.findall(r"\\.|([`*_\[\]<>|#~&!$])|(://)|(www\.)", markdown)
+    return Counter("".join(groups) for groups in found if any(groups))
 
 
 def test_real_runs(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

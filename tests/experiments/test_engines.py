@@ -149,11 +149,12 @@ print(json.dumps({outcome.run.seed: outcome.status for outcomes in engine for ou
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)")
 def test_ray_makes_the_same_records(tmp_path: Path) -> None:
-    """On a cluster of two workers on this machine, in a process of its own."""
-    environment = {**os.environ, "RAY_ADDRESS": ""}
+    """On a cluster of two workers on this machine, in a process of its own; in a folder from which none may import."""
+    environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(PROJECT)}
+    (tmp_path / "numpy.py").write_text("raise SystemExit('executed')\n")
     done = subprocess.run(
         [sys.executable, "-c", _RAY, str(tmp_path)],
-        cwd=PROJECT, env=environment, capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"30": "finished", "31": "failed", "32": "finished"}

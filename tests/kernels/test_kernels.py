@@ -1,9 +1,11 @@
 """The compiled loops against PyTorch's formulas, and what happens where nothing can be compiled."""
 
+import hashlib
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -349,12 +351,95 @@ def test_a_compiler_that_fails(
 def test_compiled_once_and_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert load_kernels(torch.float32) is not None
-    [library] = (tmp_path / "lcron" / "kernels").iterdir()
+    [library] = (tmp_path / "lcron-kernels").iterdir()
     made = library.stat().st_mtime_ns
     module.load_kernels.cache_clear()
     assert load_kernels(torch.float32) is not None
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "lcron" / "kernels").iterdir()] == [made]
-    assert (tmp_path / "lcron" / "kernels").stat().st_mode & 0o077 == 0
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "lcron-kernels").iterdir()] == [made]
+    assert (tmp_path / "lcron-kernels").stat().st_mode & 0o077 == 0
+
+
+def gathers(kernels: Kernels | None) -> bool:
+    """Whether these are kernels that work."""
+    out = torch.zeros(1, 2)
+    assert kernels is not None
+    kernels.gather([TableUse(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out, 0)])
+    return out.tolist() == [[1.0, 2.0]]
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    return bytes(byte ^ (1 << bit % 8) * (index == bit // 8) for index, byte in enumerate(content))
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "a bit of the code": lambda content: flipped(content, 4 * len(content)),
+    "a bit of the checksum": lambda content: flipped(content, 8 * len(content) - 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_compiled_again(damage: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = module._compiled("float")
+    whole = library.read_bytes()
+    library.write_bytes(DAMAGE[damage](whole))
+    assert gathers(load_kernels(torch.float32))
+    assert library.read_bytes() == whole and list(library.parent.iterdir()) == [library]
+
+
+def plant(library: Path, canary: Path) -> None:
+    """Put a library with a right checksum there that writes the canary when it is loaded."""
+    source = library.with_name("planted.c")
+    source.write_text(f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{canary}", "w"); }}\n')
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    source.unlink()
+
+
+@pytest.mark.parametrize("way", ["a folder above", "the folder", "the file", "a link", "another owner", "nothing"])
+def test_a_library_that_others_can_write_is_not_loaded(way: str, fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if way == "another owner" and os.getuid():
+        pytest.skip("only root gives a file away")
+    home, canary = tmp_path / "above" / "home", tmp_path / "canary"
+    fresh.setenv("XDG_CACHE_HOME", str(home))
+    library = module._compiled("float")
+    plant(library, canary)
+    if way == "another owner":
+        os.chown(library, 65534, 65534)
+    elif way == "a link":
+        library.rename(tmp_path / "elsewhere")
+        library.symlink_to(tmp_path / "elsewhere")
+    elif way != "nothing":
+        {"a folder above": home.parent, "the folder": library.parent, "the file": library}[way].chmod(0o777)
+    if way == "nothing":  # the canary sings
+        assert load_kernels(torch.float32) is None and canary.exists()
+    else:
+        assert gathers(load_kernels(torch.float32)) and not canary.exists()
+
+
+def test_a_cache_home_that_depends_on_the_current_folder_is_none(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh.chdir(tmp_path)
+    fresh.setenv("XDG_CACHE_HOME", "cache")
+    assert gathers(load_kernels(torch.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_library_that_cannot_be_loaded(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system whose files may not be executed: the advice is not to install what is there."""
+
+    def refuses(path: str, mode: int = 0) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    fresh.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fresh.setattr(module.ctypes, "CDLL", refuses)
+    assert load_kernels(torch.float32) is None
+    [record] = caplog.records
+    assert "XDG_CACHE_HOME" in record.getMessage() and "gcc" not in record.getMessage()
 
 
 @pytest.mark.parametrize("home", ["a file", "others write there", "no folder at all"])
@@ -362,17 +447,14 @@ def test_a_cache_home_that_cannot_be_used(home: str, fresh: pytest.MonkeyPatch, 
     """What lies there would be executed: only a folder of the user's own will do."""
     place = tmp_path / "home"
     if home == "others write there":
-        (place / "lcron" / "kernels").mkdir(parents=True)
-        (place / "lcron" / "kernels").chmod(0o777)
+        (place / "lcron-kernels").mkdir(parents=True)
+        (place / "lcron-kernels").chmod(0o777)
     else:
         place.write_text("") if home == "a file" else None
     fresh.setenv("XDG_CACHE_HOME", str(place) if home != "no folder at all" else "/proc/nothing")
-    kernels = compiled(torch.float32)
-    out = torch.zeros(1, 2)
-    kernels.gather([TableUse(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out, 0)])
-    assert out.tolist() == [[1.0, 2.0]]
+    assert gathers(load_kernels(torch.float32))
     if home == "others write there":
-        assert list((place / "lcron" / "kernels").iterdir()) == []
+        assert list((place / "lcron-kernels").iterdir()) == []
 
 
 def test_several_compile_at_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -386,10 +468,8 @@ def test_several_compile_at_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     with ThreadPoolExecutor(3) as pool:
         libraries = {future.result() for future in [pool.submit(compiles) for _ in range(3)]}
-    assert libraries == set((tmp_path / "lcron" / "kernels").iterdir()) and len(libraries) == 1
-    out = torch.zeros(1, 2)
-    Kernels(libraries.pop(), torch.float32).gather([TableUse(torch.tensor([[1.0, 2.0]]), torch.tensor([0]), out, 0)])
-    assert out.tolist() == [[1.0, 2.0]]
+    assert libraries == set((tmp_path / "lcron-kernels").iterdir()) and len(libraries) == 1
+    assert gathers(Kernels(libraries.pop(), torch.float32))
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

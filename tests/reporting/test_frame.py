@@ -86,7 +86,13 @@ def test_runs_behind_links_and_named_twice_count_once(tmp_path: Path) -> None:
 
 def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
     write_run(tmp_path / "run", name="a\x1b[2Jb\nc\u202ed\ud800", results={"data": "x\x1b"})
-    assert frame(tmp_path)[["method", "data"]].to_numpy().tolist() == [["a?[2Jb?c?d?", "x?"]]
+    assert frame(tmp_path)[["method", "data"]].to_numpy().tolist() == [[r"a\x1b[2Jb\nc\u202ed\ud800", r"x\x1b"]]
+
+
+def test_names_that_differ_by_what_cannot_be_shown_are_two(tmp_path: Path) -> None:
+    for seed, name in ((30, "a\x1b"), (31, "a\x07")):
+        write_run(tmp_path / str(seed), seed=seed, name=name)
+    assert frame(tmp_path)["method"].nunique() == 2
 
 
 def test_untrained_runs_of_several_methods_are_one_row_and_last(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_names_that_would_be_markup_or_formulas(tmp_path: Path) -> None:
     assert len(re.findall(r"(?<!\\)\|", line)) == 5  # the columns' borders alone
     assert r"\<e\>" in line
     (line,) = [line for line in shown(tmp_path, "latex").splitlines() if line.startswith("a")]
-    escaped = r"a\_b\textbar{}c*d\textless{}e\textgreater{}\&f\%g\$h\#i\{j\}k\textasciitilde{}l\textasciicircum{}m"
+    escaped = r"a\_b\textbar{}c{*}d\textless{}e\textgreater{}\&f\%g\$h\#i\{j\}k\textasciitilde{}l\textasciicircum{}m"
     assert line.partition(" & ")[0] == escaped + r"\textbackslash{}n"
 
 
