@@ -20,6 +20,7 @@ from deep_components.runs.folder import (
     remove_run,
     write_json,
 )
+from deep_components.runs.records import read_folder
 
 ARGUMENTS = dict.fromkeys(("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "loss_type", "seed", "epochs"))
 CONFIG = {"setting": "two_stage", "data": "simulated", "arguments": ARGUMENTS, "train_days": ["a"]}
@@ -29,6 +30,14 @@ def test_json_comes_back(tmp_path: Path) -> None:
     content = {"arguments": {"lr": 0.1, "days": ["a"], "none": None}, "text": "ä"}
     write_json(tmp_path / "run" / CONFIG_FILE, content)
     assert read_config(tmp_path / "run") == content
+
+
+@pytest.mark.parametrize("field", ["data_checksums", "init_from_checksums"])
+def test_a_field_that_holds_no_checksums(field: str, tmp_path: Path) -> None:
+    write_json(tmp_path / CONFIG_FILE, {field: ["a"]})
+    for read in (read_config, read_folder):
+        with pytest.raises(InputError, match=f"config.json: field {field} is damaged"):
+            read(tmp_path)
 
 
 def test_json_without_nan(tmp_path: Path) -> None:
