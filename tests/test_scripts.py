@@ -115,6 +115,14 @@ def test_a_method_with_its_hyper_parameters(recorded: Recorded) -> None:
     assert (args.untrained, args.several, args.jobs, args.force, args.batch_divisor) == (True, False, 1, False, 1)
 
 
+def test_any_code_is_for_the_table_too(recorded: Recorded) -> None:
+    recorded.run("--data_dir=D")
+    assert "--any_code" not in recorded.calls("table")[0]
+    recorded.run("--data_dir=D", "--any_code")
+    assert recorded.plan()[0].any_code
+    assert recorded.calls("table")[0][:2] == ["--kind=metrics", "--any_code"]
+
+
 @pytest.mark.parametrize("arguments", [["--data_dir=a log"], ["--data_dir", "a log"]])
 def test_a_named_log(arguments: list[str], recorded: Recorded) -> None:
     recorded.run(*arguments)

@@ -179,8 +179,10 @@ def _check_same_log(
         found[there[-1]] = log.open_day(there[-1], cascade, cache_dir, zone).checksum
     for day, checksum in found.items():
         if checksum is not None and checksum != known[day]:
-            raise InputError(f"{log.folder}: its day {day} is not the one that {run} was trained on; evaluate on the "
-                             "same log")  # fmt: skip
+            raise InputError(
+                f"{log.folder}: its day {day} is not the one that {run} was trained on; evaluate on the same log, "
+                "encoded by the same version"
+            )
 
 
 def _check_new_requests(run: Path, config: Mapping[str, Any], name: str, day: DayCache) -> None:

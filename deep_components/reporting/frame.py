@@ -407,9 +407,9 @@ def _check_per_request(folder: Path, results: Mapping[str, Any], metrics: Sequen
 
 def _check_equal(name: str, folders: Iterable[Path], values: Iterable[Any]) -> None:
     """InputError that names the folders by their value, the rarest first, unless all values are equal."""
-    by_value: dict[Any, list[str]] = {}
+    by_value: dict[str, list[str]] = {}
     for folder, value in zip(folders, values, strict=True):
-        by_value.setdefault(value, []).append(str(folder))
+        by_value.setdefault(str(value), []).append(str(folder))
     if len(by_value) < 2:
         return
     parts = []

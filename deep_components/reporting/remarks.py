@@ -17,21 +17,22 @@ Row = tuple[str, str, str]  # of a table: its name, the setting and the log
 
 @dataclass(frozen=True)
 class Remarks:
-    """``marks``, such as " [1]", by row; ``lines``: what they mean; ``codes``: the code of each row, and whether all
-    are ``alike``."""
+    """``marks``, such as " [1]", by row; ``lines``: what they mean; ``codes``: the code of each row; ``one_code``: of
+    all rows, where they have the same."""
 
     marks: Mapping[Row, str] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
     codes: Mapping[Row, str] = field(default_factory=dict)
+    one_code: str = ""
 
     @property
     def alike(self) -> bool:
-        return len(set(self.codes.values())) < 2
+        return bool(self.one_code) or not self.codes
 
     @property
     def below(self) -> tuple[str, ...]:
         """The lines below a table that has a column of codes where they differ."""
-        return (*self.lines, *(f"Code: {code}." for code in set(self.codes.values()) if self.alike))
+        return (*self.lines, *([f"Code: {self.one_code}."] if self.one_code else []))
 
     @property
     def below_without_column(self) -> tuple[str, ...]:
@@ -44,14 +45,15 @@ def remarks_of(runs: pd.DataFrame) -> Remarks:
     """The remarks about runs with rows (:func:`~deep_components.reporting.frame.label_rows`)."""
     groups: dict[Row, pd.DataFrame] = dict(list(runs.groupby(_ROW, sort=False)))
     conflicts = conflicting_files(runs)
-    codes = {key: _codes(group, conflicts) for key, group in groups.items()}
+    codes = {key: _code(group, conflicts) for key, group in groups.items()}
+    alike = len({(frozenset(group["code"]), *_forms(group, conflicts)) for group in groups.values()}) == 1
     marks, lines = dict[Row, str](), list[str]()
     for key, group in groups.items():
         for sentence in _sentences(group):
             name = key[0] if runs["setting"].nunique() < 2 else ", ".join(key[:2])
             lines.append(f"[{len(lines) + 1}] {name}: {sentence}.")
             marks[key] = f"{marks.get(key, '')} [{len(lines)}]"
-    return Remarks(marks, tuple(lines), codes)
+    return Remarks(marks, tuple(lines), codes, _code(runs, conflicts) if alike else "")
 
 
 def conflicting_files(runs: pd.DataFrame) -> list[str]:
@@ -73,18 +75,21 @@ def check_one_code(name: str, runs: pd.DataFrame, any_code: bool) -> None:
         )
 
 
-def _codes(group: pd.DataFrame, conflicts: list[str]) -> str:
-    """A row's code: the fingerprint of what all methods share and the commit, or each of them, and what its other files
-    that differ in this table are."""
-    shared = "; ".join(dict.fromkeys(map(_code, group["code"], group["commit"])))
-    forms = [(name, code.own[name]) for name in conflicts for code in group["run_code"] if name in code.own]
-    own = (f"{name.removeprefix('deep_components/')} {digest[:_COMMIT]}" for name, digest in dict.fromkeys(forms))
-    return ", ".join([shared, *own])
+def _code(runs: pd.DataFrame, conflicts: list[str]) -> str:
+    """The code of runs: the fingerprints of what all methods share, each with its commits, and what their other files
+    are that differ in the table."""
+    commits: dict[str, dict[str, None]] = {}
+    for total, commit in zip(runs["code"], runs["commit"], strict=True):
+        first, dash, modified = str(commit or UNKNOWN).partition("-")
+        commits.setdefault(total or UNKNOWN, {})[f"{first[:_COMMIT]}{dash}{modified}"] = None
+    shared = "; ".join(f"{total} (commit {', '.join(found)})" for total, found in commits.items())
+    return ", ".join([shared, *(f"{name.removeprefix('deep_components/')} {d}" for name, d in _forms(runs, conflicts))])
 
 
-def _code(total: str | None, commit: str | None) -> str:
-    first, dash, modified = str(commit or UNKNOWN).partition("-")
-    return f"{total or UNKNOWN} (commit {first[:_COMMIT]}{dash}{modified})"
+def _forms(runs: pd.DataFrame, conflicts: list[str]) -> tuple[tuple[str, str], ...]:
+    """The files of the method and the evaluation that differ in the table, with their checksums."""
+    found = ((name, code.own[name]) for name in conflicts for code in runs["run_code"] if name in code.own)
+    return tuple(dict.fromkeys(found))
 
 
 def _sentences(group: pd.DataFrame) -> Iterator[str]:

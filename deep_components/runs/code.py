@@ -47,7 +47,7 @@ def training_code(method: str, loss: Iterable[Any], models: Iterable[Any] = ()) 
     files = {name: digest for name, digest in found.items() if not _begins(name, _OF_EVALUATIONS)}
     own = _imported_with(loss, found)
     for path in PACKAGE.glob("run_train*.py"):
-        own[_name(path)] = _digest(_branch(path.read_text(), method).encode())
+        own[f"{_name(path)} ({method})"] = _digest(_branch(path.read_text(), method).encode())
     return {"total": _total(files), "files": files, "method": own}
 
 
@@ -86,7 +86,7 @@ def continued(before: Any, now: Mapping[str, Any]) -> dict[str, Any]:
     """``now`` of a training that goes on with other code than ``before``, with ``before``: what has changed."""
     known = {**_map(before, "files"), **_map(before, "method")}
     past = {name: known.get(name, _ABSENT) for name in changes(before, now)} | _map(before, "before")
-    past |= {} if known else {"all files": "unknown"}  # of an earlier version
+    past |= {} if known else {"files of an earlier version": "unknown"}
     return {**now, "before": past} if past else dict(now)
 
 
@@ -185,11 +185,7 @@ def _imports(path: Path, content: bytes) -> Iterator[Path]:
 
 
 def _imported_names(content: bytes, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    try:
-        tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # it has been changed since it was imported
-        return
-    for node in ast.walk(tree):
+    for node in _nodes(content):
         if isinstance(node, ast.Import):
             yield from (tuple(alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -198,10 +194,18 @@ def _imported_names(content: bytes, package: tuple[str, ...]) -> Iterator[tuple[
             yield from (name for name in (base, *((*base, alias.name) for alias in node.names)) if name)
 
 
+def _nodes(source: str | bytes) -> Iterator[ast.AST]:
+    """All parts of a module; none of one that cannot be parsed, as it has been changed since it was imported."""
+    try:
+        yield from ast.walk(ast.parse(source))
+    except (SyntaxError, ValueError):
+        return
+
+
 def _branch(source: str, method: str) -> str:
     """A training command without its imports and the branches of other methods, so that adding one changes nothing."""
     dropped: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in _nodes(source):
         if isinstance(node, ast.Import | ast.ImportFrom):
             dropped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
         elif isinstance(node, ast.If) and _method_of(node.test) not in (None, method):

@@ -26,6 +26,7 @@ LOG_FILE = "run.log"
 LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
 
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
+_OPTIONAL_CONFIG_FIELDS = {"data_checksums": dict, "init_from_checksums": dict}  # of earlier versions not there
 MAX_EMB_DIM, MAX_NN_UNITS = 1 << 16, 1 << 20
 _MAX_INTEGER = (1 << 63) - 1
 # Arguments of a training that evaluating or continuing it needs, and what they can be.
@@ -58,9 +59,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json. InputError when there is none or it is damaged."""
-    config = read_json(run / CONFIG_FILE)
+    config = read_config_if_any(run)
     if config is None:
         raise InputError(f"{run / CONFIG_FILE}: no such file; {run} is not the folder of a training run")
+    return config
+
+
+def read_config_if_any(run: Path) -> dict[str, Any] | None:
+    """A run's config.json; None when there is none. InputError when it is damaged."""
+    config = read_json(run / CONFIG_FILE)
+    for field, kind in _OPTIONAL_CONFIG_FIELDS.items():
+        if config is not None and not isinstance(config.get(field, {}), kind):
+            raise InputError(
+                f"{run / CONFIG_FILE}: field {field} is damaged; make the run again (the scripts: --force)"
+            )
     return config
 
 

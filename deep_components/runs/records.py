@@ -15,6 +15,7 @@ from deep_components.runs.folder import (
     SCORES_FILE,
     STATE_FILE,
     STREAMING_FILE,
+    read_config_if_any,
     read_json,
     write_json,
 )
@@ -64,8 +65,8 @@ def _of_day(metrics: Mapping[str, Any], day: str, checksum: str) -> bool:
 
 def read_folder(folder: Path) -> FolderContents:
     """What the folder holds. InputError when a file of it is damaged."""
-    names = (RUN_FILE, CONFIG_FILE, METRICS_FILE, STREAMING_FILE)
-    record, config, metrics, streaming = (read_json(folder / name) or {} for name in names)
+    record, metrics, streaming = (read_json(folder / name) or {} for name in (RUN_FILE, METRICS_FILE, STREAMING_FILE))
+    config = read_config_if_any(folder) or {}
     return FolderContents(folder, record, config, metrics, tuple(streaming.get("days", [])))
 
 

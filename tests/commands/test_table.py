@@ -193,6 +193,7 @@ def test_real_runs(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     table.main([str(tmp_path), "--format=json"])
     content = json.loads(capsys.readouterr().out)
     assert content["notes"] == [] and content["left_out"] == {}
+    assert len({record["code"] for record in content["results"]}) == 1  # though each method has files of its own
     for record in content["results"]:
         if record["method"] == "bce":
             assert record["interval_low"] <= record["difference"] <= record["interval_high"]

@@ -216,6 +216,18 @@ def test_days_of_a_stream_that_are_others(tmp_path: Path) -> None:
         rows_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "field", ["cascade", "schema_checksum", "loss", "init_from_checksums", "code", "data_checksums"]
+)
+@pytest.mark.parametrize("value", [3, [["a"]], {"2024-01-13": ["a"]}], ids=str)
+def test_any_value_is_compared(field: str, value: Any, tmp_path: Path) -> None:
+    """A field that holds what it should not is no other than itself, or the run is left out."""
+    write_run(tmp_path / "sound")
+    for seed in (31, 32):
+        write_run(tmp_path / str(seed), seed=seed, config={field: value})
+    assert rows_of(tmp_path)["lcron"] in (1, 3)
+
+
 def test_the_training_days_of_all_methods_are_named_where_they_differ(tmp_path: Path) -> None:
     write_run(tmp_path / "one", name="bce", config={"train_days": ["2024-01-13"]})
     assert rows_of(tmp_path) == {"bce": 1}

@@ -201,6 +201,17 @@ def test_pipes_and_bombs_in_a_run_s_folder(tmp_path: Path, monkeypatch: pytest.M
     assert "train.jsonl: not readable" in text and "per_request.npz: not readable (an array of more than" in text
 
 
+def test_which_code_ran_and_what_was_left_out(tmp_path: Path) -> None:
+    """A name from a file is text here too."""
+    code = {"total": "t", "files": {"a.py": "1"}, "method": {f"{MARKUP}.py": "5"}, "before": {f"{MARKUP}.py": "4"}}
+    write_run(tmp_path / "run", config={"code": code, "commit": "abc"}, results={"skipped_steps": 3})
+    elements = Elements(page_of(tmp_path))
+    assert "[1] lcron: 3 training steps were left out, because they were not finite." in elements.text
+    assert f"[2] lcron: trained or evaluated by other code than it began with: {MARKUP}.py." in elements.text
+    assert "Code: t (commit abc)." in elements.text
+    assert elements.named("img") == []
+
+
 def test_tables_are_accessible(page: str) -> None:
     elements = Elements(page)
     assert all(header.get("scope") for header in elements.named("th"))

@@ -234,7 +234,7 @@ def test_no_table_averages_seeds_of_other_code(kind: str, tmp_path: Path) -> Non
     shown = of_kind(kind, tmp_path, any_code=True)
     assert "[1] lcron: the seeds ran different code: deep_components/loss/lcron.py." in shown
     assert "lcron [1]" in shown if kind == "streaming" else "2 [1]" in " ".join(rows(shown)["lcron"])
-    assert "t (commit abcdef012); t (commit abcdef0-modified), loss/lcron.py 5, loss/lcron.py 6" in shown
+    assert "t (commit abcdef012, abcdef0-modified), loss/lcron.py 5, loss/lcron.py 6" in shown
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
@@ -248,6 +248,13 @@ def test_steps_that_were_left_out_are_marked(kind: str, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"code": config["code"] | {"before": {"a.py": "0"}}}))
     assert "[2] lcron: trained or evaluated by other code than it began with: a.py." in of_kind(kind, tmp_path)
+
+
+def test_one_code_in_several_commits(tmp_path: Path) -> None:
+    """As when only docs have changed."""
+    with_code(tmp_path / "one")
+    with_code(tmp_path / "two", name="bce", loss="5", commit="f00")
+    assert "Code: t (commit abcdef012, f00)." in shown(tmp_path)
 
 
 def test_the_code_is_in_the_data_too(tmp_path: Path) -> None:

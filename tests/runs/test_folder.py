@@ -20,6 +20,7 @@ from deep_components.runs.folder import (
     remove_run,
     write_json,
 )
+from deep_components.runs.records import read_folder
 
 ARGUMENTS: dict[str, Any] = {"emb_dim": 8, "nn_units": 128, "seq_len": 50, "dtype": "float32"}
 ARGUMENTS |= {"time_zone": "Asia/Shanghai", "loss_type": "lcron", "seed": 30, "epochs": 1}
@@ -30,6 +31,14 @@ def test_json_comes_back(tmp_path: Path) -> None:
     content = {"arguments": {"lr": 0.1, "days": ["a"], "none": None}, "text": "ä"}
     write_json(tmp_path / "run" / CONFIG_FILE, content)
     assert read_config(tmp_path / "run") == content
+
+
+@pytest.mark.parametrize("field", ["data_checksums", "init_from_checksums"])
+def test_a_field_that_holds_no_checksums(field: str, tmp_path: Path) -> None:
+    write_json(tmp_path / CONFIG_FILE, {field: ["a"]})
+    for read in (read_config, read_folder):
+        with pytest.raises(InputError, match=f"config.json: field {field} is damaged"):
+            read(tmp_path)
 
 
 def test_json_without_nan(tmp_path: Path) -> None:

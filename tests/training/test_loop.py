@@ -725,7 +725,7 @@ def test_flag_any_code(log: Path, tmp_path: Path) -> None:
     run = train(log, tmp_path / "run", f"--train_days={DAYS[0]}")
     written, days = config(run), f"--train_days={DAYS[0]},{DAYS[1]}"
     assert written["code"]["files"]["deep_components/training/step.py"]
-    assert set(written["code"]["method"]) >= {"deep_components/loss/lcron.py", "deep_components/run_train2.py"}
+    assert set(written["code"]["method"]) >= {"deep_components/loss/lcron.py", "deep_components/run_train2.py (lcron)"}
     for part, name in (("files", "deep_components/models/din.py"), ("method", "deep_components/loss/lcron.py")):
         code = written["code"] | {part: written["code"][part] | {name: "other"}}
         write_json(run / "config.json", written | {"code": code})
