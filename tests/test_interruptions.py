@@ -100,7 +100,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     said = capsys.readouterr().err
     assert "stopped at step 3, day 2024-01-14; the state is saved" in said and "the same command and --resume" in said
     assert "Traceback" not in said
-    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 1, "batch": 1, "step": 3}
+    assert load_state(tmp_path / STATE_FILE)[1] == {"epoch": 0, "day": 1, "batch": 1, "step": 3, "skipped": 0}
     assert len(logged_steps(tmp_path)) == 3 and leftovers(tmp_path) == []
     assert [signal.getsignal(s) for s in (2, 15)] == handlers
     during_step(0, lambda: None)
