@@ -22,6 +22,7 @@ COMMANDS = {
     "report": ("commands.report", "one page with charts about many runs"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
+    "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
     "import movielens": ("dataset.importers.movielens", "make a log from MovieLens-1M"),
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0
     for words in (2, 1):
-        if (name := " ".join(argv[:words])) in COMMANDS:
+        wrong = words == 1 and argv[:1] == ["import"] and argv[1:] and not argv[1].startswith("-")
+        if (name := " ".join(argv[:words])) in COMMANDS and not wrong:  # import movieles: no argument, but misspelt
             os.environ.update(short_waits())
             module = importlib.import_module(f"deep_components.{COMMANDS[name][0]}")
             sys.argv[0] = f"{_program()} {name}"  # argparse shows it in a command's usage
