@@ -27,6 +27,7 @@ COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its i
 SCRIPT_OPTIONS = (
     *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),
     *("--batch_divisor", "--save_scores", "--resume", "--force", "--discard_state", "--jobs", "--threads", "--engine"),
+    *("--any_code", "--cascade"),
 )
 
 

@@ -85,7 +85,7 @@ def test_other_methods_and_hyper_parameters(shop: Path) -> None:
     stated = ["--method=lcron", "--tau=20", "--method=soft", "--loss_type=sorting", "--sort=soft_sort"]
     runs = plan(words[0], "--no-untrained", *stated, "--", *words[1:])
     options = [run.config["arguments"] for run in runs]
-    assert [(run.name, o["loss_type"], o["tau"], o["sort"]) for run, o in zip(runs, options, strict=True)] == [
+    assert [(run.name, o["loss_type"], o["tau"], o["topk_op"]) for run, o in zip(runs, options, strict=True)] == [
         ("lcron", "lcron", 20, "neural_sort"), ("soft", "sorting", 50, "soft_sort")
     ]  # fmt: skip
 
@@ -131,8 +131,9 @@ def test_another_cascade_of_the_name_is_refused(
 
 def test_a_stream(runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner("--methods=lcron", "--seeds=30", "--streaming")[0] == 0
-    head, *_, last = [line for line in capsys.readouterr().out.splitlines() if line]
+    head, *_, last, code = [line for line in capsys.readouterr().out.splitlines() if line]
     assert head.startswith("shop, data: a shop, joint_recall@2@3 of each day") and last.startswith(DAYS[2])
+    assert code.startswith("Code: ")
     curves = streaming_curves(label_rows(frame(tmp_path / "runs")), "joint_recall@2@3", [])
     assert list(curves["lcron"].index) == list(DAYS[1:])
 

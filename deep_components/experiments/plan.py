@@ -17,7 +17,7 @@ from deep_components.arguments import choose_device, training_parser
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day, training_days
 from deep_components.dataset.loader import steps_of
-from deep_components.dataset.log import Log, open_log
+from deep_components.dataset.log import Log, open_log, zone_of
 from deep_components.errors import InputError
 from deep_components.runs.identity import UNTRAINED_ARGUMENTS, first_difference
 from deep_components.training.config import run_config
@@ -203,7 +203,8 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
     days = sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
     opened = {day: log.open_day(day, args.cascade, parsed.cache_dir, parsed.time_zone) for day in days}
     _check_no_copy(parts, {day: cached.checksum for day, cached in opened.items()})
-    both = {name: getattr(parsed, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
+    both = {name: getattr(parsed, name) for name in ("cache_dir", "cuda", "device")}
+    both["time_zone"] = zone_of(log, parsed.time_zone)
     evaluation = [*args.cascade_words, *(f"--{name}={value}" for name, value in both.items() if value is not None)]
     evaluation += [] if parsed.compile else ["--no-compile"]
     evaluation += ["--save_scores"] if args.save_scores else []

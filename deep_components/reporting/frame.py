@@ -181,7 +181,9 @@ def _by_seed(name: str, group: pd.DataFrame) -> pd.DataFrame:
 
 def arguments_of(run: Mapping[Any, Any]) -> dict[str, Any]:
     """All arguments of a run's training, from its row."""
-    return {str(name).removeprefix(ARGUMENT): v for name, v in run.items() if str(name).startswith(ARGUMENT)}
+    found = {str(name).removeprefix(ARGUMENT): v for name, v in run.items() if str(name).startswith(ARGUMENT)}
+    earlier = found.pop("sort", None)  # its name in earlier versions
+    return found if earlier is None else {**found, "topk_op": earlier}
 
 
 def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:

@@ -419,8 +419,15 @@ def test_what_a_process_at_work_has_is_left_alone(root: Path) -> None:
 
 def test_a_prepared_cache_that_nobody_may_write_to(root: Path, builds: list[str]) -> None:
     open_day(root, DAY, TWO_STAGE)
+    really_open = os.open
+
+    def read_only(path: str, flags: int, *more: Any, **named: Any) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, flags, *more, **named)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+        patch.setattr(os, "open", read_only)
         assert len(open_day(root, DAY, TWO_STAGE)) == 12
         with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
             open_day(root, DAY, THREE_STAGE)
