@@ -197,7 +197,7 @@ class BaselineReader:
 
 def request_metrics(cascade: Cascade, scores: Mapping[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
     """The metrics of one request without missing items or tied scores; ``labels`` and each stage's scores are [N]."""
-    truth = set(range(cascade.groups[0].size))
+    truth = set(range(cascade.groups[0].slots))
     alive = list(range(len(labels)))
     results: dict[str, float] = {}
     for stage, quota in cascade.quotas.items():

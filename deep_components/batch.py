@@ -1,6 +1,7 @@
 """What a batch of requests holds on its way from the log to a loss.
 
-Shapes: B requests, N items a request, L history positions, d embedding dimension. B may be any size.
+Shapes: B requests, N items a request, L history positions, d embedding dimension. B may be any size; N too, and where
+requests have lists of varying length it is that of the batch's longest. A list field has one more axis, its values.
 
 The ids of a batch pass through three types, so that none is taken for another: :class:`Features` has the indices of the
 log's cache, :class:`RowFeatures` the rows of the embedding tables, :class:`SlotFeatures` the slots among the values
@@ -87,6 +88,12 @@ class CascadeBatch(Generic[F]):
         found: list[Tensor] = []
         self.apply(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
+
+    def first_items(self, count: int) -> "CascadeBatch[F]":
+        """The same batch with the first ``count`` items of each request."""
+        cut: Callable[[Tensor], Tensor] = lambda values: values[:, :count]  # noqa: E731
+        features: Any = replace(self.features, item=_map(self.features.item, cut))
+        return replace(self, features=features, targets=_map(self.targets, cut))
 
     def to(self, device: torch.device) -> "CascadeBatch[F]":
         """The batch on ``device``, but for ``rows``, which belong to the tables; from pinned memory the copy does not

@@ -15,6 +15,7 @@ import numpy as np
 
 from deep_components.errors import InputError
 
+DEFAULT_SLOTS = 10  # of a group, where neither the cascade nor the log says otherwise
 LABEL_CEILING = 30  # a label is LABEL_CEILING - position in the true order, so that higher is better
 STAGES_ALLOWED = range(2, 5)
 
@@ -41,9 +42,15 @@ class Group:
     """Items of a request that left the online system at the same point."""
 
     name: str  # in the log
-    size: int = 10  # items of it that a request has at the most; what the log has beyond is not used
+    size: int | None = None  # items of it that a request has at the most; None: as many as the log has, see slots
     position: int | None = None  # the group's common position in the true order; None: every item has its own
     index_field: str | None = None  # the column of RecFlow's all_stage files with the items' own positions
+
+    @property
+    def slots(self) -> int:
+        """Items of the group in a request of a log whose requests all have as many, in the order of the groups; what
+        RecFlow's files have beyond is not used."""
+        return DEFAULT_SLOTS if self.size is None else self.size
 
     def label(self) -> int:
         """The label shared by the group's items. Only for groups with a common position."""
@@ -62,13 +69,20 @@ class Cascade:
 
     @property
     def num_items(self) -> int:
-        """N, the number of item slots of a request."""
-        return sum(group.size for group in self.groups)
+        """N, the number of item slots of a request; a log with groups of its own may have another, unless the cascade
+        :attr:`has_sizes`."""
+        return sum(group.slots for group in self.groups)
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether every group has a size of its own, so that no request has more items than :attr:`num_items`."""
+        return all(group.size is not None for group in self.groups)
 
     @property
     def group_of_item(self) -> np.ndarray:
-        """[N] int64: the group, from 0, that each item slot of a request belongs to."""
-        return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups])
+        """[N] int64: the group, from 0, that each item slot of a request belongs to, in a log without groups of its
+        own."""
+        return np.repeat(np.arange(len(self.groups)), [group.slots for group in self.groups])
 
     @property
     def stage_names(self) -> tuple[str, ...]:
@@ -157,14 +171,15 @@ def _problems(cascade: Cascade) -> Iterator[str]:
     if not _NAME.fullmatch(cascade.name):
         yield f"name {cascade.name!r}: a name is of lower-case letters, digits and _"
     for group in cascade.groups:
-        if group.size < 1:
+        if group.size is not None and group.size < 1:
             yield f"group {group.name}: size is 1 or more"
         if group.position is not None and group.index_field is not None:
             yield f"group {group.name} has position and index_field; give one of them"
-    left = cascade.num_items
+    left = cascade.num_items if cascade.has_sizes else None
     for stage in cascade.stages:
-        if not 0 < stage.keep <= left:
-            yield f"stage {stage.name} keeps {stage.keep}; it is reached by {left} items, so 1 to {left}"
+        if not 0 < stage.keep <= (left or stage.keep):
+            reached = "all items, so 1 or more" if left is None else f"{left} items, so 1 to {left}"
+            yield f"stage {stage.name} keeps {stage.keep}; it is reached by {reached}"
         left = stage.keep
         if stage.exposed_groups is not None and not 0 < stage.exposed_groups <= len(cascade.groups):
             yield f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}"
@@ -175,10 +190,10 @@ def _problems(cascade: Cascade) -> Iterator[str]:
 TWO_STAGE = Cascade(
     stages=(Stage("retrieval", keep=30, model="dssm"), Stage("rank", keep=20, model="din", exposed_groups=2)),
     groups=(
-        Group("rank_pos", index_field="rank_index"),
-        Group("rank_neg", position=23),
-        Group("coarse_neg", position=24),
-        Group("prerank_neg", position=25),
+        Group("rank_pos", 10, index_field="rank_index"),
+        Group("rank_neg", 10, position=23),
+        Group("coarse_neg", 10, position=24),
+        Group("prerank_neg", 10, position=25),
     ),
     name="two_stage",
 )
@@ -190,11 +205,11 @@ THREE_STAGE = Cascade(
         Stage("rank", keep=20, model="din", exposed_groups=2),
     ),
     groups=(
-        Group("rerank_pos", index_field="rerank_index"),
-        Group("rerank_neg", position=22),
-        Group("rank_neg", position=23),
-        Group("coarse_neg", position=24),
-        Group("prerank_neg", position=25),
+        Group("rerank_pos", 10, index_field="rerank_index"),
+        Group("rerank_neg", 10, position=22),
+        Group("rank_neg", 10, position=23),
+        Group("coarse_neg", 10, position=24),
+        Group("prerank_neg", 10, position=25),
     ),
     name="three_stage",
 )

@@ -15,6 +15,8 @@ from deep_components.errors import InputError
 
 SIDES = ("request", "history", "item")
 KINDS = ("id", "time", "number")
+MAX_LIST_LENGTH = 1 << 16
+_RESERVED = ("mask", "label", "group", "offset")  # columns that every log has or may have
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Field:
     padding: int = 0  # the index whose row is zero and stays zero
     unknown: int | None = None  # stands for ids that the training days do not have; None where each has its own row
     table: str = ""  # fields with one table share its rows; by default the field's own name. Empty for numbers
+    length: int = 0  # a list field holds so many indices, padding where there are fewer; 0 = a single value
 
     def __post_init__(self) -> None:
         if self.kind != "number" and not self.table:
@@ -66,7 +69,8 @@ class Schema:
         return {f.table: Table(f.size, f.padding, f.unknown) for f in self.fields if f.table}
 
     def width(self, side: str, dim: int) -> int:
-        """Numbers per element of a side once ids are embedded in ``dim`` numbers each."""
+        """Numbers per element of a side once ids are embedded in ``dim`` numbers each; a list field takes as many as a
+        single value."""
         return sum(dim if field.table else 1 for field in self.side(side))
 
     def slices(self, side: str, dim: int) -> dict[str, slice]:
@@ -79,7 +83,11 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         """The schema as plain JSON values."""
-        return {"fields": [asdict(field) for field in self.fields]}
+        listed = [asdict(field) for field in self.fields]
+        for entry, field in zip(listed, self.fields, strict=True):
+            if not field.length:  # checksums of schemas without list fields stay what they were
+                del entry["length"]
+        return {"fields": listed}
 
     @classmethod
     def from_json(cls, content: Any, source: str) -> "Schema":
@@ -104,7 +112,7 @@ def _problems(listed: Sequence[Field]) -> Iterator[str]:
     tables, seen = dict[str, Table](), set[tuple[str, str]]()
     for field in listed:
         what = f"field {field.name!r} of side {field.side!r}"
-        if not isinstance(field.name, str) or not field.name.isidentifier() or field.name in ("mask", "label", "group"):
+        if not isinstance(field.name, str) or not field.name.isidentifier() or field.name in _RESERVED:
             yield f"{what}: the name is no identifier, or is reserved"
         if field.side not in SIDES or field.kind not in KINDS:
             yield f"{what}: side is one of {', '.join(SIDES)} and kind one of {', '.join(KINDS)}"
@@ -113,11 +121,15 @@ def _problems(listed: Sequence[Field]) -> Iterator[str]:
         seen.add((field.side, field.name))
         if type(field.size) is not int or type(field.padding) is not int or not 0 <= field.padding < field.size:
             yield f"{what}: size and padding are whole numbers with 0 <= padding < size"
+        if type(field.length) is not int or not 0 <= field.length <= MAX_LIST_LENGTH:
+            yield f"{what}: length is 0 for a single value, or 1 to {MAX_LIST_LENGTH} for a list"
         if field.unknown is not None and not (type(field.unknown) is int and 0 <= field.unknown < field.size):
             yield f"{what}: unknown is an index below size"
         if field.kind == "number":
             if field.table:
                 yield f"{what}: a number has no table"
+            if field.length:
+                yield f"{what}: a list is of ids; give each number a field of its own"
         elif not isinstance(field.table, str) or not field.table.isidentifier():
             yield f"{what}: table {field.table!r} is no identifier"
         elif (table := Table(field.size, field.padding, field.unknown)) != tables.setdefault(field.table, table):

@@ -32,6 +32,14 @@ def test_json_and_back(schema: Schema) -> None:
     assert len({s.checksum for s in (*SCHEMAS.values(), Schema(schema.fields[:-1]))}) == 3
 
 
+def test_a_list_field_is_as_wide_as_a_single_value() -> None:
+    schema = Schema((Field("genre", "item", size=9, length=3), Field("shop", "item", size=5)))
+    assert (schema.width("item", 8), schema.slices("item", 8)["shop"]) == (16, slice(8, 16))
+    genre, shop = schema.to_json()["fields"]
+    assert genre == shop | {"name": "genre", "table": "genre", "size": 9, "length": 3}  # only lists name a length
+    assert "length" not in shop and Schema.from_json(schema.to_json(), "meta.json") == schema
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -44,6 +52,11 @@ def test_json_and_back(schema: Schema) -> None:
         ([Field("a", "item", size=3, padding=3)], "0 <= padding < size"),
         ([Field("a", "item", size=3, unknown=3)], "unknown is an index below size"),
         ([Field("a", "item", "number", table="b")], "a number has no table"),
+        ([Field("a", "item", "number", length=2)], "a list is of ids"),
+        ([Field("a", "item", size=3, length=-1)], "length is 0 for a single value"),
+        ([Field("a", "item", size=3, length=True)], "length is 0 for a single value"),
+        ([Field("a", "item", size=3, length=1 << 17)], "1 to 65536 for a list"),
+        ([Field("offset", "item", size=3)], "reserved"),
         ([Field("a", "item", size=3), Field("b", "history", size=4, table="a")], "another size"),
         ([Field("a", "item", size=3, table="../b")], "no identifier"),
     ],

@@ -36,6 +36,7 @@ META_FILE = "meta.json"
 VERIFIED = "LCRON_VERIFIED_DAYS"  # environment variable: the days that this process or a parent of it has verified
 _ID_SETS = "ids."
 _OPTIONAL = "item.group"
+_OFFSET = "item.offset"
 _MAX_SIZE = 1 << 32  # rows of a table
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
@@ -52,22 +53,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Column:
-    """What a column consists of: one value for each element of its side, below ``limit`` where there is one."""
+    """What a column consists of: one value, or a list of ``length``, for each element of its side, below ``limit``
+    where there is one."""
 
-    side: str  # "request" [R], "history" [R, L] or "item" [R, N]
+    side: str  # "request" [R], "history" [R, L], "item" [R, N], in a ragged day [T], or "offset" [R + 1]
     dtypes: tuple[np.dtype, ...]  # any of these; a writer converts to the first
     limit: int | None = None
+    length: int = 0
 
 
-def columns_of(schema: Schema) -> dict[str, Column]:
-    """Name -> column, of all columns of a day; item.group may be absent."""
+def columns_of(schema: Schema, ragged: bool = False) -> dict[str, Column]:
+    """Name -> column, of all columns of a day; item.group may be absent, but not in a ragged day, whose requests have
+    lists of items of varying length."""
     columns = {"request_id": Column("request", (np.dtype(np.int64),))}
     for entry in schema.fields:
         if entry.size > _MAX_SIZE:
             raise InputError(f"field {entry.name} of side {entry.side}: size {entry.size} is above {_MAX_SIZE}")
         kind = np.min_scalar_type(entry.size - 1) if entry.table else np.dtype(np.float32)
-        columns[f"{entry.side}.{entry.name}"] = Column(entry.side, (kind,), entry.size if entry.table else None)
+        limit = entry.size if entry.table else None
+        columns[f"{entry.side}.{entry.name}"] = Column(entry.side, (kind,), limit, entry.length)
     columns |= {f"{side}.mask": Column(side, (np.dtype(np.bool_),), 2) for side in ("history", "item")}
+    if ragged:
+        del columns["item.mask"]
+        columns[_OFFSET] = Column("offset", (np.dtype(np.int64),))
     columns["item.label"] = Column("item", (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.int16)))
     columns[_OPTIONAL] = Column("item", (np.dtype(np.uint8),))
     return columns
@@ -75,7 +83,8 @@ def columns_of(schema: Schema) -> dict[str, Column]:
 
 @dataclass(frozen=True)
 class DayCache:
-    """One opened day. ``columns`` are memory maps whose first dimension is the request, in file order.
+    """One opened day. ``columns`` are memory maps whose first dimension is the request, in file order; those of the
+    items of a ragged day have the items of all requests, one after another, as ``item.offset`` divides them.
 
     ``repairs`` counts what its importer left out or repaired; ``checksum`` is the SHA-256 of what the day holds, the
     same wherever it lies.
@@ -93,6 +102,17 @@ class DayCache:
     def __len__(self) -> int:
         return len(self.columns["request_id"])
 
+    @property
+    def num_items(self) -> int:
+        """The most items that a request of the day has, masked ones included."""
+        return self.longest(np.arange(len(self)))
+
+    def longest(self, requests: np.ndarray) -> int:
+        """N of a batch of these requests: all have as many items, or it is the longest of their lists, at least 1."""
+        if _OFFSET in self.columns:
+            return int(_item_rows(self.columns[_OFFSET], requests)[1].max(initial=1))
+        return int(self.columns["item.mask"].shape[1])
+
     def ids(self, table: str) -> IdSet:
         """The indices of a table that the day uses, and its padding index, that of unknown ids, and 0."""
         bits = self.id_bits.get(table)
@@ -105,29 +125,58 @@ class DayCache:
             raise InputError(f"--seq_len={length}: the histories of the log have {there} positions")
         return replace(self, history_length=there if length is None else length)
 
-    def batch(self, requests: np.ndarray) -> CascadeBatch[Features]:
-        """The requests at the given positions, all N items at once."""
-        targets = Targets(
-            labels=self._values("item.label", requests),
-            mask=self._values("item.mask", requests),
-            group=self._values(_OPTIONAL, requests)
-            if _OPTIONAL in self.columns
-            else torch.from_numpy(self.group).expand(len(requests), -1),
-        )
-        sides = {
-            side: {entry.name: self._values(f"{side}.{entry.name}", requests) for entry in self.schema.side(side)}
-            for side in SIDES
-        }
+    def batch(self, requests: np.ndarray, num_items: int | None = None) -> CascadeBatch[Features]:
+        """The requests at the given positions, all N items at once. Lists of varying length are padded to the longest
+        of them, or to ``num_items``; an item that is padding is masked, and its fields are the padding index or 0."""
+        if _OFFSET in self.columns:
+            rows, mask = self._lists(requests, num_items)
+            sides = {side: self._side(side, requests) for side in ("request", "history")}
+            padding = {entry.name: entry.padding for entry in self.schema.side("item")}
+            item = self._side("item", rows)
+            sides["item"] = {name: _padded(values, mask, padding[name]) for name, values in item.items()}
+            labels, group = (_padded(self._values(name, rows), mask, 0) for name in ("item.label", _OPTIONAL))
+        else:
+            sides = {side: self._side(side, requests) for side in SIDES}
+            labels, mask = self._values("item.label", requests), self._values("item.mask", requests)
+            group = (
+                self._values(_OPTIONAL, requests)
+                if _OPTIONAL in self.columns
+                else torch.from_numpy(self.group).expand(len(requests), -1)
+            )
         features = Features(**sides, history_mask=self._values("history.mask", requests))
-        return CascadeBatch(self._values("request_id", requests), features, targets)
+        return CascadeBatch(self._values("request_id", requests), features, Targets(labels, mask, group))
 
-    def _values(self, name: str, requests: np.ndarray) -> torch.Tensor:
+    def _lists(self, requests: np.ndarray, num_items: int | None) -> tuple[np.ndarray, torch.Tensor]:
+        """Of a ragged day, the rows of the requests' items, one request after another, and the mask [B, N]."""
+        rows, counts = _item_rows(self.columns[_OFFSET], requests)
+        slots = np.arange(counts.max(initial=1) if num_items is None else num_items)
+        return rows, torch.from_numpy(slots < counts[:, None])
+
+    def _side(self, side: str, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        return {entry.name: self._values(f"{side}.{entry.name}", rows) for entry in self.schema.side(side)}
+
+    def _values(self, name: str, rows: np.ndarray) -> torch.Tensor:
         column = self.columns[name]
-        values = column[requests]
+        values = column[rows]
         if name.startswith("history."):
             values = values[:, column.shape[1] - self.history_length :]
         kept = column.dtype if column.dtype in (np.bool_, np.float32) else np.int64
         return torch.from_numpy(np.ascontiguousarray(values, kept))
+
+
+def _item_rows(offset: np.ndarray, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of the items of these requests, one request after another, and how many each request has."""
+    first = offset[requests]
+    counts = offset[requests + 1] - first
+    before = np.cumsum(counts) - counts
+    return np.repeat(first - before, counts) + np.arange(counts.sum()), counts
+
+
+def _padded(values: torch.Tensor, mask: torch.Tensor, padding: int) -> torch.Tensor:
+    """[B, N, ...] with ``values`` [items present, ...] where ``mask`` [B, N] is True, in their order, else padding."""
+    whole = values.new_full((*mask.shape, *values.shape[1:]), padding)
+    whole[mask] = values
+    return whole
 
 
 def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray]) -> IdSet:
@@ -147,13 +196,17 @@ class ColumnFiles:
 
     A file is mapped only while a piece is written, so that the pages of the whole day never count as memory; its space
     on the disk is reserved first, so that a full disk is an OSError and not a SIGBUS. ``requests`` is R, the rows of
-    every column; ``repairs`` counts what the importer left out or repaired, which a user sees on each opening.
+    every column, but for the items' columns in a ragged day, whose rows ``offset`` [R + 1] divides among the requests;
+    ``repairs`` counts what the importer left out or repaired, which a user sees on each opening.
     """
 
-    def __init__(self, folder: Path, schema: Schema, requests: int) -> None:
+    def __init__(self, folder: Path, schema: Schema, requests: int, offset: np.ndarray | None = None) -> None:
         self.folder, self.schema, self.requests = folder, schema, requests
         self.repairs: dict[str, int] = {}
-        self._columns = columns_of(schema)
+        self._columns = columns_of(schema, ragged=offset is not None)
+        self._offset = None if offset is None else self._converted(_OFFSET, np.asarray(offset))
+        if self._offset is not None:
+            _check_offset(folder, self._offset, requests)
         self._layouts: dict[str, dict[str, Any]] = {}  # column -> where in its file what lies, as np.memmap takes it
 
     def write(self, name: str, values: np.ndarray, rows: np.ndarray | slice = slice(None)) -> None:
@@ -164,12 +217,17 @@ class ColumnFiles:
         values = self._converted(name, values)
         path = self.folder / f"{name}.npy"
         if name not in self._layouts:
-            shape = (self.requests, *values.shape[1:])
+            shape = (self._rows(name), *values.shape[1:])
             new = np.lib.format.open_memmap(path, mode="w+", dtype=values.dtype, shape=shape)
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             self._layouts[name] = {"offset": new.offset, "shape": new.shape, "dtype": new.dtype}
         np.memmap(path, mode="r+", **self._layouts[name])[rows] = values
+
+    def _rows(self, name: str) -> int:
+        if self._offset is None or not name.startswith("item."):
+            return self.requests
+        return len(self._offset) if name == _OFFSET else int(self._offset[-1])
 
     def _converted(self, name: str, values: np.ndarray) -> np.ndarray:
         """The values in the column's type. InputError when that would change them."""
@@ -189,19 +247,29 @@ class ColumnFiles:
         return values.astype(dtype)
 
     def keep(self, rows: np.ndarray) -> None:
-        """Leave only these rows (positions, rising) of every column written so far."""
+        """Leave only these requests (positions, rising) in every column written so far."""
         before, self._layouts, self.requests = self._layouts, {}, len(rows)
+        offset = self._offset
+        if offset is not None:
+            self._offset = np.concatenate([[0], np.cumsum(np.diff(offset)[rows])])
         for name, layout in before.items():
-            path = self.folder / f"{name}.npy"
+            path, done = self.folder / f"{name}.npy", 0
             old = path.rename(path.with_suffix(".old"))
             for first in range(0, len(rows), _ROWS_PER_PIECE):
-                values = np.memmap(old, mode="r", **layout)[rows[first : first + _ROWS_PER_PIECE]]
-                self.write(name, values, slice(first, first + len(values)))
+                chosen = rows[first : first + _ROWS_PER_PIECE]
+                if offset is not None and name.startswith("item."):
+                    chosen, _ = _item_rows(offset, chosen)
+                values = np.memmap(old, mode="r", **layout)[chosen]
+                self.write(name, values, slice(done, done + len(values)))
+                done += len(values)
             old.unlink()
 
     def finish(self, made_from: Mapping[str, Any]) -> None:
         """Check the columns, and write beside them which ids they use and meta.json."""
-        missing = sorted(self._columns.keys() - self._layouts.keys() - {_OPTIONAL})
+        if self._offset is not None:
+            self.write(_OFFSET, self._offset)
+        optional = {_OPTIONAL} if self._offset is None else set()
+        missing = sorted(self._columns.keys() - self._layouts.keys() - optional)
         if missing:
             raise InputError(f"column {missing[0]}: not written; a day needs every column of its schema")
         columns = {name: _mapped(self.folder, name) for name in self._layouts}
@@ -221,12 +289,19 @@ class ColumnFiles:
 
 @contextmanager
 def write_day(
-    folder: Path, schema: Schema, requests: int, made_from: Mapping[str, Any] | None = None
+    folder: Path,
+    schema: Schema,
+    requests: int,
+    made_from: Mapping[str, Any] | None = None,
+    offset: np.ndarray | None = None,
 ) -> Iterator[ColumnFiles]:
     """Write a day: the block fills every column of ``schema``, and the finished day is renamed to ``folder``::
 
         with write_day(Path("log/2024-01-13"), schema, requests=1000) as day:
             day.write("item.video", videos)  # [1000, N]
+
+    With ``offset`` [requests + 1], rising from 0 to T, the day is ragged: request r has the rows offset[r] ..
+    offset[r + 1] of the T rows of every column of the items.
 
     When the block fails, nothing is left. Raises InputError when the folder is there already, or a column is missing or
     does not fit the schema; OSError when the folder cannot be written.
@@ -236,7 +311,7 @@ def write_day(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
-        files = ColumnFiles(temporary, schema, requests)
+        files = ColumnFiles(temporary, schema, requests, offset)
         yield files
         files.finish(made_from or {})
         temporary.rename(folder)
@@ -252,8 +327,9 @@ def read_day(folder: Path, day: str, cascade: Cascade, made_from: Mapping[str, A
     """Open the day in ``folder``, as :func:`write_day` leaves it; its columns are mapped, and keep no file open.
 
     The content is verified once a tree of processes: a day that this process or a parent has verified, and whose files
-    still have the same inodes, sizes and times, is not read through again. A request must have the cascade's N items,
-    and the day must say that it was made from ``made_from`` (None = anything).
+    still have the same inodes, sizes and times, is not read through again. A request must have the cascade's N items
+    (in a ragged day at most N), any number where its groups have no sizes; and the day must say that it was made from
+    ``made_from`` (None = anything).
 
     Raises InputError when a file is missing, damaged, or does not fit the schema or the cascade.
     """
@@ -305,9 +381,10 @@ def _open_columns(
     folder: Path, schema: Schema, files: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(columns, sets of ids) of a day whose files are just those that it must and may have."""
-    names = list(columns_of(schema))
+    ragged = f"{_OFFSET}.npy" in files
+    names = list(columns_of(schema, ragged))
     id_sets = [f"{_ID_SETS}{table}" for table in schema.tables]
-    must = {f"{name}.npy" for name in names if name != _OPTIONAL}
+    must = {f"{name}.npy" for name in names if ragged or name != _OPTIONAL}
     may = must | {f"{name}.npy" for name in (_OPTIONAL, *id_sets)}
     there = {path.name for path in folder.iterdir()}
     for name in sorted((must - there) | (set(files) - there)):
@@ -345,24 +422,58 @@ def _check_shapes(
     folder: Path, schema: Schema, columns: Mapping[str, np.ndarray], cascade: Cascade | None = None
 ) -> None:
     """InputError for a column of another type or shape than the schema, the other columns and the cascade say."""
-    axes = {"request_id": 0, "history.mask": 1, "item.mask": 1}
+    ragged = _OFFSET in columns
+    axes = {"request_id": 0, "history.mask": 1, "item.label": 0 if ragged else 1}
     requests, length, items = ((*columns[name].shape, 0, 0)[axis] for name, axis in axes.items())
     sizes = {"request": (requests,), "history": (requests, length), "item": (requests, items)}
-    known = columns_of(schema)
+    if ragged:
+        sizes |= {"item": (items,), "offset": (requests + 1,)}
+    known = columns_of(schema, ragged)
     for name, column in columns.items():
         path, expected = folder / f"{name}.npy", known[name]
         if column.dtype not in expected.dtypes:
             raise InputError(f"{path}: type {column.dtype}, not {expected.dtypes[0]}; make the day again")
-        if column.shape != sizes[expected.side]:
-            raise InputError(f"{path}: shape {column.shape}, not {sizes[expected.side]}; make the day again")
+        shape = (*sizes[expected.side], expected.length) if expected.length else sizes[expected.side]
+        if column.shape != shape:
+            raise InputError(f"{path}: shape {column.shape}, not {shape}; make the day again")
     if not requests:
         raise InputError(f"{folder}: holds no request; make the day again")
-    if cascade is not None and items != cascade.num_items:
+    if ragged:
+        _check_offset(folder, columns[_OFFSET], requests, items)
+    if cascade is not None:
+        _check_cascade(folder, columns, cascade)
+
+
+def _check_offset(folder: Path, offset: np.ndarray, requests: int, items: int | None = None) -> None:
+    """InputError unless ``offset`` divides rows, ``items`` if that is known, among the requests."""
+    path = folder / f"{_OFFSET}.npy"
+    if offset.shape != (requests + 1,):
+        raise InputError(f"{path}: shape {offset.shape}, not {(requests + 1,)}; make the day again")
+    if offset[0] != 0 or (offset[1:] < offset[:-1]).any():
+        raise InputError(f"{path}: does not rise from 0, so it divides no rows among requests; make the day again")
+    if items is not None and offset[-1] != items:
+        raise InputError(f"{path}: ends at {offset[-1]}, but item.label has {items} rows; make the day again")
+    if not offset[-1]:
+        raise InputError(f"{path}: no request has an item; make the day again")
+
+
+def _check_cascade(folder: Path, columns: Mapping[str, np.ndarray], cascade: Cascade) -> None:
+    """InputError when the requests have other numbers of items, or other groups, than the cascade."""
+    ragged, grouped = _OFFSET in columns, _OPTIONAL in columns
+    items = int(np.diff(columns[_OFFSET]).max()) if ragged else columns["item.label"].shape[1]
+    wanted, known = cascade.num_items, cascade.has_sizes or not grouped
+    if known and (items > wanted if ragged else items != wanted):
         raise InputError(
-            f"{folder}: its requests have {items} items, the cascade {cascade.name} has {cascade.num_items}; "
-            "give the groups of --cascade the log's sizes"
+            f"{folder}: its requests have {'up to ' if ragged else ''}{items} items, the cascade {cascade.name} has "
+            f"{wanted}; give the groups of --cascade the log's sizes{', or none' if grouped else ''}"
         )
-    if cascade is not None and _OPTIONAL in columns and columns[_OPTIONAL].max() >= len(cascade.groups):
+    first = cascade.stages[0]
+    if not cascade.has_sizes and not ragged and first.keep > items:
+        raise InputError(
+            f"{folder}: its requests have {items} items, and stage {first.name} of the cascade {cascade.name} keeps "
+            f"{first.keep}; give it a keep of at most {items}"
+        )
+    if grouped and columns[_OPTIONAL].max(initial=0) >= len(cascade.groups):
         raise InputError(
             f"{folder / _OPTIONAL}.npy: holds {columns[_OPTIONAL].max()}, and the cascade {cascade.name} has "
             f"{len(cascade.groups)} groups, from 0; name all groups in --cascade"
@@ -399,7 +510,7 @@ def _verify(
     """InputError when a file is not what meta.json says, or holds what its schema does not allow."""
     if _fingerprint(folder) in os.environ.get(VERIFIED, "").split():
         return
-    known = columns_of(schema)
+    known = columns_of(schema, ragged=_OFFSET in columns)
     try:
         found = {name: _check_values(folder, name, column, known[name]) for name, column in columns.items()}
         found |= {f"{_ID_SETS}{table}": sha256_of(folder / f"{_ID_SETS}{table}.npy") for table in id_bits}

@@ -86,18 +86,19 @@ def batches(
 def _resident_batches(
     day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: Prepare
 ) -> Iterator[CascadeBatch[SlotFeatures]]:
-    """Batches of a day that lies on the device, in the smallest types that hold its values."""
+    """Batches of a day that lies on the device, in the smallest types that hold its values, lists of varying length
+    padded to the day's longest."""
     chunks: list[list[torch.Tensor]] = []
     for first in range(0, len(day), _REQUESTS_PER_COPY):
-        batch = prepare.rows(day.batch(np.arange(first, min(first + _REQUESTS_PER_COPY, len(day)))))
+        batch = prepare.rows(day.batch(np.arange(first, min(first + _REQUESTS_PER_COPY, len(day))), day.num_items))
         chunks.append(batch.apply(_short).to(device).tensors())
     whole = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # in the widest of its chunks' types
     chunks.clear()
     positions = torch.from_numpy(order).to(device)
     for first in range(0, len(order), batch_size):
-        chosen = positions[first : first + batch_size]
+        chosen, longest = positions[first : first + batch_size], day.longest(order[first : first + batch_size])
         columns = iter(whole)
-        yield prepare.slots(batch.apply(lambda _: _long(next(columns)[chosen])))  # noqa: B023
+        yield prepare.slots(batch.apply(lambda _: _long(next(columns)[chosen])).first_items(longest))  # noqa: B023
 
 
 def _short(values: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,18 @@
 Two kinds of folder are understood: RecFlow's layout (data/README.md), whose days are encoded into a cache when they are
 first opened, and days in the columnar format itself (docs/format.md), with a ``log.json`` beside them::
 
-    log.json                 {"origin": "what made the log"}
+    log.json                 {"origin": "what made the log"}, and "groups", the names of the items' groups in order
     2024-01-13/meta.json     a day, as columnar.write_day leaves it
     2024-01-13/*.npy
     ...
 """
 
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date
@@ -33,6 +35,7 @@ class ColumnarLog:
     folder: Path
     origin: str
     schema: Schema
+    groups: tuple[str, ...] = ()  # of its items, from best to worst; empty where the log does not name them
     protocol_days: tuple[str, ...] = ()
 
     @property
@@ -50,6 +53,12 @@ class ColumnarLog:
         zone: str = DEFAULT_TIME_ZONE,
         history_length: int | None = None,
     ) -> DayCache:
+        own = tuple(group.name for group in cascade.groups)
+        if self.groups and own != self.groups:
+            raise InputError(
+                f"{self.folder / LOG_FILE}: its groups are {', '.join(self.groups)}, those of the cascade "
+                f"{cascade.name} are {', '.join(own)}; give --cascade the log's groups, in their order"
+            )
         opened = read_day(self.folder / day, day, cascade)
         if (opened.schema, opened.history_length) != (self.schema, self.history_length):
             raise InputError(
@@ -78,12 +87,24 @@ def open_log(data_dir: Path) -> Log:
     if not (data_dir / LOG_FILE).exists():
         return open_recflow(data_dir)
     first, *_ = _columnar_days(data_dir)
-    return ColumnarLog(data_dir, origin_in(data_dir / LOG_FILE, "origin"), schema_of(data_dir / first))
+    path = data_dir / LOG_FILE
+    return ColumnarLog(data_dir, origin_in(path, "origin"), schema_of(data_dir / first), _groups_in(path))
 
 
-def write_log_file(folder: Path, origin: str) -> None:
-    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made."""
-    write_atomically(folder / LOG_FILE, lambda file: file.write((json.dumps({"origin": origin}) + "\n").encode()))
+def write_log_file(folder: Path, origin: str, **about: Any) -> None:
+    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made; ``about`` is what else it says, such
+    as the names of its ``groups``."""
+    content = (json.dumps({"origin": origin, **about}) + "\n").encode()
+    write_atomically(folder / LOG_FILE, lambda file: file.write(content))
+
+
+def _groups_in(path: Path) -> tuple[str, ...]:
+    """The names of the items' groups in ``log.json``, which :func:`origin_in` has read before."""
+    content = json.loads(path.read_text())
+    groups = content.get("groups", ())
+    if "groups" in content and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
+        raise InputError(f"{path}: field groups is {reprlib.repr(groups)}, not a list of names; make the log again")
+    return tuple(groups)
 
 
 def _columnar_days(folder: Path) -> list[str]:

@@ -333,7 +333,7 @@ class _Encoder:
     ) -> None:
         """Encode all groups of the requests whose columns' rows are ``rows``."""
         stacked = [
-            _stack(path, group.name, ids, [request.get(group.name) for request in requests], group.size, _ITEM_WIDTH)
+            _stack(path, group.name, ids, [request.get(group.name) for request in requests], group.slots, _ITEM_WIDTH)
             for group in cascade.groups
         ]
         values = np.concatenate([values for values, _ in stacked], axis=1)  # [b, N, 7]
@@ -342,7 +342,7 @@ class _Encoder:
         shared = np.array([0 if group.position is None else group.label() for group in cascade.groups])
         labels = np.repeat(shared[None, groups], len(rows), axis=0)
         if cascade.groups[0].index_field is not None:
-            size = cascade.groups[0].size
+            size = cascade.groups[0].slots
             position, known = positions.find(rows, values[:, :size, 0])
             labels[:, :size] = np.where(known, LABEL_CEILING - position, 0)
             self.without_position += int((mask[:, :size] & ~known).sum())
