@@ -400,7 +400,7 @@ def _own_field(column: Column, sample: Sample) -> str:
         reasons["scale"] = f"skewness {float(column.known.astype(float).skew()):.1f}"
     else:
         keys["kind"] = "id"
-        if column in (sample.item, sample.user):
+        if history or column in (sample.item, sample.user):
             keys["min_count"], reasons["min_count"] = 2, "rarer ones share the unknown row, which is so trained"
         if history and sample.item is not None:
             keys["table"] = _snake(sample.item.name)
