@@ -20,6 +20,7 @@ COMMANDS = {
     "report": ("commands.report", "one page with charts about many runs"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
+    "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
     "import movielens": ("dataset.importers.movielens", "make a log from MovieLens-1M"),
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),

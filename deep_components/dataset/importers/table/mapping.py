@@ -22,9 +22,9 @@ from deep_components.schema import SIDES
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".feather": "feather", ".arrow": "feather"}
 KINDS = ("id", "number", "time")
 MAX_GROUPS = 256
-MAX_LENGTH = 100_000  # of a history or a list
+MAX_LENGTH = 1 << 16  # of a history or a list
 MAX_BUCKETS = 100_000
-_RESERVED = ("mask", "label", "group")
+_RESERVED = ("mask", "label", "group", "offset")
 _SEE = "see docs/own_log.md"
 _GROUP_NAME = re.compile(r"[a-z][a-z0-9_]*")  # as cascades name groups
 
