@@ -65,8 +65,10 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--loss_type", required=True, help="the method; a file of deep_components/loss has its name")
     _add_data_arguments(parser)
-    parser.add_argument("--time_zone", default=DEFAULT_TIME_ZONE, help=f"of the log (default {DEFAULT_TIME_ZONE})")
-    parser.add_argument("--train_days", type=_days, help="day,day,... (default: all days but the last; on RecFlow "
+    parser.add_argument(
+        "--time_zone", default=DEFAULT_TIME_ZONE, help=f"of a log in RecFlow's layout (default {DEFAULT_TIME_ZONE})"
+    )
+    parser.add_argument("--train_days", type=_days, help="day,day,... (default: all days but the test days; on RecFlow "
                         "2024-01-13 .. 2024-02-03)")  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")

@@ -33,8 +33,13 @@ class Stage:
 
     name: str  # of its model's file and metrics
     keep: int  # q, its quota
-    model: str  # one of deep_components.models.MODELS
+    model: str  # one of deep_components.models.MODELS, or "my_package.my_module:MyModel"
     exposed_groups: int | None = None  # when it served, it saw the items of the first so many groups; None = all
+    nn_units: int | None = None  # the width of its model; None = --nn_units
+
+    def to_json(self) -> dict[str, Any]:
+        """Without a width that is not given: runs from before there was one stay the same."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("nn_units", None)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Cascade:
 
     def to_json(self) -> dict[str, Any]:
         """The cascade as plain JSON values."""
-        return asdict(self) | {"stages": [asdict(s) for s in self.stages], "groups": [asdict(g) for g in self.groups]}
+        return asdict(self) | {"stages": [s.to_json() for s in self.stages], "groups": [asdict(g) for g in self.groups]}
 
     @classmethod
     def from_json(cls, content: Any, source: str) -> "Cascade":
@@ -183,6 +188,9 @@ def _problems(cascade: Cascade) -> Iterator[str]:
         left = stage.keep
         if stage.exposed_groups is not None and not 0 < stage.exposed_groups <= len(cascade.groups):
             yield f"stage {stage.name}: exposed_groups is 1 to {len(cascade.groups)}"
+        step = 1 if ":" in stage.model else 4  # the towers of MODELS have quarters of it
+        if stage.nn_units is not None and (stage.nn_units < 1 or stage.nn_units % step):
+            yield f"stage {stage.name}: nn_units is {'1 or more' if step == 1 else 'a multiple of 4'}"
     if cascade.num_relevant < 1:
         yield "num_relevant is 1 or more"
 
@@ -215,3 +223,8 @@ THREE_STAGE = Cascade(
 )
 
 SETTINGS = {cascade.name: cascade for cascade in (TWO_STAGE, THREE_STAGE)}
+
+
+def named_cascade(name: str) -> Cascade:
+    """What ``--cascade=name`` says: one of SETTINGS, or the cascade in a TOML file, with the errors of from_toml."""
+    return SETTINGS.get(name) or Cascade.from_toml(Path(name))

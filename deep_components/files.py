@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises InputError when the folder cannot be written or the disk is full; the temporary file is removed then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -133,6 +134,55 @@ def _lock(descriptor: int, shared: bool, path: Path, wait: float) -> bool:
             logger.info("waiting for another process (it holds %s)", path)
             said = True
         time.sleep(0.1)
+
+
+def folder_checksum(folder: Path) -> str | None:
+    """SHA-256 of the names and contents of a folder's files; None where there is no folder.
+
+    InputError when something in it is no plain file: a link or a pipe could be anything.
+    """
+    if not folder.is_dir():
+        return None
+    for path in folder.iterdir():
+        if path.is_symlink() or not path.is_file():
+            raise InputError(f"{path}: not a plain file; remove it, or make the folder again")
+    return _digest({path.name: sha256_of(path) for path in folder.iterdir()})
+
+
+def copy_folder(source: Path, target: Path, checksum: str) -> None:
+    """Copy a folder of plain files to ``target``, which is not there, whole or not at all.
+
+    InputError when the copy does not have the :func:`folder_checksum`.
+    """
+    temporary = _temporary(target)
+    try:
+        shutil.copytree(source, temporary, symlinks=True)
+        if folder_checksum(temporary) != checksum:
+            raise InputError(f"{source}: changed while it was read; give the command again")
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, all at once: what a killed process leaves of it has a temporary name."""
+    gone = _temporary(path)
+    remove(gone)
+    with suppress(FileNotFoundError):
+        path.rename(gone)
+        remove(gone)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from deep_components.arguments import (
     training_parser,
     unknown_method,
 )
-from deep_components.cascade import SETTINGS, Cascade
+from deep_components.cascade import SETTINGS, Cascade, named_cascade
 from deep_components.cli import run_command
 from deep_components.errors import InputError
 from deep_components.loss.arf import ARF
@@ -26,6 +25,7 @@ from deep_components.loss.icc import ICC
 from deep_components.loss.lcron import LCRON
 from deep_components.loss.rankflow import RankFlow
 from deep_components.loss.sorting import SortingCrossEntropy
+from deep_components.models import check_models
 from deep_components.training.loop import train_cascade
 
 
@@ -36,7 +36,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help=f"a TOML file (docs/cascades.md), or one of {', '.join(SETTINGS)}")  # fmt: skip
     add_method_options(parser)
     args = parser.parse_args(argv)
-    args.cascade = SETTINGS.get(args.cascade) or Cascade.from_toml(Path(args.cascade))
+    source, args.cascade = args.cascade, named_cascade(args.cascade)
+    check_models(args.cascade, source)
     for stage in args.cascade.stage_names:  # a loss names its trainable weights by the stages
         if hasattr(nn.ParameterDict(), stage):
             raise InputError(f"cascade {args.cascade.name}: stage {stage!r}: PyTorch uses this name; choose another")

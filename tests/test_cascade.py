@@ -58,6 +58,15 @@ def test_json_and_back(cascade: Cascade) -> None:
     assert Cascade.from_json(cascade.to_json(), "config.json") == cascade
 
 
+def test_widths(tmp_path: Path) -> None:
+    """A width that is not given is not written, so that runs of earlier versions are the same."""
+    text = FOUR.replace('model = "dssm"', 'model = "dssm", nn_units = 64').replace('"din"', '"a.b:C", nn_units = 3')
+    cascade = Cascade.from_toml(write(tmp_path, text))
+    assert [stage.nn_units for stage in cascade.stages] == [64, None, None, 3]
+    assert Cascade.from_json(cascade.to_json(), "config.json") == cascade
+    assert ["nn_units" in stage for stage in cascade.to_json()["stages"]] == [True, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
@@ -74,6 +83,10 @@ def test_json_and_back(cascade: Cascade) -> None:
             for name in ("loss", "group", "data", "step", "day", "seconds", "skipped")
         ],
         ("exposed_groups = 2", "exposed_groups = 4", "exposed_groups is 1 to 3"),
+        ('model = "mlp"', 'model = "mlp", nn_units = 6', "stage coarse: nn_units is a multiple of 4"),
+        ('model = "mlp"', 'model = "mlp", nn_units = 0', "stage coarse: nn_units is a multiple of 4"),
+        ('model = "mlp"', 'model = "a:B", nn_units = 0', "stage coarse: nn_units is 1 or more"),
+        ('model = "mlp"', 'model = "mlp", nn_units = 8.0', "nn_units of a stage is 8.0, not a whole number"),
         ("size = 15", "size = 0", "size is 1 or more"),
         ("position = 10", 'position = 10, index_field = "x"', "give one of them"),
         ("num_relevant = 5", "num_relevant = 0", "num_relevant is 1 or more"),

@@ -1,13 +1,24 @@
 """Atomic writing: the old file or the new one, never half of one, and no litter; checksums of JSON; locks."""
 
 import errno
+import os
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, locked, read_json, write_atomically, write_json
+from deep_components.files import (
+    atomic_path,
+    copy_folder,
+    folder_checksum,
+    locked,
+    read_json,
+    remove_folder,
+    temporaries,
+    write_atomically,
+    write_json,
+)
 
 
 def test_writes_and_makes_the_folder(tmp_path: Path) -> None:
@@ -117,3 +128,68 @@ def test_where_nothing_can_be_locked(tmp_path: Path) -> None:
         assert reading is not None
     with mock.patch("fcntl.flock", no_locks), pytest.raises(OSError, match="No locks"), locked(tmp_path / "a"):
         pass
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of two files."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.npy").write_bytes(b"1")
+    (folder / "b.json").write_bytes(b"2")
+    return folder
+
+
+def test_the_checksum_of_a_folder(source: Path) -> None:
+    """Of names and contents, and of nothing else."""
+    checksum = folder_checksum(source)
+    assert folder_checksum(source / "absent") is None
+    (source / "a.npy").touch()
+    assert folder_checksum(source) == checksum
+    (source / "a.npy").rename(source / "c.npy")
+    renamed = folder_checksum(source)
+    (source / "c.npy").write_bytes(b"3")
+    assert len({checksum, renamed, folder_checksum(source)}) == 3
+
+
+@pytest.mark.parametrize("kind", ["a link", "a folder", "a pipe"])
+def test_a_folder_of_plain_files_only(kind: str, source: Path) -> None:
+    odd = source / "odd"
+    if kind == "a link":
+        odd.symlink_to(source / "a.npy")
+    else:
+        odd.mkdir() if kind == "a folder" else os.mkfifo(odd)
+    with pytest.raises(InputError, match="odd: not a plain file; remove it"):
+        folder_checksum(source)
+
+
+def test_a_copied_folder(source: Path, tmp_path: Path) -> None:
+    checksum = folder_checksum(source)
+    assert checksum is not None
+    copy_folder(source, tmp_path / "copy", checksum)
+    assert folder_checksum(tmp_path / "copy") == checksum
+    (source / "a.npy").write_bytes(b"another")
+    with pytest.raises(InputError, match="source: changed while it was read"):
+        copy_folder(source, tmp_path / "again", checksum)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "copy"}
+
+
+def test_an_interrupted_copy_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    with mock.patch("shutil.copyfile", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        copy_folder(source, tmp_path / "copy", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_removed_folder(source: Path, tmp_path: Path) -> None:
+    """A link is removed, not what it names; a removal that is killed leaves a temporary folder, never a part."""
+    (tmp_path / "link").symlink_to(source)
+    remove_folder(tmp_path / "link")
+    remove_folder(tmp_path / "absent")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    with mock.patch("shutil.rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        remove_folder(source)
+    (left,) = tmp_path.iterdir()
+    assert temporaries(source) == [left]
+    source.mkdir()
+    remove_folder(source)
+    assert list(tmp_path.iterdir()) == []

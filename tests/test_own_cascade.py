@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from deep_components import run_test, run_train
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import write_day
 from deep_components.dataset.log import write_log_file
+from deep_components.errors import InputError
 from deep_components.files import read_json
 from tests.schemas import OWN, random_batch
 
@@ -114,3 +116,18 @@ def test_ids_that_the_training_days_lack_take_the_unknown_row(tmp_path: Path) ->
             scores.append({stage: arrays[stage] for stage in ("recall", "coarse", "fine", "final")})
     for stage, found in scores[0].items():
         assert np.array_equal(found, scores[1][stage])
+
+
+def test_a_model_of_ones_own(shop: Path, tmp_path: Path) -> None:
+    """The run's folder names it, but only the user's cascade file has it imported: a run may be somebody else's."""
+    own = tmp_path / "own.toml"
+    own.write_text(CASCADE.replace('"mlp"', '"tests.models.own_models:Bilinear", nn_units = 6'))
+    sizes = ("--emb_dim=4", "--nn_units=32", "--batch_size=20", f"--cascade={own}")
+    run_train.main(arguments(shop, tmp_path / "run", *sizes, "--loss_type=lcron"))
+    with pytest.raises(InputError, match=r"names 'tests\.models\.own_models:Bilinear', which is none of .* --cascade"):
+        run_test.main(arguments(shop, tmp_path / "run"))
+    with pytest.raises(InputError, match="a run of own; evaluate it with"):
+        run_test.main(arguments(shop, tmp_path / "run", f"--cascade={shop / 'shop.toml'}"))
+    run_test.main(arguments(shop, tmp_path / "run", f"--cascade={own}"))
+    assert 0 <= read_json(tmp_path / "run/metrics.json")["coarse_recall@2@6"] <= 1
+    assert load_file(tmp_path / "run/coarse.safetensors")["item.weight"].shape[0] == 6

@@ -56,7 +56,7 @@ def _whole(run: Path, stage: Stage, schema: Schema, sizes: argparse.Namespace) -
             f"{run / model_file(stage.name)}: its whole tables take {needed / 1e9:.1f} GB of memory, where "
             f"{available(cpu) / 1e9:.1f} GB are free; free some, or use a machine with more"
         )
-    model = MODELS[stage.model](schema, sizes.emb_dim, sizes.nn_units).to(dtype)
+    model = MODELS[stage.model](schema, sizes.emb_dim, stage.nn_units or sizes.nn_units).to(dtype)
     store = EmbeddingStore(stage.name, schema, sizes.emb_dim).to(cpu, dtype)
     load_trained(run, {stage.name: model}, {stage.name: store})
     return {f"embedding.{name}": table.detach() for name, table in store.tables.items()} | model.state_dict()

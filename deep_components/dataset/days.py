@@ -8,7 +8,7 @@ from deep_components.errors import InputError
 
 def training_days(log: Log, wanted: Sequence[str] | None) -> list[str]:
     """The days to train on: ``wanted``, or the days of the published protocol but the last where all of them are there,
-    or all days but the last. InputError for a day that is not there, or when no day is left."""
+    or all days but the log's last ``test_days``. InputError for a day that is not there, or when no day is left."""
     days = log.days(named=wanted is not None)
     if wanted is not None:
         missing = [day for day in wanted if day not in days]
@@ -16,11 +16,12 @@ def training_days(log: Log, wanted: Sequence[str] | None) -> list[str]:
             raise InputError(f"--train_days={','.join(wanted)}: {log.folder} has only {', '.join(days)}")
         return list(wanted)
     protocol = _protocol(log, days)
-    if len(protocol) < 2:
-        raise InputError(
-            f"{log.folder}: has the one day {days[0]}, which is the test day; add days or give --train_days"
+    if len(protocol) <= log.test_days:
+        tested = (
+            f"the one day {days[0]}, which is the test day" if len(days) == 1 else f"{len(days)} days, all for tests"
         )
-    return protocol[:-1]
+        raise InputError(f"{log.folder}: has {tested}; add days or give --train_days")
+    return protocol[: -log.test_days]
 
 
 def test_day(log: Log, wanted: str | None) -> str:

@@ -3,7 +3,8 @@
 Two kinds of folder are understood: RecFlow's layout (data/README.md), whose days are encoded into a cache when they are
 first opened, and days in the columnar format itself (docs/format.md), with a ``log.json`` beside them::
 
-    log.json                 {"origin": "what made the log"}, and "groups", the names of the items' groups in order
+    log.json                 {"origin": "what made the log"}; optionally "groups", the names of the items' groups in
+                             order, test_days and time_zone
     2024-01-13/meta.json     a day, as columnar.write_day leaves it
     2024-01-13/*.npy
     ...
@@ -13,19 +14,21 @@ import json
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from deep_components.cascade import Cascade
-from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date
+from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date, time_zone
 from deep_components.dataset.columnar import META_FILE, DayCache, history_length_of, read_day, schema_of
 from deep_components.dataset.importers.recflow import RecFlowLog, open_recflow
 from deep_components.dataset.importers.recflow_files import origin_in
 from deep_components.errors import InputError
-from deep_components.files import write_atomically
+from deep_components.files import folder_checksum, write_atomically
 from deep_components.schema import Schema
 
 LOG_FILE = "log.json"
+ENCODING_FOLDER = "encoding"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,14 @@ class ColumnarLog:
     origin: str
     schema: Schema
     groups: tuple[str, ...] = ()  # of its items, from best to worst; empty where the log does not name them
+    test_days: int = 1  # the last so many days, from which nothing was learnt when the log was made
+    time_zone: str = DEFAULT_TIME_ZONE  # in which its days begin, and its times were taken
     protocol_days: tuple[str, ...] = ()
+
+    @cached_property
+    def encoding_checksum(self) -> str | None:
+        """Of ENCODING_FOLDER, which says how raw values became the log's indices; None where there is none."""
+        return folder_checksum(self.folder / ENCODING_FOLDER)
 
     @property
     def history_length(self) -> int:
@@ -88,21 +98,44 @@ def open_log(data_dir: Path) -> Log:
         return open_recflow(data_dir)
     first, *_ = _columnar_days(data_dir)
     path = data_dir / LOG_FILE
-    return ColumnarLog(data_dir, origin_in(path, "origin"), schema_of(data_dir / first), _groups_in(path))
+    origin, facts = origin_in(path, "origin"), json.loads(path.read_text())
+    test_days, zone = facts.get("test_days", 1), facts.get("time_zone", DEFAULT_TIME_ZONE)
+    if type(test_days) is not int or test_days < 1:
+        raise InputError(
+            f"{path}: field test_days is {reprlib.repr(test_days)}, not a whole number above 0; make the log again"
+        )
+    try:
+        time_zone(zone)
+    except (InputError, TypeError) as error:
+        raise InputError(
+            f"{path}: field time_zone is {reprlib.repr(zone)}, not a zone such as Asia/Shanghai; make the log again"
+        ) from error
+    return ColumnarLog(data_dir, origin, schema_of(data_dir / first), _groups_in(path, facts), test_days, zone)
 
 
-def write_log_file(folder: Path, origin: str, **about: Any) -> None:
-    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made; ``about`` is what else it says, such
-    as the names of its ``groups``."""
-    content = (json.dumps({"origin": origin, **about}) + "\n").encode()
-    write_atomically(folder / LOG_FILE, lambda file: file.write(content))
+def zone_of(log: Log, wanted: str) -> str:
+    """The time zone that the log's times are taken in: the ``wanted``, but a log in the columnar format has its own.
+
+    InputError where another than the default one is wanted of that.
+    """
+    if not isinstance(log, ColumnarLog):
+        return wanted
+    if wanted not in (DEFAULT_TIME_ZONE, log.time_zone):
+        raise InputError(f"--time_zone={wanted}: the days of {log.folder} were made in {log.time_zone}; leave it out")
+    return log.time_zone
 
 
-def _groups_in(path: Path) -> tuple[str, ...]:
+def write_log_file(folder: Path, origin: str, **facts: Any) -> None:
+    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made. ``facts``: groups, test_days,
+    time_zone, and whatever else belongs into it."""
+    content = json.dumps({"origin": origin} | facts) + "\n"
+    write_atomically(folder / LOG_FILE, lambda file: file.write(content.encode()))
+
+
+def _groups_in(path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
     """The names of the items' groups in ``log.json``, which :func:`origin_in` has read before."""
-    content = json.loads(path.read_text())
-    groups = content.get("groups", ())
-    if "groups" in content and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
+    groups = facts.get("groups", ())
+    if "groups" in facts and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
         raise InputError(f"{path}: field groups is {reprlib.repr(groups)}, not a list of names; make the log again")
     return tuple(groups)
 

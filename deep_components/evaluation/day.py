@@ -18,13 +18,15 @@ from deep_components.checkpoint import load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day
 from deep_components.dataset.loader import batches
+from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
 from deep_components.errors import InputError
-from deep_components.files import write_atomically
+from deep_components.files import folder_checksum, write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import build_models
+from deep_components.models import MODELS, build_models
 from deep_components.runs.folder import (
+    ENCODING_FOLDER,
     METRICS_FILE,
     PER_REQUEST_FILE,
     SCORES_FILE,
@@ -96,11 +98,21 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
 def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted: Cascade | None) -> None:
     """InputError unless the run is of the ``wanted`` cascade and can be evaluated on the log."""
     if wanted is not None and own != wanted:
-        what = f"a {own.name} run" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
-        raise InputError(f"{run}: {what}; evaluate it with the command of that setting, or with run_test")
-    same = "evaluate on the same log"
+        what = f"a run of {own.name}" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
+        raise InputError(f"{run}: {what}; evaluate it with the command or the --cascade that it was trained with")
+    foreign = [stage.model for stage in own.stages if stage.model not in MODELS]
+    if wanted is None and foreign:  # a run's folder is data: it does not say which code is executed
+        raise InputError(
+            f"{run}: its cascade names {foreign[0]!r}, which is none of this project's models; to import that code, "
+            "give the cascade's file with --cascade"
+        )
+    encoding, same = config.get("encoding_checksum", log.encoding_checksum), "evaluate on the same log"
     if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
         raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
+    if encoding != log.encoding_checksum:
+        raise InputError(f"{log.folder / ENCODING_OF_LOG}: maps values to other ids than the run's data did; {same}")
+    if "encoding_checksum" in config and folder_checksum(run / ENCODING_FOLDER) != encoding:
+        raise InputError(f"{run / ENCODING_FOLDER}: missing or damaged; copy it again, or train again")
     if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
         raise InputError(f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; {same}")
 

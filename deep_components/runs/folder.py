@@ -1,6 +1,5 @@
 """A run's folder: the names of its files, its JSON files, what is removed when, and who may write in it."""
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ COST_FILE = "training.json"  # of a complete training
 METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.npz"
 PER_REQUEST_FILE = "per_request.npz"
+ENCODING_FOLDER = "encoding"  # a copy of the log's: how raw values become the models' indices
 RUN_FILE = "run.json"  # of the runner, as the next two
 STREAMING_FILE = "streaming.json"
 LOG_FILE = "run.log"
@@ -77,9 +77,10 @@ def cascade_of(run: Path, config: Mapping[str, Any]) -> Cascade:
 
 def remove_results(run: Path, stages: Iterable[str]) -> None:
     """Remove the models of ``stages``, and of those the folder's config.json names, and what an evaluation made of
-    them: a new training is about to replace them."""
+    them, and the encoding: a new training is about to replace them."""
     for name in (COST_FILE, METRICS_FILE, SCORES_FILE, PER_REQUEST_FILE, *_model_files(run, stages)):
         (run / name).unlink(missing_ok=True)
+    files.remove_folder(run / ENCODING_FOLDER)
 
 
 def remove_run(run: Path, stages: Iterable[str]) -> None:
@@ -91,9 +92,9 @@ def remove_run(run: Path, stages: Iterable[str]) -> None:
 
 def remove_leftovers(run: Path, stages: Iterable[str]) -> None:
     """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
-    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, *_model_files(run, stages)):
+    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, ENCODING_FOLDER, *_model_files(run, stages)):
         for leftover in temporaries(run / name):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            files.remove(leftover)
 
 
 def _model_files(run: Path, stages: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether two trainings are the same run, decided here alone: for --resume, for the runner, and for reports.
 
-What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, origin and checksums of the
-data, arguments, the loss's hyper-parameters, and the training days.
+What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, encoding, origin and checksums
+of the data, arguments, the loss's hyper-parameters, and the training days.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ class Difference(NamedTuple):
     wanted: Any
 
     def __str__(self) -> str:
-        if self.name in ("cascade", "schema_checksum", "loss") or self.name.startswith("day "):
+        if self.name in ("cascade", "schema_checksum", "encoding_checksum", "loss") or self.name.startswith("day "):
             return f"another {self.name.removesuffix('_checksum')}"
         return f"{self.name}={self.found}, not {self.wanted}"
 
@@ -65,7 +65,7 @@ def _differences(
 ) -> Iterator[Difference]:
     ours, arguments = run_arguments(wanted["arguments"]), found.get("arguments", {})
     theirs = run_arguments({**arguments, "epochs": ours["epochs"]}) | {"epochs": arguments.get("epochs")}
-    fields = ["setting", "cascade", "data", "schema_checksum"]
+    fields = ["setting", "cascade", "data", "schema_checksum", "encoding_checksum"]
     for name in [*fields, "loss"] if ours["epochs"] else fields:
         if name in found and name in wanted and found[name] != wanted[name]:
             yield Difference(name, found[name], wanted[name])

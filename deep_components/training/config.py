@@ -15,7 +15,7 @@ from torch import nn
 from deep_components.arguments import hyper_parameters, recorded_arguments
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.log import Log
+from deep_components.dataset.log import Log, zone_of
 from deep_components.files import as_json
 
 
@@ -28,7 +28,7 @@ def run_config(
     opened: Sequence[DayCache],
 ) -> dict[str, Any]:
     """All that makes a training this one (runs/identity.py), as config.json holds it."""
-    length = args.seq_len or log.history_length
+    of_log = {"seq_len": args.seq_len or log.history_length, "time_zone": zone_of(log, args.time_zone)}
     return as_json(
         {
             "setting": cascade.name,
@@ -36,7 +36,8 @@ def run_config(
             "data": log.origin,
             "schema": log.schema.to_json(),
             "schema_checksum": log.schema.checksum,
-            "arguments": dict(sorted((recorded_arguments(args, loss) | {"seq_len": length}).items())),
+            "encoding_checksum": log.encoding_checksum,
+            "arguments": dict(sorted((recorded_arguments(args, loss) | of_log).items())),
             "loss": hyper_parameters(loss),
             "train_days": list(train_days),
             "data_checksums": {day.day: day.checksum for day in opened},

@@ -26,16 +26,20 @@ from deep_components.checkpoint import as_array, save_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import training_days
 from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError, StoppedError
+from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
 from deep_components.runs.folder import (
     CONFIG_FILE,
     COST_FILE,
+    ENCODING_FOLDER,
     LOCK_FILE,
     STATE_FILE,
     STEP_LOG_FILE,
     only_user,
+    read_json,
     read_training,
     remove_leftovers,
     remove_results,
@@ -125,6 +129,7 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     days = [log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len) for name in opened]
     steps = [steps_of(day, args.batch_size) for day in days]
     config = run_config(cascade, args, loss, log, names, days) | environment(device, kernels is not None)
+    _check_start(args, config)
     length = config["arguments"]["seq_len"]
     models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device)
     loss.to(device=device, dtype=dtype)
@@ -133,6 +138,16 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
         skip_nonfinite=args.on_nonfinite == "skip",
     )  # fmt: skip
     return Run(args, config, trainer, days, steps, device, initial_seed)
+
+
+def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
+    """InputError when --init_from is of a log whose indices stand for other values."""
+    before = (read_json(args.init_from / CONFIG_FILE) or {}) if args.init_from is not None else {}
+    if before.get("encoding_checksum") not in (None, config["encoding_checksum"]):
+        raise InputError(
+            f"--init_from={args.init_from}: trained on a log with another encoding than "
+            f"{args.data_dir / ENCODING_OF_LOG}, so that ids would change their meaning; name a run on this log"
+        )
 
 
 @contextmanager
@@ -155,6 +170,9 @@ def _start(run: Run) -> Position:
     if not resumes:
         (folder / STATE_FILE).unlink(missing_ok=True)  # first: an old state never stands beside a new config.json
     remove_leftovers(folder, stages)
+    checksum = run.config["encoding_checksum"]
+    if checksum is not None:
+        copy_folder(run.args.data_dir / ENCODING_OF_LOG, folder / ENCODING_FOLDER, checksum)
     write_json(folder / CONFIG_FILE, run.config)
     return position
 

@@ -441,7 +441,15 @@ def test_a_folder_that_is_no_log(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"day 1 is no date"):
         open_log(tmp_path)
     (tmp_path / "day 1").rename(tmp_path / DAY)
-    for content in ("", "[]", '{"origin": 5}', '{"origin": "a\\nb"}'):
+    facts = ['"test_days": 0', '"test_days": "1"', '"test_days": true', '"time_zone": "Mars"', '"time_zone": null']
+    facts += ['"time_zone": "../UTC"', '"time_zone": ["UTC"]']
+    for content in (
+        "",
+        "[]",
+        '{"origin": 5}',
+        '{"origin": "a\\nb"}',
+        *(f'{{"origin": "a", {fact}}}' for fact in facts),
+    ):
         (tmp_path / "log.json").write_text(content)
         with pytest.raises(InputError, match=r"log.json: .*make the log again"):
             open_log(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 from deep_components.dataset import days
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.recflow import RecFlowLog
+from deep_components.dataset.log import ColumnarLog
 from deep_components.errors import InputError
-from tests.schemas import RECFLOW
+from tests.schemas import OWN, RECFLOW
 
 PERIOD_1 = [f"2024-01-{day}" for day in range(13, 32)] + [f"2024-02-0{day}" for day in range(1, 5)]
 
@@ -32,6 +33,19 @@ def test_all_days_but_the_last_train_where_period_1_is_not_complete(tmp_path: Pa
     make(tmp_path, present)
     assert days.training_days(log_in(tmp_path), None) == ["2023-12-31", "2024-01-13"]
     assert days.test_day(log_in(tmp_path), None) == "2024-02-04"
+
+
+def test_a_log_says_how_many_days_test(tmp_path: Path) -> None:
+    """Nothing is learnt from them; the last one is the test day."""
+    for day in range(1, 6):
+        (tmp_path / f"2026-02-0{day}").mkdir()
+        (tmp_path / f"2026-02-0{day}/meta.json").touch()
+    log = ColumnarLog(tmp_path, "a shop", OWN, test_days=3)
+    assert days.training_days(log, None) == ["2026-02-01", "2026-02-02"]
+    assert days.test_day(log, None) == "2026-02-05"
+    assert days.training_days(log, ["2026-02-03"]) == ["2026-02-03"]
+    with pytest.raises(InputError, match=r"has 5 days, all for tests; add days or give --train_days"):
+        days.training_days(ColumnarLog(tmp_path, "a shop", OWN, test_days=5), None)
 
 
 def test_period_1_is_taken_from_a_longer_log(tmp_path: Path) -> None:

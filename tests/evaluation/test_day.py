@@ -276,7 +276,7 @@ def change_config(run: Path, **changes: object) -> None:
 
 def test_another_setting(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_config(run, setting="three_stage", cascade=THREE_STAGE.to_json())
-    assert "a three_stage run" in refused(log, run, capsys)
+    assert "a run of three_stage" in refused(log, run, capsys)
 
 
 def test_another_cascade(log: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

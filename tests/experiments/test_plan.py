@@ -36,7 +36,7 @@ def test_the_validation_day_is_the_last_training_day(log: Path) -> None:
 def test_validation_on_recflow() -> None:
     """Train .. 2024-02-02, validate 2024-02-03: the protocol's days, where the log has more."""
     days = [str(datetime.date(2024, 1, 13) + datetime.timedelta(offset)) for offset in range(37)]
-    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=tuple(days[:23]))
+    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=tuple(days[:23]), test_days=1)
     (part,) = schedule(log, None, None, validation=True)
     assert (part.train_days[0], part.train_days[-1], part.test_day) == ("2024-01-13", "2024-02-02", "2024-02-03")
     assert len(schedule(log, None, None, streaming=True)) == 22

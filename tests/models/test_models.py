@@ -132,6 +132,14 @@ def test_a_model_that_does_not_exist() -> None:
         build_models(cascade, RECFLOW, DIM, UNITS, seed=0)
 
 
+def test_a_stage_has_a_width_of_its_own() -> None:
+    narrow = replace(TWO_STAGE, stages=(replace(TWO_STAGE.stages[0], nn_units=8), TWO_STAGE.stages[1]))
+    models, usual = (build_models(cascade, RECFLOW, DIM, UNITS, seed=0) for cascade in (narrow, TWO_STAGE))
+    shapes = {name: values.shape for name, values in DSSM(RECFLOW, DIM, 8).state_dict().items()}
+    assert {name: values.shape for name, values in models["retrieval"].state_dict().items()} == shapes
+    assert all(map(torch.equal, models["rank"].parameters(), usual["rank"].parameters()))
+
+
 @every_schema
 @every_model
 def test_a_model_scores_requests_and_items_independently(

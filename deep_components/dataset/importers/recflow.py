@@ -70,6 +70,8 @@ class RecFlowLog:
         folder: where it lies.
         origin: what made it: "recflow", "simulated", "movielens-1m", ...
         schema: the fields of its days.
+        test_days: the last so many of its days are not trained on.
+        encoding_checksum: None, since its ids are indices already.
         protocol_days: those of the published protocol, used where all of them are there; none for logs without one.
         history_length: L, the history positions of a request: the maximum of --seq_len.
     """
@@ -78,6 +80,8 @@ class RecFlowLog:
     origin: str
     schema: Schema
     protocol_days: tuple[str, ...] = recflow.PERIOD_1
+    test_days: int = 1
+    encoding_checksum: None = None
     history_length: int = recflow.HISTORY_LENGTH
 
     def days(self, named: bool = False) -> list[str]:

@@ -1,0 +1,47 @@
+"""Models as users write them, named in cascades as "tests.models.own_models:Name"."""
+
+import torch
+from torch import Tensor, nn
+
+from deep_components.batch import EmbeddedFeatures
+from deep_components.schema import Schema
+
+nothing = 3
+
+
+class Bilinear(nn.Module):
+    """score(request, item) = (request W + b) . item, with buffers, which asking for a shape must leave alone."""
+
+    def __init__(self, schema: Schema, emb_dim: int, nn_units: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(schema.width("request", emb_dim), nn_units)
+        self.norm = nn.BatchNorm1d(nn_units)
+        self.item = nn.Linear(schema.width("item", emb_dim), nn_units)
+
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
+        return torch.einsum("bi,bni->bn", self.norm(self.map(features.request)), self.item(features.item))
+
+
+class OneScoreTooMuch(Bilinear):
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
+        return super().forward(features).unsqueeze(-1)
+
+
+class TwoOutputs(Bilinear):
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
+        return super().forward(features), features  # type: ignore[return-value]
+
+
+class OtherArguments(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+
+class NamedAsTables(Bilinear):
+    def __init__(self, schema: Schema, emb_dim: int, nn_units: int) -> None:
+        super().__init__(schema, emb_dim, nn_units)
+        self.embedding = nn.Embedding(3, nn_units)
+
+
+def function(schema: Schema, emb_dim: int, nn_units: int) -> nn.Module:
+    return Bilinear(schema, emb_dim, nn_units)
