@@ -25,14 +25,13 @@ def base(**columns: Any) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     rows = REQUESTS * ITEMS
     item = np.concatenate([rng.choice(50, ITEMS, replace=False) for _ in range(REQUESTS)])
-    table = {"query_id": [f"q{number}" for number in range(REQUESTS)], "doc": item}
+    table: dict[str, Any] = {"query_id": [f"q{number}" for number in range(REQUESTS)], "doc": item}
     table |= {
         "shown_at": pd.Timestamp("2025-01-01", tz="Asia/Shanghai") + pd.to_timedelta(np.arange(REQUESTS), unit="h")
     }
     table |= {"customer": rng.integers(5, size=REQUESTS), "weight": (item * 7 % 50) / 3 + 0.1}
-    made = {
-        name: values if len(values) == rows else np.repeat(values, ITEMS) for name, values in (table | columns).items()
-    }
+    each = np.arange(rows) // ITEMS
+    made = {n: v if len(v) == rows else pd.Series(v).iloc[each].to_numpy() for n, v in (table | columns).items()}
     return pd.DataFrame(made)
 
 
@@ -153,7 +152,7 @@ def test_lists_of_an_item_in_arrow_and_in_text(tmp_path: Path) -> None:
 def test_csv_with_times_in_numbers_and_names_in_camel_case(tmp_path: Path) -> None:
     fate = outcome("liked", "rated", "random")
     renamed = base(Outcome=fate).rename(columns={"query_id": "RequestID", "doc": "MovieID", "customer": "UserID"})
-    renamed["Timestamp"] = renamed.pop("shown_at").astype("int64") // 10**9 * 1000
+    renamed["Timestamp"] = renamed.pop("shown_at").dt.as_unit("ms").astype("int64")
     for number, part in enumerate(np.array_split(np.arange(len(renamed)), 4)):
         renamed.iloc[part].to_csv(tmp_path / f"{number}.csv", index=False)
     content = tomllib.loads(suggest(tmp_path))
@@ -205,7 +204,7 @@ def test_what_is_no_table_is_refused_in_a_sentence(tmp_path: Path, name: str) ->
 
 def test_the_shop_s_table_needs_one_edit(tmp_path: Path) -> None:
     """The example's own log.toml has the same roles and fields; only the order of the groups is to be put right."""
-    command = [sys.executable, PROJECT / "examples/shop/make_rows.py", f"--output_dir={tmp_path / 'rows'}"]
+    command = [sys.executable, str(PROJECT / "examples/shop/make_rows.py"), f"--output_dir={tmp_path / 'rows'}"]
     subprocess.run([*command, "--days=3", "--requests=60"], check=True)
     text = suggest(tmp_path / "rows")
     assert problems(tmp_path, text) == []
