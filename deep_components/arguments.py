@@ -177,9 +177,10 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
     if quotas is not None:
         if options["terms"] == "single":
             raise InputError("--end_to_end_quotas belongs to the end-to-end term, which --terms=single leaves out")
-        if len(quotas) != len(cascade.stages) or not all(0 < quota <= cascade.num_items for quota in quotas):
+        most = cascade.num_items if cascade.has_sizes else max(1, *quotas)
+        if len(quotas) != len(cascade.stages) or not all(0 < quota <= most for quota in quotas):
             raise InputError(
-                f"--end_to_end_quotas={','.join(map(str, quotas))}: give one number from 1 to {cascade.num_items} for "
+                f"--end_to_end_quotas={','.join(map(str, quotas))}: give one number from 1 to {most} for "
                 f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
             )
         options["end_to_end_quotas"] = dict(zip(cascade.stage_names, quotas, strict=True))

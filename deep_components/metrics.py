@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_REQUESTS_PER_CHUNK = 1024  # bounds the [R, N, N] pairs of Kendall's tau
+_REQUESTS_PER_CHUNK, _PAIRS_PER_CHUNK = 1024, 1 << 22  # bound the [R, N, N] pairs of Kendall's tau
 
 
 def survival(scores: Tensor, alive: Tensor, quota: int) -> Tensor:
@@ -81,9 +81,9 @@ def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
     NaN where all scores, or all labels, of a request are equal.
     """
-    parts = []
-    for first in range(0, len(scores), _REQUESTS_PER_CHUNK):
-        chunk = slice(first, first + _REQUESTS_PER_CHUNK)
+    parts, most = [], min(_REQUESTS_PER_CHUNK, max(1, _PAIRS_PER_CHUNK // max(scores.shape[-1], 1) ** 2))
+    for first in range(0, len(scores), most):
+        chunk = slice(first, first + most)
         present = mask[chunk].float()
         by_score, by_label = (_signs(values[chunk], mask[chunk]) for values in (scores, labels))
         agreement = _sum_of_pairs(by_score * by_label, present)
@@ -134,4 +134,4 @@ def _signs(values: Tensor, mask: Tensor) -> Tensor:
 
 def _sum_of_pairs(pairs: Tensor, present: Tensor) -> Tensor:
     """Sum over the pairs of two present items, [R] float64: exact, as the numbers are small and whole."""
-    return ((pairs @ present.unsqueeze(-1)).squeeze(-1) * present).sum(dim=-1).double()
+    return ((pairs @ present.unsqueeze(-1)).squeeze(-1) * present).double().sum(dim=-1)

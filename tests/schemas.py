@@ -38,12 +38,13 @@ def random_batch(
     history_mask = torch.arange(length) >= length - events
 
     def column(field: Field) -> Tensor:
-        shape = shapes[field.side]
+        shape: tuple[int, ...] = (*shapes[field.side], field.length) if field.length else shapes[field.side]
         if field.kind == "number":
             values: Tensor = torch.randn(shape, generator=generator)
         else:
             values = torch.randint(0, min(field.size, limit or field.size), shape, generator=generator)
-        return values * history_mask if field.side == "history" else values
+        there = history_mask.unsqueeze(-1) if field.length else history_mask
+        return values * there if field.side == "history" else values
 
     sides: dict[str, Any] = {side: {field.name: column(field) for field in schema.side(side)} for side in SIDES}
     shape = (requests, num_items)

@@ -3,12 +3,13 @@
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,21 +51,31 @@ def score_day(
     day: DayCache,
     batch_size: int,
     device: torch.device,
-) -> dict[str, Tensor]:
-    """Scores of every stage over every request of the day, in file order: stage -> [R, N] on the CPU, and "request_id"
-    [R], "labels", "mask" and "group" [R, N]."""
+) -> Iterator[dict[str, Tensor]]:
+    """Scores of every stage over every request of the day, in file order and batch by batch: stage -> [B, N] on the
+    CPU, and "request_id" [B], "labels", "mask" and "group" [B, N]."""
     first = next(iter(stores.values()))
     lookup = TableLookup(first.schema, first.ids, {})
-    parts: dict[str, list[Tensor]] = {}
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(day), unit="req", desc=f"scoring {day.day}", disable=hidden, leave=False) as bar:
         for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
             columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, **vars(batch.targets)}
-            for name, values in columns.items():
-                parts.setdefault(name, []).append(values.cpu())
             bar.update(len(batch.request_id))
-    return {name: torch.cat(values) for name, values in parts.items()}
+            yield {name: values.cpu() for name, values in columns.items()}
+
+
+def whole_day(scored: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All batches of :func:`score_day` as one: [R] and [R, N], with the longest of their N; what is beyond a request's
+    own items is 0, and masked."""
+    batches = list(scored)
+    longest = max(batch["mask"].shape[1] for batch in batches)
+
+    def column(name: str) -> Tensor:
+        parts = [batch[name] for batch in batches]
+        return torch.cat([F.pad(part, (0, longest - part.shape[1])) if part.dim() > 1 else part for part in parts])
+
+    return {name: column(name) for name in batches[0]}
 
 
 def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -> dict[str, Any]:
@@ -78,6 +89,8 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     name = test_day(log, args.test_day)
     day = log.open_day(name, own, args.cache_dir, args.time_zone or trained.time_zone, trained.seq_len)
     scored = _scores(run, own, log.schema, trained, args, day)
+    if args.save_scores:
+        scored = list(scored)
     metrics, results = summary(own, scored)
     results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
@@ -88,9 +101,9 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
     (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
-    _write_arrays(run / PER_REQUEST_FILE, {"request_id": scored["request_id"], **metrics})
+    _write_arrays(run / PER_REQUEST_FILE, metrics)
     if args.save_scores:
-        _write_arrays(run / SCORES_FILE, scored, data=np.array(log.origin))
+        _write_arrays(run / SCORES_FILE, whole_day(scored), data=np.array(log.origin))
     write_json(run / METRICS_FILE, results)
     return results
 
@@ -119,7 +132,7 @@ def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted:
 
 def _scores(
     run: Path, cascade: Cascade, schema: Schema, trained: argparse.Namespace, args: argparse.Namespace, day: DayCache
-) -> dict[str, Tensor]:
+) -> Iterable[dict[str, Tensor]]:
     """:func:`score_day` by the run's models."""
     device, dtype = choose_device(args), DTYPES[trained.dtype]
     ids = _needed_ids(run, cascade, schema, day)
@@ -155,21 +168,29 @@ def _write_arrays(path: Path, tensors: Mapping[str, Tensor], **arrays: np.ndarra
     write_atomically(path, lambda file: np.savez_compressed(file, **contents))
 
 
-def summary(cascade: Cascade, scored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The metrics per request, and their means over the requests where they are defined.
+def summary(cascade: Cascade, scored: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The metrics per request, [R] each beside "request_id", and their means over the requests where they are defined.
 
-    InputError when a score is not finite.
+    ``scored`` are the batches of :func:`score_day`; one at a time is looked at. InputError when a score is not finite.
     """
-    mask = scored["mask"]
-    for stage in cascade.stage_names:
-        if broken := int((~scored[stage].isfinite() & mask).sum()):
-            raise InputError(f"{stage}.safetensors gives {broken} scores that are not finite; train again with a lower "
-                             "--lr")  # fmt: skip
-    relevant = (scored["group"] == 0) & mask
-    scores = {stage: scored[stage] for stage in cascade.stage_names}
-    metrics = cascade_metrics(scores, scored["labels"], mask, relevant, cascade.quotas, cascade.num_relevant)
-    means = {name: values.nanmean().item() for name, values in metrics.items()}
+    parts: dict[str, list[Tensor]] = {}
+    without_truth = 0
+    for batch in scored:
+        relevant = (batch["group"] == 0) & batch["mask"]
+        without_truth += int((~relevant.any(dim=-1)).sum())
+        for name, values in {"request_id": batch["request_id"], **_metrics(cascade, batch, relevant)}.items():
+            parts.setdefault(name, []).append(values)
+    metrics = {name: torch.cat(values) for name, values in parts.items()}
+    means = {name: values.nanmean().item() for name, values in metrics.items() if name != "request_id"}
     results: dict[str, Any] = {name: mean if np.isfinite(mean) else None for name, mean in means.items()}
-    results["num_requests"] = len(mask)
-    results["num_requests_without_ground_truth"] = int((~relevant.any(dim=-1)).sum())
+    results["num_requests"] = len(metrics["request_id"])
+    results["num_requests_without_ground_truth"] = without_truth
     return metrics, results
+
+
+def _metrics(cascade: Cascade, batch: Mapping[str, Tensor], relevant: Tensor) -> dict[str, Tensor]:
+    mask, scores = batch["mask"], {stage: batch[stage] for stage in cascade.stage_names}
+    for stage, values in scores.items():
+        if (~values.isfinite() & mask).any():
+            raise InputError(f"{stage}.safetensors gives scores that are not finite; train again with a lower --lr")
+    return cascade_metrics(scores, batch["labels"], mask, relevant, cascade.quotas, cascade.num_relevant)

@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 
 
 class TableUse(NamedTuple):
-    """A table [rows, d], ids [n] int64 (strided), values [n, d] with contiguous rows, and the id that is padding."""
+    """A table [rows, d], ids [n] int64 (strided) or lists of them [n, G] (contiguous), values [n, d] with contiguous
+    rows, and the id that is padding."""
 
     table: Tensor
     ids: Tensor
@@ -59,7 +60,7 @@ class _Use(ctypes.Structure):
     """The struct ``use`` of kernels.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "rows", "id_stride", "row_stride", "padding")),
+        *((name, ctypes.c_int64) for name in ("count", "length", "rows", "id_stride", "row_stride", "padding")),
         *((name, ctypes.c_void_p) for name in ("ids", "table", "values")),
     )
 
@@ -130,13 +131,15 @@ class Kernels:
         return passed, sums if groups > 1 else sums.sum(dim=0, keepdim=True)
 
     def gather(self, uses: Sequence[TableUse]) -> None:
-        """values[i] = table[ids[i]] for every use. IndexError when an id is not a row of its table."""
+        """values[i] = table[ids[i]] for every use; for a list of ids the mean of its rows, padding left out, and 0
+        where it holds nothing else. IndexError when an id is not a row of its table."""
         if self._call("gather", *_uses_as_c(uses)):
             raise IndexError("an id is not one of its table's rows")
 
     def scatter_add(self, uses: Sequence[TableUse]) -> None:
-        """table[ids[i]] += values[i] for every use, but for ids that are its padding. Uses of one table stand together
-        and are added in their order. The ids must be rows, which :meth:`gather` has checked."""
+        """What :meth:`gather` passes back: table[ids[i]] += values[i] for every use, but for ids that are its padding;
+        for a list, values[i] divided by the number of its ids that are none. Uses of one table stand together and are
+        added in their order. The ids must be rows, which :meth:`gather` has checked."""
         self._call("scatter_add", *_uses_as_c(uses))
 
     def catch_up(
@@ -204,12 +207,13 @@ def _uses_as_c(uses: Sequence[TableUse]) -> tuple[int, int, object]:
     """Number of uses, d, and the uses."""
     dim = uses[0].table.shape[1]
     for use in uses:
-        if use.ids.dtype != torch.int64 or use.ids.dim() != 1 or use.values.shape != (len(use.ids), dim):
+        lists = use.ids.dim() == 2 and use.ids.is_contiguous()
+        if use.ids.dtype != torch.int64 or not (lists or use.ids.dim() == 1) or use.values.shape != (len(use.ids), dim):
             raise ValueError(f"ids {tuple(use.ids.shape)} do not belong to values {tuple(use.values.shape)}")
         if use.table.shape[1] != dim or not use.table.is_contiguous() or use.values.stride(1) != 1:
             raise ValueError("tables have rows of one width, and the rows of values are contiguous")
     array = (_Use * len(uses))(*(
-        _Use(len(use.ids), len(use.table), use.ids.stride(0), use.values.stride(0), use.padding,
+        _Use(len(use.ids), (*use.ids.shape, 1)[1], len(use.table), use.ids.stride(0), use.values.stride(0), use.padding,
              use.ids.data_ptr(), use.table.data_ptr(), use.values.data_ptr())
         for use in uses
     ))  # fmt: skip

@@ -212,14 +212,44 @@ int64_t relu_backward(int64_t groups, int64_t rows, int64_t group, int64_t width
     return status;
 }
 
-/* One use of a table: count ids, one every id_stride, and as many rows of d numbers, one every row_stride. */
+/* One use of a table: count lists of `length` ids, one every id_stride, and as many rows of d numbers, one every
+ * row_stride. A row of values is the table's, or the mean of those of its list, padding left out. */
 typedef struct {
-    int64_t count, rows, id_stride, row_stride, padding;
+    int64_t count, length, rows, id_stride, row_stride, padding;
     const int64_t *ids;
     REAL *table, *values;
 } use;
 
-/* values[i, :] = table[ids[i], :] for all uses. BAD_INDEX when an id is not a row. */
+/* How many ids of a list are no padding; BAD_INDEX when one is not a row. */
+static inline int64_t ids_there(const use *own, const int64_t *ids) {
+    int64_t there = 0;
+    for (int64_t g = 0; g < own->length; g++) {
+        if (ids[g] < 0 || ids[g] >= own->rows) return BAD_INDEX;
+        there += ids[g] != own->padding;
+    }
+    return there;
+}
+
+/* value[:] = the mean of table[ids[g], :] over the ids that are no padding; 0 where there is none. */
+static int64_t mean_of_list(const use *own, int64_t d, const int64_t *restrict ids, REAL *restrict value) {
+    const int64_t there = ids_there(own, ids);
+    memset(value, 0, d * sizeof(REAL));
+    for (int64_t g = 0; g < own->length && there > 0; g++)
+        if (ids[g] != own->padding)
+            for (int64_t k = 0; k < d; k++) value[k] += own->table[ids[g] * d + k];
+    for (int64_t k = 0; k < d && there > 1; k++) value[k] /= (REAL)there;
+    return there < 0 ? BAD_INDEX : 0;
+}
+
+/* table[ids[g], :] += value[:] / how many there are, for the ids that are no padding. */
+static void add_to_list(const use *own, int64_t d, const int64_t *restrict ids, const REAL *restrict value) {
+    const int64_t there = ids_there(own, ids);
+    for (int64_t g = 0; g < own->length; g++)
+        if (ids[g] != own->padding)
+            for (int64_t k = 0; k < d; k++) own->table[ids[g] * d + k] += value[k] / (REAL)there;
+}
+
+/* values[i, :] = table[ids[i], :] for all uses, or the mean over a list. BAD_INDEX when an id is not a row. */
 int64_t gather(int64_t uses, int64_t d, const use *restrict all) {
     int64_t status = 0;
     IN_PARALLEL {
@@ -228,7 +258,9 @@ int64_t gather(int64_t uses, int64_t d, const use *restrict all) {
             MY_RANGE(own.count);
             for (int64_t i = first; i < last; i++) {
                 const int64_t id = own.ids[i * own.id_stride];
-                if (id < 0 || id >= own.rows)
+                if (own.length > 1)
+                    status |= mean_of_list(&own, d, own.ids + i * own.id_stride, own.values + i * own.row_stride);
+                else if (id < 0 || id >= own.rows)
                     status = BAD_INDEX;
                 else if (d == COMMON_DIM)
                     memcpy(own.values + i * own.row_stride, own.table + id * COMMON_DIM, COMMON_DIM * sizeof(REAL));
@@ -240,7 +272,7 @@ int64_t gather(int64_t uses, int64_t d, const use *restrict all) {
     return status;
 }
 
-/* table[ids[i], :] += values[i, :], but nothing to the padding row; uses of one table stand together and are added in
+/* The gradient of gather: table[ids[i], :] += values[i, :], but nothing to the padding row; uses of one table stand together and are added in
  * their order by one thread. The ids have been through gather. */
 int64_t scatter_add(int64_t uses, int64_t d, const use *restrict all) {
 #pragma omp parallel for schedule(dynamic, 1)
@@ -250,6 +282,10 @@ int64_t scatter_add(int64_t uses, int64_t d, const use *restrict all) {
             const use own = all[u];
             for (int64_t i = 0; i < own.count; i++) {
                 const int64_t id = own.ids[i * own.id_stride];
+                if (own.length > 1) {
+                    add_to_list(&own, d, own.ids + i * own.id_stride, own.values + i * own.row_stride);
+                    continue;
+                }
                 if (id == own.padding) continue;
                 if (d == COMMON_DIM)
                     for (int64_t k = 0; k < COMMON_DIM; k++)

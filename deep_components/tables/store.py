@@ -63,6 +63,7 @@ class EmbeddingStore:
         self._uses = table_uses(schema)
         self._slices = {side: schema.slices(side, dim) for side in SIDES}
         self._widths = {side: schema.width(side, dim) for side in SIDES}
+        self._lists = {(field.side, field.name) for field in schema.fields if field.length}
         self._numbers = [(field.side, field.name) for field in schema.fields if not field.table]
         self._padding = {name: padding_row(schema, self.ids, name) for name in self.rows}
 
@@ -87,8 +88,9 @@ class EmbeddingStore:
         self, features: RowFeatures | SlotFeatures, pulled: Mapping[str, Tensor] | None = None
     ) -> EmbeddedFeatures:
         """Look up all fields of ``features``, which hold rows, or slots of the tables in ``pulled``: table -> values
-        [U, d] of the distinct rows that ``features.rows`` lists. TypeError for another kind of id; IndexError for an id
-        that is not one of its table's rows."""
+        [U, d] of the distinct rows that ``features.rows`` lists. A list field gives the mean of its values' rows,
+        padding left out, and 0 where it has no value. TypeError for another kind of id; IndexError for an id that is
+        not one of its table's rows."""
         if not isinstance(features, RowFeatures | SlotFeatures):
             raise TypeError(f"{type(features).__name__} holds other ids than rows or slots; use TableLookup first")
         pulled = pulled or {}
@@ -108,6 +110,9 @@ class EmbeddingStore:
             rows = F.embedding(torch.cat([part.flatten() for part in ids]), tables[name], padding_idx=padding[name])
             for (side, field), part, values in zip(uses, ids, rows.split([part.numel() for part in ids]), strict=True):
                 columns[side][field] = values.view(*part.shape, self.dim)
+                if (side, field) in self._lists:
+                    there = (part != padding[name]).sum(dim=-1, keepdim=True).clamp(min=1)
+                    columns[side][field] = columns[side][field].sum(dim=-2) / there  # the padding row is zero
         for side, field in self._numbers:
             columns[side][field] = getattr(features, side)[field].to(self.dtype).unsqueeze(-1)
         return {
@@ -120,8 +125,12 @@ class EmbeddingStore:
     def _compiled(
         self, features: RowFeatures | SlotFeatures, tables: Mapping[str, Tensor], padding: Mapping[str, int]
     ) -> dict[str, Tensor]:
+        def ids(side: str, field: str) -> Tensor:
+            whole: Tensor = getattr(features, side)[field]
+            return whole.reshape(-1, whole.shape[-1]) if (side, field) in self._lists else whole.reshape(-1)
+
         uses = [
-            _Use(name, SIDES.index(side), self._slices[side][field], getattr(features, side)[field], padding[name])
+            _Use(name, SIDES.index(side), self._slices[side][field], ids(side, field), padding[name])
             for name, listed in self._uses.items()
             for side, field in listed
         ]
@@ -178,7 +187,7 @@ class _Use(NamedTuple):
     table: str
     side: int
     columns: slice  # of the side's embeddings
-    ids: Tensor  # any shape, int64
+    ids: Tensor  # [n], of a list field [n, G], int64
     padding: int
 
 
@@ -207,5 +216,4 @@ class _CompiledLookup(torch.autograd.Function):
 
 
 def _table_use(use: _Use, table: Tensor, side: Tensor) -> TableUse:
-    ids, values = use.ids.reshape(-1), side.view(-1, side.shape[-1])[:, use.columns]
-    return TableUse(table, ids, values, use.padding)
+    return TableUse(table, use.ids, side.view(-1, side.shape[-1])[:, use.columns], use.padding)

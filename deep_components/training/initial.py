@@ -41,7 +41,8 @@ def initial_cascade(
         itemsize, stages = DTYPES[args.dtype].itemsize, len(cascade.stages)
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         units = max(stage.nn_units or args.nn_units for stage in cascade.stages)
-        step = memory.step_bytes(args.batch_size, cascade.num_items, history_length, units, stages, itemsize)
+        longest = max((day.num_items for day in days), default=cascade.num_items)
+        step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
         needed = {device: stages * in_dense + step}
         home = torch.device("cpu") if args.table_memory == "host" else device
         memory.check_memory(needed | {home: needed.get(home, 0) + stages * in_pulled})

@@ -229,10 +229,10 @@ def test_requests_without_ground_truth(
     without: list[int], log: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are left out of recall, and counted."""
-    scores = evaluation.score_day(*models_of(log, run), last_day(log), 40, torch.device("cpu"))
+    (scores,) = evaluation.score_day(*models_of(log, run), last_day(log), REQUESTS_PER_DAY, torch.device("cpu"))
     scored = {name: values.clone() for name, values in scores.items()}
     scored["mask"][without, :10] = False
-    monkeypatch.setattr(evaluation, "score_day", lambda *_: scored)
+    monkeypatch.setattr(evaluation, "score_day", lambda *_: [scored])
     results = evaluate(log, run)
     assert results["num_requests"] == REQUESTS_PER_DAY
     assert results["num_requests_without_ground_truth"] == len(without)
