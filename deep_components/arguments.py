@@ -214,7 +214,11 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
+def method_names() -> list[str]:
+    """The methods: the files of the loss package."""
+    return sorted({module.name for module in pkgutil.iter_modules(methods.__path__)} - {"functional", "selection"})
+
+
 def unknown_method(loss_type: str) -> InputError:
-    """The error for a --loss_type without a branch in build_loss; it lists the method files of the loss package."""
-    files = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"functional", "selection"}
-    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {', '.join(sorted(files))}")
+    """The error for a --loss_type without a branch in build_loss."""
+    return InputError(f"--loss_type={loss_type}: no such method; choose one of: {', '.join(method_names())}")

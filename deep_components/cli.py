@@ -37,6 +37,12 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     return 0
 
 
+def write_out(text: str) -> None:
+    """Write to standard output; what its encoding lacks, as letters of a name, becomes question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+
+
 def progress(iterable: Iterable[T], description: str, unit: str, total: int | None = None) -> "tqdm[T]":
     """A progress bar on a terminal, silence elsewhere."""
     return tqdm(iterable, desc=description, unit=unit, total=total, disable=not sys.stderr.isatty(), leave=False)

@@ -3,9 +3,13 @@
     python -m deep_components.run_experiments --setting=two_stage --train=deep_components.run_train2 \\
         --evaluate=deep_components.run_test2 --method=lcron --loss_type=lcron --tau=50 -- --data_dir=D --output_dir=O
 
-The bash scripts of two_stage/, three_stage/ and paper/ call it. What stands after ``--`` are the user's arguments;
-those that are not listed here go to the training, after the method's own, so that they win; --cache_dir, --time_zone,
---cuda, --device and --no-compile to the evaluation too.
+    lcron experiments --cascade=FILE --data_dir=D --methods=lcron,arf_v2 --seeds=30,31     a cascade of one's own
+
+The bash scripts of two_stage/, three_stage/ and paper/ call the first form. The second trains the paper's eight
+methods, or those of --methods, with their default hyper-parameters, and prints the table; other hyper-parameters are
+stated as in the first form. What stands after ``--`` are the user's arguments; those that are not listed here go to
+the training, after the method's own, so that they win; --cache_dir, --time_zone, --cuda, --device and --no-compile to
+the evaluation too.
 """
 
 import argparse
@@ -16,21 +20,28 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deep_components.arguments import folder
-from deep_components.cascade import SETTINGS
-from deep_components.cli import run_command
+from deep_components.arguments import folder, method_names
+from deep_components.cascade import SETTINGS, named_cascade
+from deep_components.cli import run_command, write_out
 from deep_components.errors import InputError
 from deep_components.experiments.engines import run_locally, run_on_ray, slots
 from deep_components.experiments.execution import REFUSED, Options, Outcome
 from deep_components.experiments.plan import UNTRAINED, Method, Run, make_plan, methods_of
 from deep_components.experiments.progress import Progress
 from deep_components.files import write_atomically
+from deep_components.reporting.frame import read_runs
+from deep_components.reporting.results import build_results
+from deep_components.reporting.tables import metrics_document, streaming_document, text
 from deep_components.runs.records import check_same_run, read_folder
+
+METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "lcron")  # the paper's rows
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     table = parser.add_argument_group("what the scripts say")
-    table.add_argument("--setting", required=True, choices=sorted(SETTINGS))
-    table.add_argument("--train", required=True, metavar="MODULE", help="the command that trains")
-    table.add_argument("--evaluate", required=True, metavar="MODULE", help="the command that evaluates")
+    cascade = table.add_mutually_exclusive_group(required=True)
+    cascade.add_argument("--setting", choices=sorted(SETTINGS), help="of the paper, with --train and --evaluate")
+    cascade.add_argument("--cascade", metavar="FILE", help="a TOML file (docs/cascades.md), or a setting's name")
+    table.add_argument("--train", default="deep_components.run_train", metavar="MODULE", help="the command that trains")
+    table.add_argument(
+        "--evaluate", default="deep_components.run_test", metavar="MODULE", help="and the one that tests"
+    )
     table.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs lie without --output_dir")
     table.add_argument("--variant", default="", help="what sets the runs apart from the methods' main ones")
     table.add_argument("--by_setting", action="store_true", help="runs lie in OUTPUT_DIR/<setting>/<method>")
@@ -68,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument(
         "--methods",
         type=lambda text: [*filter(None, text.split(","))],
-        help="only these of a table's rows, as lcron,bce",
+        help="only these of a table's rows, as lcron,bce; with --cascade any methods",
     )
     user.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     user.add_argument("--validation", action="store_true", help="for tuning: the last training day is the test day")
@@ -90,12 +105,29 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[Method], list[
     first = next((index for index, word in enumerate(ours) if word.startswith("--method=")), len(ours))
     args, training = _parser().parse_known_args([*ours[:first], *users])
     methods = methods_of(ours[first:])
+    if args.cascade is not None and not methods:
+        others = [name for name in method_names() if args.methods and name not in METHODS]
+        methods = [Method(name, ()) for name in (*METHODS, *others)]
+    methods = _with_cascade(args, methods)
     names = [method.name for method in methods]
     unknown = [name for name in args.methods or [] if name not in names]
     if unknown or not methods:
         raise InputError(f"--methods={','.join(unknown)}: choose from {', '.join(names) or 'the --method= given'}")
     args.several = len(methods) > 1
     return args, [method for method in methods if method.name in (args.methods or names)], training
+
+
+def _with_cascade(args: argparse.Namespace, methods: Sequence[Method]) -> list[Method]:
+    """args.cascade becomes the cascade itself, args.setting its name, and args.cascade_words what names it to the
+    commands; the methods with these words, and their own name as the loss unless they say another one."""
+    named = args.cascade if args.cascade is not None else args.setting
+    words = () if args.cascade is None else (f"--cascade={named if named in SETTINGS else Path(named).absolute()}",)
+    args.cascade, args.cascade_words = named_cascade(named), words
+    args.setting = args.cascade.name
+    return [
+        replace(method, arguments=(*words, f"--loss_type={method.name}", *method.arguments)) if words else method
+        for method in methods
+    ]
 
 
 def _engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
@@ -134,12 +166,23 @@ def _make_all(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
     return [ended[run.folder] for run in runs]
 
 
-def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
+def _finished(outcomes: Sequence[Outcome]) -> list[Path]:
     """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
     done = [outcome.run for outcome in outcomes if outcome.done]
-    worth = any(run.name != UNTRAINED for run in done)
-    text = "".join(f"{run.folder}\n" for run in done if worth)
+    return [run.folder for run in done if any(other.name != UNTRAINED for other in done)]
+
+
+def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
+    text = "".join(f"{folder}\n" for folder in _finished(outcomes))
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _print_table(folders: Sequence[Path], streaming: bool) -> None:
+    collected = read_runs(folders)
+    document = (
+        partial(streaming_document, collected) if streaming else partial(metrics_document, build_results(collected))
+    )
+    write_out(text(document))
 
 
 def _say_commits(outcomes: Sequence[Outcome]) -> None:
@@ -178,6 +221,8 @@ def main(argv: list[str]) -> None:
     _say_commits(outcomes)
     if args.run_list is not None:
         _write_list(args.run_list, outcomes)
+    elif folders := _finished(outcomes):
+        _print_table(folders, args.streaming)
     code = _report_failures(outcomes)
     if code:
         raise SystemExit(code)

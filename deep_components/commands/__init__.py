@@ -15,7 +15,7 @@ from deep_components.errors import InputError
 COMMANDS = {
     "train": ("run_train", "train a cascade: --cascade=two_stage, three_stage, or a TOML file"),
     "test": ("run_test", "evaluate a run on a test day"),
-    "experiments": ("run_experiments", "train and evaluate many runs; the bash scripts call it"),
+    "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
     "report": ("commands.report", "one page with charts about many runs"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),

@@ -11,7 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from deep_components.cli import run_command
+from deep_components.cli import run_command, write_out
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
 from deep_components.reporting.frame import frame, read_runs
@@ -67,8 +67,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--output={args.output}: ending unknown; use {', '.join(SUFFIXES)}, or give --format")
     content = FORMATS[form](_document(args))
     if args.output is None:
-        encoding = sys.stdout.encoding or "utf-8"  # may lack letters of a name
-        sys.stdout.write(content.encode(encoding, "replace").decode(encoding))
+        write_out(content)
     else:
         write_atomically(args.output, lambda file: file.write(content.encode()))
 

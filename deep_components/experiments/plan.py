@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from deep_components.arguments import training_parser
-from deep_components.cascade import SETTINGS
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import test_day, training_days
 from deep_components.dataset.log import Log, open_log
@@ -131,7 +130,7 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
     rows: list[Run] = []
     for method, given, (parsed, loss) in zip(methods, words, commands, strict=True):
         days = [opened[day] for day in template.parts[-1].train_days]
-        config = run_config(SETTINGS[args.setting], parsed, loss, log, template.parts[-1].train_days, days)
+        config = run_config(args.cascade, parsed, loss, log, template.parts[-1].train_days, days)
         steps = parsed.epochs * sum(len(day) // parsed.batch_size for day in days)
         run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:
@@ -157,7 +156,9 @@ def _parsed(args: argparse.Namespace, words: Sequence[str]) -> tuple[argparse.Na
     command = importlib.import_module(args.train)
     folders = [f"--data_dir={args.data_dir}", f"--output_dir={args.output_dir or args.runs_dir}"]
     parsed = command.parse_args([*words, *folders])
-    return parsed, command.build_loss(parsed)
+    loss = command.build_loss(parsed)
+    vars(parsed).pop("cascade", None)  # as run_train does: the run's config has it whole
+    return parsed, loss
 
 
 def _divided(args: argparse.Namespace, method: Method) -> list[str]:
@@ -183,9 +184,9 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
     """What all runs of a plan have in common, and its opened days."""
     parts = schedule(log, parsed.train_days, args.test_day, args.validation, args.streaming)
     days = sorted({*parts[-1].train_days, *(part.test_day for part in parts)})
-    opened = {day: log.open_day(day, SETTINGS[args.setting], parsed.cache_dir, parsed.time_zone) for day in days}
+    opened = {day: log.open_day(day, args.cascade, parsed.cache_dir, parsed.time_zone) for day in days}
     both = {name: getattr(parsed, name) for name in ("cache_dir", "time_zone", "cuda", "device")}
-    evaluation = [f"--{name}={value}" for name, value in both.items() if value is not None]
+    evaluation = [*args.cascade_words, *(f"--{name}={value}" for name, value in both.items() if value is not None)]
     evaluation += [] if parsed.compile else ["--no-compile"]
     evaluation += ["--save_scores"] if args.save_scores else []
     template = Run(
