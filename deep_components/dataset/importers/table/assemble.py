@@ -6,7 +6,7 @@ import numpy as np
 
 from deep_components.dataset.columnar import ColumnFiles, write_day
 from deep_components.dataset.encoding import Encoding, FieldEncoding
-from deep_components.dataset.importers.table.clean import clean_item_record, clean_request_record
+from deep_components.dataset.importers.table.clean import clean_request_record
 from deep_components.dataset.importers.table.plan import Plan
 from deep_components.dataset.importers.table.scan import load, remove
 
@@ -40,9 +40,9 @@ def _write_bucket(
     for entry in encoding.side("request"):
         _write(encoding, files, entry, requests[f"request.{entry.name}"], rows)
     _write_histories(plan, encoding, files, _histories(plan, requests, bucket, day), request)
-    items = load(plan, bucket, f"{day}.clean_items", clean_item_record(plan))
+    items = load(plan, bucket, f"{day}.clean_items", plan.item_record)
     rows = slice(row, row + len(items))
-    files.write("item.label", items["label"], rows)
+    files.write("item.label", items["order"].astype(np.int32), rows)
     files.write("item.group", items["group"], rows)
     for entry in encoding.side("item"):
         _write(encoding, files, entry, items[plan.stored(entry)], rows)

@@ -10,7 +10,7 @@ import numpy as np
 from deep_components.dataset.encoding import MISSING, NO_TIME, NO_VALUE, FieldEncoding
 from deep_components.dataset.importers.table.clean import NO_TRUTH, ONE_ITEM, TWICE
 from deep_components.dataset.importers.table.command import Read, day_problems, read_rows
-from deep_components.dataset.importers.table.learn import Samples, counted_keys, sampled_values, vocabulary
+from deep_components.dataset.importers.table.learn import Sample, counted_keys, sampled_values, vocabulary
 from deep_components.dataset.importers.table.mapping import read_mapping
 from deep_components.dataset.importers.table.plan import Plan, make_plan, needed_columns
 from deep_components.dataset.importers.table.source import open_source
@@ -61,11 +61,11 @@ def _report(read: Read) -> Iterator[str]:
     requests = sum(counts.requests for counts in read.counts.values())
     for number, name in enumerate(mapping.groups.names):
         yield f"group {name}: {groups[number]:,} candidates, {groups[number] / requests:.2f} a request"
-    samples = read.samples.of_days(read.days)
-    yield from (_field_line(plan, entry, samples) for entry in plan.entries if entry not in plan.derived)
+    sample = read.samples.of_days(read.days)
+    yield from (_field_line(plan, entry, sample) for entry in plan.entries if entry not in plan.derived)
     if read.training_days and read.test_days:
         yield from _unseen(read)
-    for suspicion in _suspicions(read, samples):
+    for suspicion in _suspicions(read, sample):
         yield f"suspicious: {suspicion}"
 
 
@@ -80,16 +80,16 @@ def _missing(entry: FieldEncoding, values: np.ndarray) -> np.ndarray:
     return np.isnan(values) if entry.kind == "number" else values == NO_TIME
 
 
-def _known(plan: Plan, entry: FieldEncoding, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+def _known(plan: Plan, entry: FieldEncoding, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """The sampled values of a field that are there, and which were."""
-    values = sampled_values(plan, entry, samples)
+    values = sampled_values(plan, entry, sample)
     values = values[values != NO_VALUE] if entry.kind == "id" else values
     there = ~_missing(entry, values)
     return values[there], there
 
 
-def _field_line(plan: Plan, entry: FieldEncoding, samples: Samples) -> str:
-    known, there = _known(plan, entry, samples)
+def _field_line(plan: Plan, entry: FieldEncoding, sample: Sample) -> str:
+    known, there = _known(plan, entry, sample)
     text = f"field {entry.name} of side {entry.side}: {1 - there.mean() if len(there) else 0:.1%} missing"
     if not len(known):
         return text
@@ -125,7 +125,7 @@ def _unseen(read: Read) -> Iterator[str]:
         )
 
 
-def _suspicions(read: Read, samples: Samples) -> Iterator[str]:
+def _suspicions(read: Read, sample: Sample) -> Iterator[str]:
     plan, mapping = read.plan, read.plan.mapping
     for path, rows in sorted(read.scanned.other_days.items()):
         yield (f"{path}: {rows:,} rows are of another day than its name says; check time_zone and time_unit of [rows]")
@@ -133,7 +133,7 @@ def _suspicions(read: Read, samples: Samples) -> Iterator[str]:
         if entry in plan.derived:
             continue
         what = f"field {entry.name} of side {entry.side}, column {entry.column},"
-        known, there = _known(plan, entry, samples)
+        known, there = _known(plan, entry, sample)
         distinct = len(np.unique(known))
         if not len(known):
             yield f"{what} has no value; leave it out"
@@ -141,7 +141,7 @@ def _suspicions(read: Read, samples: Samples) -> Iterator[str]:
             yield f"{what} has the same value everywhere; leave it out"
         elif entry.kind == "number" and distinct > max(_MANY, len(known) / 2) and (known == np.rint(known)).all():
             yield f"{what} is a number of many whole values; if it is an id, give it kind id"
-        if entry.side == "item" and not entry.length and (share := _telling(plan, entry, samples)) > _TELLING:
+        if entry.side == "item" and not entry.length and (share := _telling(plan, entry, sample)) > _TELLING:
             yield f"{what} alone tells the ground truth in {share:.1%} of cases; it may not be known when serving"
     constant = [name for number, name in enumerate(mapping.groups.names) if not _has_group(read, number)]
     for name in constant:
@@ -152,11 +152,11 @@ def _has_group(read: Read, number: int) -> bool:
     return any(counts.groups[number] for counts in read.counts.values())
 
 
-def _telling(plan: Plan, entry: FieldEncoding, samples: Samples) -> float:
+def _telling(plan: Plan, entry: FieldEncoding, sample: Sample) -> float:
     """How well a field alone tells ground truth from the rest, among as many of both: 0.5 .. 1. The sample is halved:
     each value's side is learnt from one half and tried on the other, so that an id with few candidates tells nothing.
     """
-    items = samples.items[""]
+    items = sample.items
     values, truth = items[plan.stored(entry)], items["group"] == 0
     if entry.kind == "number":
         values = np.where(np.isnan(values), -np.inf, values)

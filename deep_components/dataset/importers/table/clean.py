@@ -4,6 +4,7 @@ A bucket holds all rows of its requests, of all days, so a request that is there
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,7 @@ from deep_components.dataset.importers.table.scan import append, load, remove
 from deep_components.errors import InputError
 
 ASKING = np.dtype([("user", np.uint64), ("time", np.int64), ("request", np.uint64), ("day", "<M8[D]")])
-SAMPLED = 1 << 17  # requests, and rows, of which the numbers' scales are learnt
+SAMPLED = 1 << 17  # rows, about, of which the numbers' scales are learnt
 NO_TRUTH, ONE_ITEM, TWICE = (
     "requests without ground truth, left out",
     "requests with fewer than two items, left out",
@@ -39,18 +40,12 @@ class DayCounts:
 
 @dataclass
 class Cleaned:
-    """A bucket's days, problems, and samples of its records: day -> the records with the smallest hashes."""
+    """A bucket's days, problems, and samples of its records, by day."""
 
     days: dict[str, DayCounts] = field(default_factory=dict)
     problems: Counter[tuple[str, str]] = field(default_factory=Counter)
     items: dict[str, np.ndarray] = field(default_factory=dict)
     requests: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-def clean_item_record(plan: Plan) -> np.dtype:
-    """A candidate whose request is known, and its label."""
-    kept = [(name, *_shape(plan.item_record[name])) for name in plan.item_record.names or () if name not in _DROPPED]
-    return np.dtype([*kept, ("label", np.int32)])
 
 
 def clean_request_record(plan: Plan) -> np.dtype:
@@ -67,15 +62,12 @@ def positive_record(plan: Plan) -> np.dtype:
     return np.dtype([("user", np.uint64), ("time", np.int64), *base, *kept])
 
 
-_DROPPED = ("request", "order")
-
-
 def _shape(kind: np.dtype) -> tuple[np.dtype, tuple[int, ...]]:
     return kind.base, kind.shape
 
 
-def clean(plan: Plan, bucket: int, days: list[str]) -> Cleaned:
-    """Clean one bucket. InputError for the first problem when the plan is strict."""
+def clean(plan: Plan, bucket: int, days: list[str], rows: int) -> Cleaned:
+    """Clean one bucket of a table of so many ``rows``. InputError for the first problem when the plan is strict."""
     result = Cleaned()
     seen = np.zeros(0, np.uint64)
     for day in days:
@@ -84,7 +76,7 @@ def clean(plan: Plan, bucket: int, days: list[str]) -> Cleaned:
         for name in ("requests", "items"):
             remove(plan, bucket, f"{day}.{name}")
         if len(requests):
-            _Day(plan, bucket, day, result).clean(requests, items, seen)
+            _Day(plan, bucket, day, rows, result).clean(requests, items, seen)
             seen = np.union1d(seen, requests["request"])
     return result
 
@@ -92,8 +84,8 @@ def clean(plan: Plan, bucket: int, days: list[str]) -> Cleaned:
 class _Day:
     """A day's part of a bucket."""
 
-    def __init__(self, plan: Plan, bucket: int, day: str, result: Cleaned) -> None:
-        self.plan, self.bucket, self.day, self.result = plan, bucket, day, result
+    def __init__(self, plan: Plan, bucket: int, day: str, rows: int, result: Cleaned) -> None:
+        self.plan, self.bucket, self.day, self.rows, self.result = plan, bucket, day, rows, result
         self.counts = result.days.setdefault(day, DayCounts())
 
     def clean(self, requests: np.ndarray, items: np.ndarray, seen: np.ndarray) -> None:
@@ -119,20 +111,20 @@ class _Day:
         counts.requests, counts.rows = len(requests), len(items)
         counts.lengths.update(dict(zip(*map(np.ndarray.tolist, np.unique(lengths, return_counts=True)), strict=True)))
         counts.groups.update(dict(enumerate(np.bincount(items["group"]).tolist())))
-        labels = labels_of(items, len(plan.mapping.groups.order))
         whole = _extended(requests, clean_request_record(plan), {"items": lengths})
-        labelled = _extended(items, clean_item_record(plan), {"label": labels})
+        items["order"] = labels_of(items, len(plan.mapping.groups.order))  # rather than a copy with another field
         if plan.derived:
             asking = _extended(requests, ASKING, {"day": np.datetime64(self.day)})
             for bucket, some in _by_bucket(plan, asking):
                 append(plan, bucket, "asking", some)
-        for table, keys in keys_of_tables(plan, whole, labelled).items():
+        for table, keys in keys_of_tables(plan, whole, items).items():
             append(plan, self.bucket, f"{self.day}.{table}.keys", counted(keys))
-        rows = _mixed(items["request"], items["item"])
-        self.result.items[self.day] = smallest(labelled, rows)
-        self.result.requests[self.day] = smallest(whole, requests["request"])
+        hashes = _mixed(items["request"], items["item"])
+        self.result.items[self.day] = _sample(items, item_sample(plan), hashes, SAMPLED, self.rows)
+        hashes = _mixed(requests["request"], requests["request"])
+        self.result.requests[self.day] = _sample(whole, request_sample(plan), hashes, 16 * SAMPLED, self.rows)
         append(plan, self.bucket, f"{self.day}.clean_requests", whole)
-        append(plan, self.bucket, f"{self.day}.clean_items", labelled)
+        append(plan, self.bucket, f"{self.day}.clean_items", items)
 
     def _one_a_request(self, requests: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """The requests by rising key, each once; notes those whose rows disagree."""
@@ -165,10 +157,17 @@ class _Day:
 
     def _one_an_item(self, items: np.ndarray) -> np.ndarray:
         """The items by request, each once with its best group; notes items with two different true orders."""
-        items = items[np.lexsort((items["group"], items["item"], items["request"]))]
-        same = (items["request"][1:] == items["request"][:-1]) & (items["item"][1:] == items["item"][:-1])
+        rough = _rough_order(items["request"], items["item"])
+        order = np.argsort(rough)
+        items, rough = items[order], rough[order]
+        same = rough[1:] == rough[:-1]
         if not same.any():
             return items
+        repeated = np.append(same, False) | np.append(False, same)
+        some = items[repeated]  # which of equal rows is kept must not depend on the files' order
+        _, rank = np.unique(some.view(f"V{some.dtype.itemsize}"), return_inverse=True)
+        items[repeated] = some[np.lexsort((rank, some["group"], some["item"], some["request"]))]
+        same = (items["request"][1:] == items["request"][:-1]) & (items["item"][1:] == items["item"][:-1])
         both = same & (items["group"][1:] == 0) & (items["order"][1:] != items["order"][:-1])
         if both.any():
             groups = self.plan.mapping.groups
@@ -177,10 +176,6 @@ class _Day:
                 "leave one of the rows out",
                 int(both.sum()),
             )
-        repeated = np.append(same, False) | np.append(False, same)
-        some = items[repeated]  # which of equal rows is kept must not depend on the files' order
-        _, rank = np.unique(some.view(f"V{some.dtype.itemsize}"), return_inverse=True)
-        items[repeated] = some[np.lexsort((rank, some["group"], some["item"], some["request"]))]
         self.counts.repairs[TWICE] += int(same.sum())
         return items[np.append(True, ~same)]
 
@@ -216,6 +211,15 @@ class _Day:
         # One sentence for all such requests: the first of them stands for the others.
         known = [key for key in self.result.problems if key[1] == remedy and key[0].split(":")[0] == text.split(":")[0]]
         self.result.problems[known[0] if known else (text, remedy)] += rows
+
+
+def _rough_order(request: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """One uint64 a row that rises with (request, item) but for the item's last bits; rows of a request are neighbours
+    as a rule, so that few are sorted to rank them."""
+    new = np.append(True, request[1:] != request[:-1])[: len(request)]
+    distinct, rank = np.unique(request[new], return_inverse=True)
+    bits = np.uint64(max(1, len(distinct).bit_length()))
+    return (rank.astype(np.uint64)[np.cumsum(new) - 1] << (np.uint64(64) - bits)) | (item >> bits)
 
 
 def _extended(records: np.ndarray, kind: np.dtype, extra: dict[str, Any]) -> np.ndarray:
@@ -276,11 +280,27 @@ def _mixed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return mixed ^ (mixed >> np.uint64(32))
 
 
-def smallest(records: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """The SAMPLED records with the smallest hashes, by rising hash, with the hash: a sample that depends on the data
+def item_sample(plan: Plan) -> np.dtype:
+    """What is kept of a sampled row: its numbers; all of it for a report."""
+    numbers = [plan.stored(entry) for entry in plan.side("item") if entry.kind == "number"]
+    return _sampled(plan.item_record, numbers if plan.strict else plan.item_record.names or ())
+
+
+def request_sample(plan: Plan) -> np.dtype:
+    """What is kept of a sampled request."""
+    entries = [*plan.side("request"), *plan.listed]
+    names = [f"{e.side}.{e.name}" for e in entries if e.kind == "number" or not plan.strict]
+    return _sampled(plan.request_record, ["events", *names])
+
+
+def _sampled(record: np.dtype, names: Iterable[str]) -> np.dtype:
+    return np.dtype([("hash", np.uint64), *((name, *_shape(record[name])) for name in names)])
+
+
+def _sample(records: np.ndarray, kind: np.dtype, hashes: np.ndarray, wanted: int, rows: int) -> np.ndarray:
+    """Some ``wanted`` of a table's ``rows`` records: those with small hashes, so that the sample depends on the data
     alone, whatever the order or the buckets it comes in."""
-    order = np.argsort(hashes, kind="stable")[:SAMPLED]
-    kind = np.dtype(
-        [("hash", np.uint64), *[(name, *_shape(records.dtype[name])) for name in records.dtype.names or ()]]
-    )
-    return _extended(records[order], kind, {"hash": hashes[order]})
+    if wanted < rows:
+        kept = hashes < np.uint64(2**64 * wanted // rows)
+        records, hashes = records[kept], hashes[kept]
+    return _extended(records, kind, {"hash": hashes})

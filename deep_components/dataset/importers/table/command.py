@@ -100,7 +100,7 @@ def read_rows(run: Run, plan: Plan, source: Source) -> Read:
         read.scanned.rows += scanned.rows
         for name in ("problems", "days", "other_days"):
             getattr(read.scanned, name).update(getattr(scanned, name))
-    tasks = [(plan, bucket, sorted(read.scanned.days)) for bucket in range(plan.buckets)]
+    tasks = [(plan, bucket, sorted(read.scanned.days), read.scanned.rows) for bucket in range(plan.buckets)]
     for cleaned in progress(run(clean, tasks), "checking", "bucket", len(tasks)):
         _add(read, cleaned)
     read.problems += read.scanned.problems

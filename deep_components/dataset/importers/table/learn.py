@@ -2,28 +2,28 @@
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.preprocessing import KBinsDiscretizer, StandardScaler
 
 from deep_components.dataset.encoding import Encoding, FieldEncoding
-from deep_components.dataset.importers.table.clean import COUNTED, SAMPLED, Cleaned
+from deep_components.dataset.importers.table.clean import COUNTED, Cleaned
 from deep_components.dataset.importers.table.plan import Plan
 
 _KEYS_AT_ONCE = 1 << 22
 
 
-def learn(plan: Plan, samples: "Samples", days: list[str]) -> Encoding:
+def learn(plan: Plan, sample: "Sample", days: list[str]) -> Encoding:
     """The encoding that the training days give."""
     minimum = {table: rule.min_count for rule in plan.mapping.fields if rule.kind == "id" for table in rule.tables}
     vocabularies = {table: vocabulary(plan, table, days, count) for table, count in minimum.items()}
     # A history that is derived is scaled as the items it is made of.
-    learnt = {entry.name: _scaled(plan, entry, samples) for entry in plan.entries if entry.side == "item"}
+    learnt = {entry.name: _scaled(plan, entry, sample) for entry in plan.entries if entry.side == "item"}
     entries = [
         replace(learnt[entry.name], side="history") if entry in plan.derived
         else learnt[entry.name] if entry.side == "item"
-        else _scaled(plan, entry, samples)
+        else _scaled(plan, entry, sample)
         for entry in plan.entries
     ]  # fmt: skip
     return Encoding(entries, vocabularies, plan.mapping.rows.time_zone, plan.length)
@@ -62,36 +62,39 @@ def counted_keys(plan: Plan, table: str, days: Iterable[str]) -> Iterable[np.nda
 
 
 class Samples:
-    """The training days' sampled records, of all buckets."""
+    """The sampled records of all buckets, by day."""
 
     def __init__(self) -> None:
-        self.items = dict[str, np.ndarray]()
-        self.requests = dict[str, np.ndarray]()
+        self.items = dict[str, list[np.ndarray]]()
+        self.requests = dict[str, list[np.ndarray]]()
 
     def add(self, cleaned: Cleaned) -> None:
-        """Take a bucket's: of each day the smallest hashes are kept."""
         for ours, theirs in ((self.items, cleaned.items), (self.requests, cleaned.requests)):
             for day, records in theirs.items():
-                both = np.concatenate([ours[day], records]) if day in ours else records
-                ours[day] = _smallest(both)
+                ours.setdefault(day, []).append(records)
 
-    def of_days(self, days: list[str]) -> "Samples":
-        """Of some days, as one day."""
-        made = Samples()
-        made.items[""] = _smallest(np.concatenate([self.items[day] for day in days]))
-        made.requests[""] = _smallest(np.concatenate([self.requests[day] for day in days]))
-        return made
+    def of_days(self, days: list[str]) -> "Sample":
+        return Sample(*(_joined([part for day in days for part in by[day]]) for by in (self.items, self.requests)))
 
 
-def _smallest(records: np.ndarray) -> np.ndarray:
-    return records[np.argsort(records["hash"], kind="stable")[:SAMPLED]]
+@dataclass(frozen=True)
+class Sample:
+    """Sampled rows and requests, by rising hash."""
+
+    items: np.ndarray
+    requests: np.ndarray
 
 
-def sampled_values(plan: Plan, entry: FieldEncoding, samples: Samples) -> np.ndarray:
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    records = np.concatenate(parts)
+    return records[np.argsort(records["hash"], kind="stable")]
+
+
+def sampled_values(plan: Plan, entry: FieldEncoding, sample: Sample) -> np.ndarray:
     """The sampled raw values of a field, in an order that depends on the data alone."""
     if entry.side == "item":
-        return samples.items[""][plan.stored(entry)].ravel()
-    requests = samples.requests[""]
+        return sample.items[plan.stored(entry)].ravel()
+    requests = sample.requests
     values = requests[f"{entry.side}.{entry.name}"]
     if entry.side == "request":
         return values.ravel()
@@ -99,12 +102,12 @@ def sampled_values(plan: Plan, entry: FieldEncoding, samples: Samples) -> np.nda
     return values[there].ravel()
 
 
-def _scaled(plan: Plan, entry: FieldEncoding, samples: Samples) -> FieldEncoding:
+def _scaled(plan: Plan, entry: FieldEncoding, sample: Sample) -> FieldEncoding:
     """The entry with what its numbers' scale says."""
     rule = next(r for r in plan.mapping.side(entry.side) if r.name == entry.name)
     if entry.kind != "number":
         return entry
-    values = sampled_values(plan, entry, samples)
+    values = sampled_values(plan, entry, sample)
     known = values[~np.isnan(values)]
     if rule.scale == "quantile":
         return replace(entry, edges=_edges(known, rule.buckets), table=rule.name)
