@@ -1,6 +1,6 @@
 """What popularity alone reaches: every stage ranks by how often an item was ground truth in the training days.
 
-    python examples/popularity.py --data_dir=D --cascade=cascade.toml --field=item
+    python -m examples.popularity --data_dir=D --cascade=cascade.toml --field=item
 
 Beside it stands chance: a random order in every stage, on average.
 """

@@ -6,7 +6,8 @@ A request is 30 consecutive ratings that a user made on one day: the ten best ar
 are "rated". Twenty movies that the user had not rated by then are added: ten drawn by how often they were rated on
 earlier days ("popular"), ten drawn from the whole catalogue ("random").
 
-The log ends on --last_day: later days have too few requests to test on.
+The requests are those of --first_day to --last_day, the weeks in which most users rated: a day needs as many requests
+as a training step takes, and the last day is tested on. Earlier ratings count as rated and make movies popular.
 """
 
 import argparse
@@ -87,12 +88,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="MovieLens-1M as a long table of requests and candidates.")
     parser.add_argument("--input", type=Path, required=True, help="folder of ratings.dat, movies.dat and users.dat")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for a CSV file a day")
+    parser.add_argument("--first_day", default="2000-11-12")
     parser.add_argument("--last_day", default="2000-12-07")
     parser.add_argument("--seed", type=int, default=0, help="of the drawn movies")
     args = parser.parse_args()
     movies, users = read_movies(args.input), read_users(args.input)
     ratings = read_ratings(args.input, args.last_day)
     rated = cut_into_requests(ratings)
+    rated = rated[rated["Day"] >= args.first_day]
     requests = rated.drop_duplicates("RequestID").sort_values(["Timestamp", "RequestID"])
     table = pd.concat([rated, draw_unrated(requests, ratings, movies, args.seed)])
     table = table.merge(users, on="UserID").merge(movies, on="MovieID")
