@@ -107,3 +107,17 @@ def test_a_cascade_has_two_to_four_stages(tmp_path: Path) -> None:
         Cascade.from_toml(write(tmp_path, one))
     with pytest.raises(InputError, match="cannot be read"):
         Cascade.from_toml(tmp_path / "absent.toml")
+
+
+def test_groups_without_sizes(tmp_path: Path) -> None:
+    """N is the log's, so that any quota may be; in RecFlow's layout such a group has ten items."""
+    text = FOUR.replace("size = 15, ", "").replace("keep = 30", "keep = 500")
+    cascade = Cascade.from_toml(write(tmp_path, text))
+    assert not cascade.has_sizes and cascade.quotas["recall"] == 500
+    assert [group.slots for group in cascade.groups] == [5, 10, 20] and cascade.num_items == 35
+    assert Cascade.from_json(cascade.to_json(), "config.json") == cascade
+    assert TWO_STAGE.has_sizes and all(group["size"] == 10 for group in TWO_STAGE.to_json()["groups"])
+    with pytest.raises(InputError, match="recall keeps 0; it is reached by all items, so 1 or more"):
+        Cascade.from_toml(write(tmp_path, text.replace("keep = 500", "keep = 0")))
+    with pytest.raises(InputError, match="coarse keeps 20; it is reached by 19 items, so 1 to 19"):
+        Cascade.from_toml(write(tmp_path, text.replace("keep = 500", "keep = 19")))

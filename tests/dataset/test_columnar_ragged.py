@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,17 @@ def test_sizes_are_the_most_that_a_request_may_have(tmp_path: Path) -> None:
         read(folder, Cascade(STAGES, (Group("good"),)))
 
 
+def test_without_sizes_a_rectangular_log_has_its_own(tmp_path: Path) -> None:
+    counts = np.full(R, 4)
+    with write_day(tmp_path / DAY, SCHEMA, R) as files:
+        for name, column in values(counts).items():
+            files.write(name, column.reshape(R, 4, *column.shape[1:]) if name.startswith("item.") else column)
+        files.write("item.mask", np.ones((R, 4), bool))
+    assert read(tmp_path / DAY).num_items == 4
+    with pytest.raises(InputError, match=r"have 4 items, and stage retrieval of the cascade custom keeps 5; give it a"):
+        read(tmp_path / DAY, Cascade((Stage("retrieval", 5, "dssm"), STAGES[1]), CASCADE.groups))
+
+
 def test_a_log_s_groups_are_the_cascade_s(tmp_path: Path) -> None:
     write(tmp_path / DAY)
     write_log_file(tmp_path, "a shop", groups=("good", "bad"))
@@ -180,6 +192,18 @@ def test_a_log_s_groups_are_the_cascade_s(tmp_path: Path) -> None:
         (tmp_path / "log.json").write_text(f'{{"origin": "a shop", "groups": {wrong}}}')
         with pytest.raises(InputError, match=r"log.json: field groups is .*, not a list of names"):
             open_log(tmp_path)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[2], {})
+    log = open_log(tmp_path / "my_ragged_log")
+    cascade = Cascade(STAGES, (Group("bought"), Group("shown")))
+    for day in log.days():
+        batch = log.open_day(day, cascade).batch(np.arange(100))
+        assert batch.features.item["genres"].shape == (*batch.targets.mask.shape, 3)
+        assert ((batch.targets.group == 0) & batch.targets.mask).sum(dim=1).tolist() == [1] * 100
 
 
 # ---------------------------------------------------------------------------------------------- refused
