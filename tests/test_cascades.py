@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deep_components import run_experiments
 from deep_components.files import read_json
 
 PROJECT = Path(__file__).parents[1]
@@ -30,7 +32,7 @@ def project(tmp_path: Path, log: Path) -> Path:
     (tmp_path / "data").symlink_to(log)
     command = tmp_path / "bin/lcron"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nname=$1; shift; [ "$name" = train ] && set -- "$@" {SMALL}\n'
+    command.write_text(f'#!/bin/sh\nname=$1; shift; case $name in train | experiments) set -- "$@" {SMALL};; esac\n'
                        f'exec "{sys.executable}" -m deep_components "$name" "$@"\n')  # fmt: skip
     command.chmod(0o755)
     return tmp_path
@@ -52,6 +54,19 @@ def test_other_quotas(project: Path) -> None:
     bash(project, training)
     printed = bash(project, table)
     assert "narrow" in printed and "joint_recall@10@10" in printed and "retrieval_recall@10@20" in printed
+
+
+def test_all_methods(project: Path) -> None:
+    """With one seed and one method, to save time; the other command is parsed."""
+    command, stated = steps("All methods on a cascade")
+    (project / "narrow.toml").write_text(steps("Changing quotas")[0])
+    printed = bash(project, command.replace("lcron,arf_v2", "lcron").replace("30,31", "30"))
+    assert "joint_recall@10@10" in printed and "untrained" in printed
+    assert len([*project.glob("runs/narrow/lcron/*/seed30/metrics.json")]) == 1
+    words = shlex.split(stated.replace("narrow.toml", str(project / "narrow.toml")))
+    args, methods, training = run_experiments.parse_args(words[2:])
+    assert [method.name for method in methods] == ["lcron", "lcron_tau_20"]
+    assert (args.data_dir, training) == (Path("data"), ["--batch_size=64"])
 
 
 def test_another_model(project: Path) -> None:

@@ -131,3 +131,8 @@ def test_a_model_of_ones_own(shop: Path, tmp_path: Path) -> None:
     run_test.main(arguments(shop, tmp_path / "run", f"--cascade={own}"))
     assert 0 <= read_json(tmp_path / "run/metrics.json")["coarse_recall@2@6"] <= 1
     assert load_file(tmp_path / "run/coarse.safetensors")["item.weight"].shape[0] == 6
+    run_train.main(arguments(shop, tmp_path / "run", *sizes, "--loss_type=lcron", "--resume", "--epochs=2"))
+    run_train.main(arguments(shop, tmp_path / "whole", *sizes, "--loss_type=lcron", "--epochs=2"))
+    resumed, whole = (load_file(tmp_path / name / "coarse.safetensors") for name in ("run", "whole"))
+    assert whole["norm.num_batches_tracked"] == 8  # dropout and the means of the batches go on where they were, too
+    assert all(np.array_equal(resumed[name], whole[name]) for name in whole)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from deep_components.cascade import SETTINGS, Cascade, named_cascade
+from deep_components.cascade import SETTINGS, Cascade
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
 from deep_components.dataset.log import ColumnarLog, Log, open_log
@@ -149,7 +149,7 @@ def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
         yield Finding(FAIL, "log", f"{root}: no such folder; --data_dir names the folder of a log")
         return
     named = args.cascade
-    cascades = [named_cascade(named)] if named else list(SETTINGS.values())
+    cascades = [SETTINGS.get(named) or Cascade.from_toml(Path(named))] if named else list(SETTINGS.values())
     try:
         log = open_log(root)
         days = log.days(named=True)

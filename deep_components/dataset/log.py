@@ -98,8 +98,15 @@ def open_log(data_dir: Path) -> Log:
         return open_recflow(data_dir)
     first, *_ = _columnar_days(data_dir)
     path = data_dir / LOG_FILE
-    origin, facts = origin_in(path, "origin"), json.loads(path.read_text())
-    test_days, zone = facts.get("test_days", 1), facts.get("time_zone", DEFAULT_TIME_ZONE)
+    origin, schema = origin_in(path, "origin"), schema_of(data_dir / first)
+    return ColumnarLog(data_dir, origin, schema, _groups_in(path), **_times_in(path))
+
+
+def _times_in(path: Path) -> dict[str, Any]:
+    """test_days and time_zone of ``log.json``, which :func:`origin_in` has read before, where they are there."""
+    content = json.loads(path.read_text())
+    found = {name: content[name] for name in ("test_days", "time_zone") if name in content}
+    test_days, zone = found.get("test_days", 1), found.get("time_zone", DEFAULT_TIME_ZONE)
     if type(test_days) is not int or test_days < 1:
         raise InputError(
             f"{path}: field test_days is {reprlib.repr(test_days)}, not a whole number above 0; make the log again"
@@ -110,7 +117,7 @@ def open_log(data_dir: Path) -> Log:
         raise InputError(
             f"{path}: field time_zone is {reprlib.repr(zone)}, not a zone such as Asia/Shanghai; make the log again"
         ) from error
-    return ColumnarLog(data_dir, origin, schema_of(data_dir / first), _groups_in(path, facts), test_days, zone)
+    return found
 
 
 def zone_of(log: Log, wanted: str) -> str:
@@ -125,15 +132,16 @@ def zone_of(log: Log, wanted: str) -> str:
     return log.time_zone
 
 
-def write_log_file(folder: Path, origin: str, **facts: Any) -> None:
-    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made. ``facts``: groups, test_days,
-    time_zone, and whatever else belongs into it."""
-    content = json.dumps({"origin": origin} | facts) + "\n"
-    write_atomically(folder / LOG_FILE, lambda file: file.write(content.encode()))
+def write_log_file(folder: Path, origin: str, **about: Any) -> None:
+    """Write ``log.json``: the days in ``folder`` are a log that ``origin`` made; ``about`` is what else it says, such
+    as the names of its ``groups``."""
+    content = (json.dumps({"origin": origin, **about}) + "\n").encode()
+    write_atomically(folder / LOG_FILE, lambda file: file.write(content))
 
 
-def _groups_in(path: Path, facts: dict[str, Any]) -> tuple[str, ...]:
+def _groups_in(path: Path) -> tuple[str, ...]:
     """The names of the items' groups in ``log.json``, which :func:`origin_in` has read before."""
+    facts = json.loads(path.read_text())
     groups = facts.get("groups", ())
     if "groups" in facts and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
         raise InputError(f"{path}: field groups is {reprlib.repr(groups)}, not a list of names; make the log again")

@@ -107,7 +107,9 @@ def schedule(
         tested = test_day(log, day)
     if not streaming:
         return (Part(tuple(days), tested),)
-    stream = [*days, tested]
+    # Where the log holds back several days, those before the tested one are in the stream too.
+    between = [name for name in log.days(named=False) if days[-1] < name < tested] if train_days is None else []
+    stream = [*days, *between, tested]
     if any(later <= earlier for earlier, later in pairwise(stream)):
         raise InputError(
             f"--train_days={','.join(days)} --test_day={tested}: a streaming run takes its days in order, each once, "

@@ -39,6 +39,9 @@ def own_class(name: str, what: str) -> type[nn.Module]:
 
 def build_own(kind: type[nn.Module], schema: Schema, emb_dim: int, nn_units: int, what: str) -> nn.Module:
     """A model of the class. InputError, which begins with ``what``, unless it has the interface of a stage's model."""
+    for method in ("__init__", "forward"):
+        if getattr(kind, method) is getattr(nn.Module, method):
+            raise InputError(f"{what}: has no {method} of its own; see docs/cascades.md")
     try:
         inspect.signature(kind).bind(schema, emb_dim, nn_units)
     except TypeError as error:

@@ -125,9 +125,10 @@ class Trainer:
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """All that training goes on from, bit for bit, as named tensors: parameters, optimizer state, the ids of
-        compacted tables, and the state of PyTorch's generators."""
+        """All that training goes on from, bit for bit, as named tensors: parameters, buffers, optimizer state, the ids
+        of compacted tables, and the state of PyTorch's generators."""
         state = {f"parameter/{name}": value.detach() for name, value in self.parameters.items()}
+        state |= {f"buffer/{name}": value for name, value in self._buffers()}
         state |= {f"ids/{table}": torch.from_numpy(known.ids()) for table, known in self.prepare.ids.items()}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for parameter, entries in self.dense_optimizer.state.items():
@@ -148,6 +149,8 @@ class Trainer:
         """
         for name, parameter in self.parameters.items():
             self._copy(parameter, state, "parameter", name)
+        for name, value in self._buffers():
+            self._copy(value, state, "buffer", name)
         self._restore_dense_optimizer(state)
         for stage, store in self.stores.items():
             for table in store.optimizers:
@@ -158,6 +161,15 @@ class Trainer:
             raise _does_not_fit("generator/cpu is missing or damaged") from error
         if self.device.type == "cuda" and "generator/cuda" in state:
             torch.cuda.set_rng_state(state["generator/cuda"], self.device)
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """What a model of one's own keeps beside its parameters, as batch normalisation does."""
+        return [
+            (f"{stage}/{name}", value)
+            for stage, model in self.models.items()
+            for name, value in model.state_dict().items()
+            if name not in dict(model.named_parameters(remove_duplicate=False))
+        ]
 
     def _restore_dense_optimizer(self, state: Mapping[str, Tensor]) -> None:
         names = {id(parameter): name for name, parameter in self.parameters.items()}

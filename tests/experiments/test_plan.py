@@ -42,6 +42,16 @@ def test_validation_on_recflow() -> None:
     assert len(schedule(log, None, None, streaming=True)) == 22
 
 
+def test_a_stream_goes_through_all_test_days() -> None:
+    """Of a log that holds back its last three: nothing was learnt from them, but the stream trains on them."""
+    days = [f"2026-02-0{day}" for day in range(1, 6)]
+    log: Any = SimpleNamespace(folder=Path("log"), days=lambda named: days, protocol_days=(), test_days=3)
+    assert schedule(log, None, None) == (Part(tuple(days[:2]), days[4]),)
+    assert schedule(log, None, None, streaming=True) == tuple(Part(tuple(days[:n]), days[n]) for n in range(1, 5))
+    assert schedule(log, days[:1], days[4], streaming=True) == (Part((days[0],), days[4]),)
+    assert schedule(log, None, None, validation=True, streaming=True) == (Part((days[0],), days[1]),)
+
+
 def test_a_stream_tests_every_day_from_the_second(log: Path) -> None:
     assert schedule(open_log(log), None, None, streaming=True) == (Part(DAYS[:1], DAYS[1]), Part(DAYS[:2], DAYS[2]))
     assert schedule(open_log(log), None, None, validation=True, streaming=True) == (Part(DAYS[:1], DAYS[1]),)

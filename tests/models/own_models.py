@@ -10,16 +10,19 @@ nothing = 3
 
 
 class Bilinear(nn.Module):
-    """score(request, item) = (request W + b) . item, with buffers, which asking for a shape must leave alone."""
+    """score(request, item) = norm(request W + b) . item, with dropout, and buffers that count batches."""
 
     def __init__(self, schema: Schema, emb_dim: int, nn_units: int) -> None:
         super().__init__()
         self.map = nn.Linear(schema.width("request", emb_dim), nn_units)
         self.norm = nn.BatchNorm1d(nn_units)
         self.item = nn.Linear(schema.width("item", emb_dim), nn_units)
+        self.drop = nn.Dropout(0.2)
+        self.unused = nn.Parameter(torch.ones(1))
 
     def forward(self, features: EmbeddedFeatures) -> Tensor:
-        return torch.einsum("bi,bni->bn", self.norm(self.map(features.request)), self.item(features.item))
+        request = self.drop(self.norm(self.map(features.request)))
+        return torch.einsum("bi,bni->bn", request, self.item(features.item))
 
 
 class OneScoreTooMuch(Bilinear):
@@ -32,9 +35,19 @@ class TwoOutputs(Bilinear):
         return super().forward(features), features  # type: ignore[return-value]
 
 
-class OtherArguments(nn.Module):
-    def __init__(self, width: int) -> None:
+class NoForward(nn.Module):
+    def __init__(self, schema: Schema, emb_dim: int, nn_units: int) -> None:
         super().__init__()
+
+
+class NoConstructor(nn.Module):
+    def forward(self, features: EmbeddedFeatures) -> Tensor:
+        return features.item.sum(dim=-1)
+
+
+class OtherArguments(Bilinear):
+    def __init__(self, width: int) -> None:
+        nn.Module.__init__(self)
 
 
 class NamedAsTables(Bilinear):

@@ -59,6 +59,8 @@ def test_what_is_no_model(model: str, sentence: str) -> None:
     ("name", "sentence"),
     [
         ("OtherArguments", r"cannot be called with \(schema, emb_dim, nn_units\): too many positional arguments"),
+        ("NoConstructor", "has no __init__ of its own; see docs/cascades.md"),
+        ("NoForward", "has no forward of its own; see docs/cascades.md"),
         ("OneScoreTooMuch", r"two requests of three items get scores of shape \(2, 3, 1\); forward gives \[B, N\]"),
         ("TwoOutputs", "get scores of shape None"),
         ("NamedAsTables", "parameter embedding.weight: tables have names that begin so"),
