@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.dataset as ds
 
 from deep_components.errors import InputError
@@ -25,6 +26,8 @@ MANY_VALUES = 50  # an integer column of more different values is a number, unle
 SKEWED = 2.0  # from this skewness on a number is cut into buckets
 ENDINGS = {".parquet": "parquet", ".csv": "csv", ".feather": "feather", ".arrow": "feather"}
 SEPARATORS = "|;,"
+DELIMITERS = ",;\t|"
+_HEADER_BYTES = 1 << 20
 
 WORDS = {
     "request": {"request", "req", "query", "search", "impression", "session", "auction", "slate"},
@@ -76,6 +79,7 @@ class Sample:
     columns: dict[str, Column]
     rows: int
     source: str
+    delimiter: str = ","  # of CSV
 
     @cached_property
     def request(self) -> Column | None:
@@ -205,7 +209,7 @@ def suggest(path: Path) -> str:
 
 def read_sample(path: Path) -> Sample:
     """The first rows of some files, spread evenly over the table's."""
-    table = _open(path)
+    table, delimiter = _open(path)
     files = list(table.get_fragments())
     number = min(SAMPLE_FILES, len(files))
     chosen = [files[i * (len(files) - 1) // max(number - 1, 1)] for i in range(number)]  # the first and the last too
@@ -220,15 +224,21 @@ def read_sample(path: Path) -> Sample:
         raise InputError(f"{path}: has no rows; name the file or the folder that holds the table")
     columns = {name: _column(name, rows.column(name)) for name in dict.fromkeys(rows.column_names)}
     source = f"{rows.num_rows:,} rows of {len(chosen)} of {len(files)} files"
-    return Sample(columns, rows.num_rows, source)
+    return Sample(columns, rows.num_rows, source, delimiter)
 
 
-def _open(path: Path) -> ds.Dataset:
+def _open(path: Path) -> tuple[ds.Dataset, str]:
+    """The table, and what separates its columns if it is of CSV."""
     first = path if path.is_file() else next((p for p in sorted(path.rglob("*.*")) if p.suffix in ENDINGS), None)
     if first is None or first.suffix not in ENDINGS:
         raise InputError(f"{path}: no {', '.join(ENDINGS)} file there; name the table's file or folder")
     try:
-        return ds.dataset(path, format=ENDINGS[first.suffix])
+        if ENDINGS[first.suffix] != "csv":
+            return ds.dataset(path, format=ENDINGS[first.suffix]), ","
+        with first.open("rb") as file:
+            header = file.readline(_HEADER_BYTES)
+        delimiter = max(DELIMITERS, key=lambda sign: header.count(sign.encode()))
+        return ds.dataset(path, format=ds.CsvFileFormat(pa.csv.ParseOptions(delimiter=delimiter))), delimiter
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a table of Parquet, CSV or Feather files") from None
 
@@ -283,6 +293,8 @@ def _head(sample: Sample) -> str:
 
 def _rows(sample: Sample, path: Path) -> str:
     lines = ["[rows]", f"path = {_text(str(path.resolve()))}  # a relative path counts from this file's folder"]
+    if sample.delimiter != ",":
+        lines.append(f"delimiter = {_text(sample.delimiter)}")
     request, item, user, time = sample.request, sample.item, sample.user, sample.time
     lines.append(_role("request", request, f"{_count(request, sample)}" if request else ""))
     lines.append(_role("item", item, f"never twice in a request; {_count(item, sample)}" if item else ""))

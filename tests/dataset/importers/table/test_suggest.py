@@ -167,6 +167,14 @@ def test_csv_with_times_in_numbers_and_names_in_camel_case(tmp_path: Path) -> No
     assert {"movie_id", "user_id", "weight", "when"} == set(fields(content))
 
 
+def test_csv_of_another_delimiter(tmp_path: Path) -> None:
+    base(fate=outcome("sold", "lost")).to_csv(tmp_path / "rows.csv", sep=";", index=False)
+    text = suggest(tmp_path / "rows.csv")
+    assert tomllib.loads(text)["rows"]["delimiter"] == ";"
+    assert {"doc", "customer", "weight"} <= set(fields(tomllib.loads(text)))
+    assert problems(tmp_path, text) == []
+
+
 def test_names_and_values_cannot_break_the_file(tmp_path: Path) -> None:
     evil = 'a"\n[rows]\npath = "b'
     fate = outcome(evil, "x\x7f\\", "lost")
