@@ -110,7 +110,7 @@ class DayCache:
     def longest(self, requests: np.ndarray) -> int:
         """N of a batch of these requests: all have as many items, or it is the longest of their lists, at least 1."""
         if _OFFSET in self.columns:
-            return int(_item_rows(self.columns[_OFFSET], requests)[1].max(initial=1))
+            return int(_counts(self.columns[_OFFSET], requests).max(initial=1))
         return int(self.columns["item.mask"].shape[1])
 
     def ids(self, table: str) -> IdSet:
@@ -148,9 +148,9 @@ class DayCache:
 
     def _lists(self, requests: np.ndarray, num_items: int | None) -> tuple[np.ndarray, torch.Tensor]:
         """Of a ragged day, the rows of the requests' items, one request after another, and the mask [B, N]."""
-        rows, counts = _item_rows(self.columns[_OFFSET], requests)
-        slots = np.arange(counts.max(initial=1) if num_items is None else num_items)
-        return rows, torch.from_numpy(slots < counts[:, None])
+        offset = self.columns[_OFFSET]
+        slots = np.arange(self.longest(requests) if num_items is None else num_items)
+        return _item_rows(offset, requests), torch.from_numpy(slots < _counts(offset, requests)[:, None])
 
     def _side(self, side: str, rows: np.ndarray) -> dict[str, torch.Tensor]:
         return {entry.name: self._values(f"{side}.{entry.name}", rows) for entry in self.schema.side(side)}
@@ -164,12 +164,16 @@ class DayCache:
         return torch.from_numpy(np.ascontiguousarray(values, kept))
 
 
-def _item_rows(offset: np.ndarray, requests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of the items of these requests, one request after another, and how many each request has."""
-    first = offset[requests]
-    counts = offset[requests + 1] - first
+def _counts(offset: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """How many items each of the requests has."""
+    return offset[requests + 1] - offset[requests]
+
+
+def _item_rows(offset: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    """The rows of the items of these requests, one request after another."""
+    counts = _counts(offset, requests)
     before = np.cumsum(counts) - counts
-    return np.repeat(first - before, counts) + np.arange(counts.sum()), counts
+    return np.repeat(offset[requests] - before, counts) + np.arange(counts.sum())
 
 
 def _padded(values: torch.Tensor, mask: torch.Tensor, padding: int) -> torch.Tensor:
@@ -258,7 +262,7 @@ class ColumnFiles:
             for first in range(0, len(rows), _ROWS_PER_PIECE):
                 chosen = rows[first : first + _ROWS_PER_PIECE]
                 if offset is not None and name.startswith("item."):
-                    chosen, _ = _item_rows(offset, chosen)
+                    chosen = _item_rows(offset, chosen)
                 values = np.memmap(old, mode="r", **layout)[chosen]
                 self.write(name, values, slice(done, done + len(values)))
                 done += len(values)
