@@ -193,12 +193,19 @@ def _scratch(output_dir: Path) -> Iterator[Path]:
 def _stopped_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as an error does, so that its scratch files are removed."""
 
+    received: list[int] = []
+
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedError("stopped; nothing was written", number)
+        received.append(number)
+        raise KeyboardInterrupt  # which no library takes for an error of its own
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if received:
+            raise StoppedError("stopped; nothing was written", received[0]) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
