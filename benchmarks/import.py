@@ -125,7 +125,7 @@ def _piece(rng: np.random.Generator, first: int, count: int, candidates: int, da
             "user": np.repeat(rng.integers(0, max(1000, items // 4), count), candidates),
             "item": item,
             "shop": shop.dictionary_decode(),
-            "tags": pa.ListArray.from_arrays(np.arange(0, 2 * rows + 1, 2, np.int32), tags.dictionary_decode()),
+            "tags": pa.ListArray.from_arrays(np.arange(0, 2 * rows + 1, 2).astype(np.int32), tags.dictionary_decode()),
             "price": pa.array(rng.lognormal(3, 1, rows), mask=rng.random(rows) < 0.05),
             "stock": rng.poisson(20, rows).astype(np.int32),
             "left_at": pa.DictionaryArray.from_arrays(left, names).dictionary_decode(),

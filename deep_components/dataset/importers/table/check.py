@@ -10,7 +10,7 @@ import numpy as np
 from deep_components.dataset.encoding import MISSING, NO_TIME, NO_VALUE, FieldEncoding
 from deep_components.dataset.importers.table.clean import NO_TRUTH, ONE_ITEM, TWICE
 from deep_components.dataset.importers.table.command import Read, day_problems, read_rows
-from deep_components.dataset.importers.table.learn import Sample, counted_keys, sampled_values, vocabulary
+from deep_components.dataset.importers.table.learn import Sample, counted_keys, sampled_values
 from deep_components.dataset.importers.table.mapping import read_mapping
 from deep_components.dataset.importers.table.plan import Plan, make_plan, needed_columns
 from deep_components.dataset.importers.table.source import open_source
@@ -106,22 +106,17 @@ def _unseen(read: Read) -> Iterator[str]:
     """Of each table the ids, and those of the test days that no training day has."""
     minimum = {table: rule.min_count for rule in read.plan.mapping.fields if rule.kind == "id" for table in rule.tables}
     for table, count in minimum.items():
-        ids = rows = 0
-        for counts in counted_keys(read.plan, table, read.training_days):
-            ids, rows = ids + len(counts), rows + int(counts["count"].sum())
+        learnt = counted_keys(read.plan, table, read.training_days)
+        ids, rows = len(learnt), int(learnt["count"].sum())
         if rows > 100 and ids > 0.9 * rows:
             yield f"suspicious: table {table} has {ids:,} ids in {rows:,} values, so few are seen again in training"
-        known = vocabulary(read.plan, table, read.training_days, 1)
-        kept = vocabulary(read.plan, table, read.training_days, count) if count > 1 else known
-        ids = new = seen = rows = 0
-        for tested in counted_keys(read.plan, table, read.test_days):
-            unseen = ~np.isin(tested["key"], known)
-            ids, new = ids + len(tested), new + int(unseen.sum())
-            rows, seen = rows + int(tested["count"].sum()), seen + int(tested["count"][~unseen].sum())
-        rare = f", {len(known) - len(kept):,} of them fewer than {count} times" if count > 1 else ""
+        tested = counted_keys(read.plan, table, read.test_days)
+        new = ~np.isin(tested["key"], learnt["key"])
+        share = tested["count"][new].sum() / max(tested["count"].sum(), 1)
+        rare = f", {(learnt['count'] < count).sum():,} of them fewer than {count} times" if count > 1 else ""
         yield (
-            f"table {table}: {len(known):,} ids in the training days{rare}; of {ids:,} ids of the test days "
-            f"{new / max(ids, 1):.1%} were never seen in training, in {1 - seen / max(rows, 1):.1%} of occurrences"
+            f"table {table}: {ids:,} ids in the training days{rare}; of {len(tested):,} ids of the test days "
+            f"{new.mean() if len(new) else 0:.1%} were never seen in training, in {share:.1%} of occurrences"
         )
 
 

@@ -10,6 +10,7 @@ from sklearn.preprocessing import KBinsDiscretizer, StandardScaler
 from deep_components.dataset.encoding import Encoding, FieldEncoding
 from deep_components.dataset.importers.table.clean import COUNTED, Cleaned
 from deep_components.dataset.importers.table.plan import Plan
+from deep_components.dataset.importers.table.scan import load
 
 _KEYS_AT_ONCE = 1 << 22
 
@@ -34,28 +35,33 @@ def learn(plan: Plan, sample: "Sample", days: list[str]) -> Encoding:
 
 def vocabulary(plan: Plan, table: str, days: list[str], minimum: int) -> np.ndarray:
     """The rising keys that the days have ``minimum`` times at least."""
-    kept = [counts["key"][counts["count"] >= minimum] for counts in counted_keys(plan, table, days)]
-    return np.concatenate([np.zeros(0, np.uint64), *kept])
+    counts = counted_keys(plan, table, days)
+    return counts["key"][counts["count"] >= minimum].copy()
 
 
-def counted_keys(plan: Plan, table: str, days: Iterable[str]) -> Iterable[np.ndarray]:
-    """Distinct keys of a table on the days and how often each is there, rising, some at a time (COUNTED)."""
-    wanted = set(days)
-    paths = [path for path in plan.scratch.glob(f"*/*.{table}.keys.*") if path.name.partition(".")[0] in wanted]
-    counts = [np.memmap(path, COUNTED, "r") for path in paths if path.stat().st_size]
-    total = sum(map(len, counts))
-    ranges = -(-total // _KEYS_AT_ONCE)
-    bounds = [(2**64 * number // ranges) for number in range(1, ranges)]
-    first = [0] * len(counts)
-    for bound in [*bounds, None]:
-        ends = [len(c) if bound is None else int(np.searchsorted(c["key"], np.uint64(bound))) for c in counts]
-        part = np.concatenate([np.zeros(0, COUNTED), *(c[f:e] for c, f, e in zip(counts, first, ends, strict=True))])
-        part = part[np.argsort(part["key"], kind="stable")]
-        starts = np.flatnonzero(np.append(True, part["key"][1:] != part["key"][:-1])[: len(part)])
-        made = part[starts]
-        made["count"] = np.add.reduceat(part["count"], starts) if len(starts) else 0
-        yield made
-        first = ends
+def counted_keys(plan: Plan, table: str, days: Iterable[str]) -> np.ndarray:
+    """Distinct keys of a table on the days and how often each is there, rising (COUNTED).
+
+    What waits to be merged is as large as what was merged before, so that memory is some 100 bytes a distinct id.
+    """
+    known = np.zeros(0, COUNTED)
+    waiting: list[np.ndarray] = []
+    for day in days:
+        for bucket in range(plan.buckets):
+            waiting.append(load(plan, bucket, f"{day}.{table}.keys", COUNTED))
+            if sum(map(len, waiting)) > max(_KEYS_AT_ONCE, len(known)):
+                known, waiting = _merged([known, *waiting]), []
+    return _merged([known, *waiting])
+
+
+def _merged(parts: list[np.ndarray]) -> np.ndarray:
+    counts = np.concatenate(parts)
+    counts = counts[np.argsort(counts["key"], kind="stable")]
+    starts = np.flatnonzero(np.append(True, counts["key"][1:] != counts["key"][:-1])[: len(counts)])
+    made = counts[starts]
+    if len(made):
+        made["count"] = np.add.reduceat(counts["count"], starts)
+    return made
 
 
 # ---- scales ----------------------------------------------------------------------------------------------------------

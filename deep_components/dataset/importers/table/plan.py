@@ -16,7 +16,7 @@ from deep_components.dataset.importers.table.mapping import FieldRule, LogMappin
 from deep_components.dataset.importers.table.source import Source
 
 BYTES_PER_BUCKET = 1 << 26
-MAX_BUCKETS = 1 << 10
+MAX_BUCKETS = 1 << 13
 _BYTES_PER_BATCH = 1 << 23
 _ROWS_PER_BATCH = range(1 << 8, (1 << 16) + 1)
 
