@@ -21,6 +21,7 @@ from deep_components.errors import InputError
 
 SAMPLE_ROWS = 10_000
 SAMPLE_FILES = 5
+RESERVED = ("mask", "label", "group", "offset")  # columns that every log has
 FEW_VALUES = 12  # so many groups at most
 MANY_VALUES = 50  # an integer column of more different values is a number, unless it is called an id
 SKEWED = 2.0  # from this skewness on a number is cut into buckets
@@ -82,9 +83,21 @@ class Sample:
     delimiter: str = ","  # of CSV
 
     @cached_property
+    def names(self) -> dict[str, str]:
+        """The fields' names, by column; "when" is the time of the request."""
+        made: dict[str, str] = {}
+        for column in self.columns:
+            name = _snake(column)
+            name = f"field_{name}" if name in RESERVED else name
+            while name in made.values() or name == "when":
+                name += "_2"
+            made[column] = name
+        return made
+
+    @cached_property
     def request(self) -> Column | None:
         """The column whose values come in runs of several rows, else one that is called so."""
-        usable = [c for c in self.columns.values() if c.kind in ("text", "integer") and not c.missing]
+        usable = [c for c in self.columns.values() if c.name and c.kind in ("text", "integer") and not c.missing]
         several = [c for c in usable if 2 * c.distinct <= self.rows and c.distinct > 1]
         in_runs = [c for c in several if int((c.values != c.values.shift()).sum()) <= c.distinct + SAMPLE_FILES]
         named = [c for c in several if c.called("request")]
@@ -95,7 +108,7 @@ class Sample:
         """The column that never repeats within a request."""
         if self.request is None:
             return None
-        usable = [c for c in self.columns.values() if c.kind in ("text", "integer") and not c.missing]
+        usable = [c for c in self.columns.values() if c.name and c.kind in ("text", "integer") and not c.missing]
         once = [c for c in usable if not c.called("rank") and not self._repeats_in_request(c) and c is not self.request]
         return _best(once, "item")
 
@@ -108,7 +121,7 @@ class Sample:
     def time(self) -> Column | None:
         """A column of points in time that is the same for all rows of a request."""
         kinds = [c for c in self.columns.values() if c.kind == "time" or (c.called("time") and time_unit(c))]
-        return _best([c for c in kinds if self.per_request(c) and not c.missing], "time")
+        return _best([c for c in kinds if self.per_request(c) and not c.missing and c is not self.request], "time")
 
     @cached_property
     def group(self) -> Column | None:
@@ -160,7 +173,7 @@ class Sample:
     def _outcomes(self) -> list[Column]:
         roles = (self.request, self.item, self.user, self.time)
         single = ("text", "integer", "number", "boolean")
-        free = [c for c in self.columns.values() if c not in roles and c.kind in single]
+        free = [c for c in self.columns.values() if c.name and c not in roles and c.kind in single]
         return [c for c in free if not self.per_request(c) and not self._of_the_item(c)]
 
     def per_request(self, column: Column) -> bool:
@@ -222,7 +235,7 @@ def read_sample(path: Path) -> Sample:
     rows = pa.concat_tables(parts) if parts else table.schema.empty_table()
     if not rows.num_rows:
         raise InputError(f"{path}: has no rows; name the file or the folder that holds the table")
-    columns = {name: _column(name, rows.column(name)) for name in dict.fromkeys(rows.column_names)}
+    columns = {name: _column(name, rows.column(name)) for name in rows.column_names}
     source = f"{rows.num_rows:,} rows of {len(chosen)} of {len(files)} files"
     return Sample(columns, rows.num_rows, source, delimiter)
 
@@ -309,7 +322,7 @@ def _rows(sample: Sample, path: Path) -> str:
 
 def _zone(time: Column | None) -> str:
     zone = str(getattr(time.values.dtype, "tz", None) or "UTC") if time is not None else "UTC"
-    if zone == "UTC":
+    if zone.startswith("UTC"):  # or an offset from it, which is no zone of a place
         return '# time_zone = "Europe/Berlin"  # a day begins at midnight there; without this line, in UTC'
     return f"time_zone = {_text(zone)}  # the column's own; a day begins at midnight there"
 
@@ -360,7 +373,7 @@ def _history(sample: Sample) -> str:
         return '# [history]  # needs user, or list columns\n# length = 50\n# derive = ["item"]'
     return (
         "[history]\nlength = 50  # the latest at most\n"
-        f"derive = [{_text(_snake(sample.item.name))}]  # of the user's earlier ground truth; add other fields of items"
+        f"derive = [{_text(sample.names[sample.item.name])}]  # of the user's earlier ground truth; add fields of items"
     )
 
 
@@ -386,6 +399,8 @@ def _fields(sample: Sample) -> Iterator[str]:
 
 def _left_out(column: Column, sample: Sample) -> str | None:
     """Why a column makes no field."""
+    if not column.name:
+        return "without a name no field can be made of it; left out"
     if column.kind == "other":
         return "of a type that makes no field; left out"
     if column in sample.outcomes:
@@ -415,13 +430,13 @@ def _own_field(column: Column, sample: Sample) -> str:
         if history or column in (sample.item, sample.user):
             keys["min_count"], reasons["min_count"] = 2, "rarer ones share the unknown row, which is so trained"
         if history and sample.item is not None:
-            keys["table"] = _snake(sample.item.name)
+            keys["table"] = sample.names[sample.item.name]
     if (column.kind == "list" and not history) or separator:
         lists = column.known.str.split(separator, regex=False) if separator else column.known
         keys["length"], reasons["length"] = max(int(lists.map(len).max()), 1), "the longest list in the sample"
     if separator:
         keys["separator"] = separator
-    return _field(_snake(column.name), keys, reasons | {"kind": why})
+    return _field(sample.names[column.name], keys, reasons | {"kind": why})
 
 
 def _is_id(column: Column, sample: Sample) -> bool:

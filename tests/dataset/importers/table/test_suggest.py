@@ -178,10 +178,15 @@ def test_csv_of_another_delimiter(tmp_path: Path) -> None:
 def test_names_and_values_cannot_break_the_file(tmp_path: Path) -> None:
     evil = 'a"\n[rows]\npath = "b'
     fate = outcome(evil, "x\x7f\\", "lost")
-    table = base(**{evil: fate, "\x00": np.arange(REQUESTS), "": np.arange(REQUESTS) % 3, "'''": fate == "lost"})
+    values = np.arange(REQUESTS)
+    table = base(
+        **{evil: fate, "\x00": values, "": values % 3, "'''": fate == "lost", "label": values % 4, "Label": values}
+    )
     content = parsed(tmp_path, table)
     assert content["groups"]["order"] == [evil, "x\x7f\\", "lost"]
-    assert {field["column"] for field in content["fields"] if "column" in field} >= {"\x00", ""}
+    columns = {field.get("column") for field in content["fields"]}
+    assert {"\x00", "label", "Label"} <= columns and "" not in columns
+    assert problems(tmp_path, suggest(tmp_path / "rows.parquet")) == []
 
 
 def test_a_bounded_sample_of_a_large_table(tmp_path: Path) -> None:
