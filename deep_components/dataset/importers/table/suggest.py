@@ -7,16 +7,18 @@ tell is a commented line. The result is TOML whatever the columns are called.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.dataset as ds
 
+from deep_components.dataset.encoding import first_line
+from deep_components.dataset.importers.table.mapping import Groups, LogMapping, Rows
+from deep_components.dataset.importers.table.source import Piece, SourceFile, batches, open_source
 from deep_components.errors import InputError
 
 SAMPLE_ROWS = 10_000
@@ -25,7 +27,6 @@ RESERVED = ("mask", "label", "group", "offset")  # columns that every log has
 FEW_VALUES = 12  # so many groups at most
 MANY_VALUES = 50  # an integer column of more different values is a number, unless it is called an id
 SKEWED = 2.0  # from this skewness on a number is cut into buckets
-ENDINGS = {".parquet": "parquet", ".csv": "csv", ".feather": "feather", ".arrow": "feather"}
 SEPARATORS = "|;,"
 DELIMITERS = ",;\t|"
 _HEADER_BYTES = 1 << 20
@@ -44,7 +45,7 @@ WORDS = {
 UNITS = {"s": (10**8, 10**10), "ms": (10**11, 10**13), "us": (10**14, 10**16), "ns": (10**17, 10**19)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Column:
     """One column of the sample."""
 
@@ -222,38 +223,58 @@ def suggest(path: Path) -> str:
 
 def read_sample(path: Path) -> Sample:
     """The first rows of some files, spread evenly over the table's."""
-    table, delimiter = _open(path)
-    files = list(table.get_fragments())
+    mapping, files = _files(path)
     number = min(SAMPLE_FILES, len(files))
     chosen = [files[i * (len(files) - 1) // max(number - 1, 1)] for i in range(number)]  # the first and the last too
-    number = SAMPLE_ROWS // max(number, 1)
+    parts = [_first_rows(mapping, file, SAMPLE_ROWS // number) for file in chosen]
     try:
-        scanners = [file.scanner(schema=table.schema, batch_size=number, batch_readahead=1) for file in chosen]
-        parts = [scanner.head(number) for scanner in scanners]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a table of Parquet, CSV or Feather files") from None
-    rows = pa.concat_tables(parts) if parts else table.schema.empty_table()
+        rows = pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: {first_line(error)}; write each column with one type in all files") from None
     if not rows.num_rows:
         raise InputError(f"{path}: has no rows; name the file or the folder that holds the table")
     columns = {name: _column(name, rows.column(name)) for name in rows.column_names}
     source = f"{rows.num_rows:,} rows of {len(chosen)} of {len(files)} files"
-    return Sample(columns, rows.num_rows, source, delimiter)
+    return Sample(columns, rows.num_rows, source, mapping.rows.delimiter)
 
 
-def _open(path: Path) -> tuple[ds.Dataset, str]:
-    """The table, and what separates its columns if it is of CSV."""
-    first = path if path.is_file() else next((p for p in sorted(path.rglob("*.*")) if p.suffix in ENDINGS), None)
-    if first is None or first.suffix not in ENDINGS:
-        raise InputError(f"{path}: no {', '.join(ENDINGS)} file there; name the table's file or folder")
-    try:
-        if ENDINGS[first.suffix] != "csv":
-            return ds.dataset(path, format=ENDINGS[first.suffix]), ","
-        with first.open("rb") as file:
+def _files(path: Path) -> tuple[LogMapping, list[SourceFile]]:
+    """The table's files, and a mapping that says how they are read and nothing else."""
+    mapping = LogMapping(path, Rows(str(path.resolve()), "", "", ""), Groups(()), ())
+    source = open_source(mapping, {})
+    if source.problems:
+        raise InputError(source.problems[0])
+    if source.files[0].format == "csv":
+        with source.files[0].path.open("rb") as file:
             header = file.readline(_HEADER_BYTES)
         delimiter = max(DELIMITERS, key=lambda sign: header.count(sign.encode()))
-        return ds.dataset(path, format=ds.CsvFileFormat(pa.csv.ParseOptions(delimiter=delimiter))), delimiter
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a table of Parquet, CSV or Feather files") from None
+        mapping = replace(mapping, rows=replace(mapping.rows, delimiter=delimiter))
+        source = open_source(mapping, {})
+    return mapping, source.files
+
+
+def _first_rows(mapping: LogMapping, file: SourceFile, number: int) -> pa.Table:
+    """At most so many rows of a file, without columns whose names it has twice."""
+    names = [name for name, count in Counter(file.names).items() if count == 1]
+    parts: list[pa.Table] = []
+    for batch in batches(mapping, Piece(file, 0, len(file.pieces)), dict.fromkeys(names, pa.string()), number):
+        parts.append(pa.table(batch))
+        if sum(part.num_rows for part in parts) >= number:
+            break
+    rows = pa.concat_tables(parts).slice(0, number) if parts else pa.table({})
+    if file.format == "csv":
+        return pa.table({name: _inferred(rows.column(name)) for name in rows.column_names})
+    return rows
+
+
+def _inferred(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts of CSV as the first type that all of them can be."""
+    for kind in (pa.int64(), pa.float64(), pa.bool_()):
+        try:
+            return texts.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return texts
 
 
 def _column(name: str, values: pa.ChunkedArray) -> Column:

@@ -198,6 +198,12 @@ def test_a_bounded_sample_of_a_large_table(tmp_path: Path) -> None:
     assert f"{SAMPLE_ROWS:,} rows of {SAMPLE_FILES} of {SAMPLE_FILES + 2} files" in text
 
 
+def test_a_column_that_is_there_twice_is_left_out(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([1, 1]), pa.array([2, 3]), pa.array([2, 3])], names=["a", "b", "b"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert "b" not in tomllib.loads(suggest(tmp_path / "rows.parquet"))["rows"].values()
+
+
 def test_a_table_of_nothing_recognisable_is_all_comments(tmp_path: Path) -> None:
     table = pa.table({"a": pa.nulls(3), "b": [{"x": 1}] * 3, "c": [0.5, None, 0.5]})
     pq.write_table(table, tmp_path / "rows.parquet")
