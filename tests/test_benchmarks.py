@@ -101,3 +101,10 @@ def test_other_losses_are_refused() -> None:
         common.check_same(measured, "first losses", 1e-5, bfloat16=1e-2)
     with pytest.raises(InputError, match="the first losses differ"):
         common.check_same(measured, "first losses", 1e-4)
+
+
+def test_an_import(capsys: pytest.CaptureFixture[str]) -> None:
+    importlib.import_module("benchmarks.import").main(["--requests=80", "--candidates=5", "--items=500", "--jobs=1"])
+    results = json.loads(capsys.readouterr().out)
+    assert (results["exit_code"], results["rows"]) == (0, 400)
+    assert results["peak_memory_bytes"] > 0 and results["log_bytes"] > 0

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0
     for words in (2, 1):
-        if (name := " ".join(argv[:words])) in COMMANDS:
+        wrong = words == 1 and argv[:1] == ["import"] and argv[1:] and not argv[1].startswith("-")
+        if (name := " ".join(argv[:words])) in COMMANDS and not wrong:  # import movieles: no argument, but misspelt
             module = importlib.import_module(f"deep_components.{COMMANDS[name][0]}")
             sys.argv[0] = f"{_program()} {name}"  # argparse shows it in a command's usage
             return run_command(module.main, argv[words:])

@@ -5,8 +5,9 @@ knows no training: a service encodes raw values with it just as the importer did
 
 An id is known by a 64-bit key of its value in the field's type: SplitMix64's finalizer of an integer, and of a text's
 SipHash-2-4 (of its UTF-8 bytes, under the key ``0123456789123456``); pandas calls this ``hash_array``. Integers do not
-collide; of n texts some two do with a probability of about n^2 / 2^65, 3 in 10^6 for ten million. The vocabulary of a table is its sorted keys; the row of the i-th is i + 2. Row 0 is padding,
-row 1 stands for values that are missing, rare in the training days, or not there.
+collide; of n texts some two do with a probability of about n^2 / 2^65, 3 in 10^6 for ten million. The vocabulary of a
+table is its sorted keys; the row of the i-th is i + 2. Row 0 is padding, row 1 stands for values that are missing, rare
+in the training days, or not there.
 """
 
 import math
