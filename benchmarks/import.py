@@ -164,10 +164,10 @@ def resident_bytes(process: int) -> int:
 
 def folder_bytes(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):
+    for where, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):  # it was removed
-                total += (Path(place) / name).stat().st_size
+                total += (Path(where) / name).stat().st_size
     return total
 
 

@@ -200,20 +200,20 @@ def test_wall_clock_times_are_of_the_zone(rows: pd.DataFrame, log: Path, tmp_pat
 
 
 def flags(rows: pd.DataFrame) -> pd.DataFrame:
-    place = rows["left_at"].map(tables.ORDER.index)
-    return rows.assign(**{f"is_{name}": place <= number for number, name in enumerate(tables.ORDER[:-1])})
+    number = rows["left_at"].map(tables.ORDER.index)
+    return rows.assign(**{f"is_{name}": number <= group for group, name in enumerate(tables.ORDER[:-1])})
 
 
 def positions(rows: pd.DataFrame) -> pd.DataFrame:
     """The last positions of groups are 10, 20 and 30."""
-    return rows.assign(place=rows["left_at"].map(tables.ORDER.index) * 10 + 1 + np.arange(len(rows)) % 10)
+    return rows.assign(final=rows["left_at"].map(tables.ORDER.index) * 10 + 1 + np.arange(len(rows)) % 10)
 
 
 @pytest.mark.parametrize(
     ("change", "told_by"),
     [
         (flags, 'flags = ["is_bought", "is_shown", "is_ranked"]'),
-        (positions, 'position = "place"\ncuts = [10, 20, 30]'),
+        (positions, 'position = "final"\ncuts = [10, 20, 30]'),
     ],
 )
 def test_groups_by_flags_and_by_position(
