@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from deep_components.cascade import SETTINGS, Cascade
+from deep_components.cascade import SETTINGS, TWO_STAGE, Cascade, Group
 from deep_components.cli import Parser, printable
 from deep_components.dataset.cache import default_cache_dir
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE
@@ -153,14 +154,13 @@ def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
     if not root.is_dir():
         yield Finding(FAIL, "log", f"{root}: no such folder; --data_dir names the folder of a log")
         return
-    named = args.cascade
-    cascades = [SETTINGS.get(named) or Cascade.from_toml(Path(named))] if named else list(SETTINGS.values())
     try:
         log = open_log(root)
         days = log.days(named=True)
     except InputError as error:
         yield Finding(FAIL, "log", str(error))
         return
+    cascades = _cascades(args.cascade, log)
     yield Finding(OK, "origin", log.origin)
     yield from _days(log, days)
     yield Finding(OK, "tables", ", ".join(f"{name} {table.size:,}" for name, table in log.schema.tables.items()))
@@ -169,6 +169,16 @@ def log_and_room(args: argparse.Namespace) -> Iterator[Finding]:
         for cascade in cascades:
             yield from _full(log, day, cascade, args.time_zone) if args.full else _quick(log, day, cascade)
     yield from _space(log, days, cascades, args.cache_dir)
+
+
+def _cascades(named: str | None, log: Log) -> list[Cascade]:
+    """The cascade that is named, else the paper's two, or for a log with groups of its own one that has these."""
+    if named:
+        return [SETTINGS.get(named) or Cascade.from_toml(Path(named))]
+    if isinstance(log, ColumnarLog) and log.groups:
+        stages = tuple(replace(stage, keep=1) for stage in TWO_STAGE.stages)  # any log has as many items
+        return [Cascade(stages, tuple(map(Group, log.groups)), name="own")]
+    return list(SETTINGS.values())
 
 
 def _days(log: Log, days: list[str]) -> Iterator[Finding]:
@@ -194,6 +204,8 @@ def _without(log: Log, days: list[str]) -> str:
 def _manifest(log: Log) -> Finding:
     def compare() -> str:
         manifest = read_manifest(log.folder)
+        if manifest is None and isinstance(log, ColumnarLog):
+            return "none, and none needed: each day has checksums of its own"
         if manifest is None:
             return f"none, so bit rot in the files would pass unseen; --write_manifest writes {MANIFEST_FILE}"
         gone = [log.folder / name for name in sorted(manifest) if not (log.folder / name).exists()]

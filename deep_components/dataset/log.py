@@ -101,9 +101,8 @@ def open_log(data_dir: Path) -> Log:
         return open_recflow(data_dir)
     first, *_ = _columnar_days(data_dir)
     path = data_dir / LOG_FILE
-    return ColumnarLog(
-        data_dir, origin_in(path, "origin"), schema_of(data_dir / first), _groups_in(path), **_times_in(path)
-    )
+    origin, schema = origin_in(path, "origin"), schema_of(data_dir / first)
+    return ColumnarLog(data_dir, origin, schema, _groups_in(path), **_times_in(path))
 
 
 def _times_in(path: Path) -> dict[str, Any]:
@@ -145,9 +144,9 @@ def write_log_file(folder: Path, origin: str, **about: Any) -> None:
 
 def _groups_in(path: Path) -> tuple[str, ...]:
     """The names of the items' groups in ``log.json``, which :func:`origin_in` has read before."""
-    content = json.loads(path.read_text())
-    groups = content.get("groups", ())
-    if "groups" in content and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
+    facts = json.loads(path.read_text())
+    groups = facts.get("groups", ())
+    if "groups" in facts and not (groups and isinstance(groups, list) and all(isinstance(g, str) for g in groups)):
         raise InputError(f"{path}: field groups is {reprlib.repr(groups)}, not a list of names; make the log again")
     return tuple(groups)
 

@@ -13,10 +13,11 @@ from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
 from deep_components.commands import doctor
 from deep_components.dataset.importers import recflow_files as recflow
-from deep_components.dataset.log import open_log
+from deep_components.dataset.log import open_log, write_log_file
 from deep_components.dataset.manifest import MANIFEST_FILE
 from deep_components.errors import InputError
 from tests.helpers import DAYS
+from tests.test_own_cascade import write_log
 
 FOUR_STAGE = Path(__file__).parents[2] / "examples/four_stage.toml"
 
@@ -80,6 +81,19 @@ def test_a_cascade_of_one_s_own(root: Path, capsys: pytest.CaptureFixture[str]) 
     wrong = root / "wrong.toml"
     wrong.write_text(FOUR_STAGE.read_text().replace("coarse_neg", "coarse"))
     assert "coarse" in report(capsys, root, f"--cascade={wrong}", "--full", code=1)
+
+
+@pytest.mark.parametrize("flags", [(), ("--full",)])
+def test_a_log_with_groups_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    root = write_log(tmp_path / "log")
+    write_log_file(root, "a shop", groups=["bought", "clicked", "shown"])
+    text = report(capsys, root, *flags)
+    assert text.count("all 40 requests") == 3 and "FAIL" not in text
+    line(text, "OK", "manifest", "none needed")
+    flip(root / "2026-03-02/item.label.npy")
+    line(report(capsys, root, *flags, code=1), "FAIL", "2026-03-02", "item.label.npy")
 
 
 @pytest.mark.parametrize("name", ["", "absent", "absent/deeper"])

@@ -214,7 +214,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description="Make a log from a table of requests and candidates (docs/own_log.md).", allow_abbrev=False
     )
-    made.add_argument("--mapping", type=Path, required=True, help="log.toml, which names the table and its columns")
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument("--mapping", type=Path, help="log.toml, which names the table and its columns")
+    what.add_argument(
+        "--suggest", type=Path, metavar="ROWS", help="print a first log.toml for a table, made by guessing"
+    )
     made.add_argument("--output_dir", type=Path, help="folder of the log; must not be there")
     made.add_argument("--jobs", type=int, default=cores(), help="processes at a time (%(default)s)")
     made.add_argument("--engine", choices=ENGINES, default="process", help="where they run (%(default)s)")
@@ -224,6 +228,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
+    if args.suggest is not None:
+        from deep_components.dataset.importers.table.suggest import suggest
+
+        sys.stdout.write(suggest(args.suggest))
+        return
     if args.jobs < 1:
         raise InputError(f"--jobs={args.jobs}: is 1 or more")
     with _stopped_by_sigterm():
