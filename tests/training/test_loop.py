@@ -269,7 +269,7 @@ def test_a_position_that_the_training_cannot_have_reached(forged: dict[str, int]
     """Steps would be left out, or made twice, without a word."""
     train(log, tmp_path)
     arrays, position = load_state(tmp_path / STATE_FILE)
-    assert position == {"epoch": 0, "day": 2, "batch": 0, "step": 4}
+    assert position == {"epoch": 0, "day": 2, "batch": 0, "step": 4, "skipped": 0}
     save_state(tmp_path / STATE_FILE, arrays, position | forged)
     with pytest.raises(InputError, match=f"{STATE_FILE}: its position, .* is none of this training"):
         train(log, tmp_path, "--resume")
