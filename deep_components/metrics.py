@@ -2,7 +2,7 @@
 
 Arrays: scores and labels [R, N], mask [R, N] bool (False = missing item, which is as if it were not there), relevant
 [R, N] bool (the ground-truth items). Every metric is per request, [R]; NaN where it is not defined. What has another
-type or shape is a TypeError or ValueError, and so is a score that is NaN.
+type or shape is a TypeError or ValueError, and so is a score that is NaN; scores may be infinite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def survival(scores: Tensor, alive: Tensor, quota: int) -> Tensor:
     ``alive`` [R, N] float64 is how much of each item reaches the stage, 0 for a missing item. Returns [R, N] float64,
     which sums to min(quota, what is alive).
     """
-    ordered, order = torch.where(alive > 0, scores, -torch.inf).sort(dim=-1, descending=True)
+    ordered, order = _descending(scores, alive > 0)
     weight = alive.gather(-1, order)
     block = _tied_blocks(ordered, weight > 0)
     total = torch.zeros_like(weight).scatter_add(-1, block, weight)  # of each block
@@ -51,10 +51,13 @@ def joint_recall(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quota
 def cascade_survival(scores: Sequence[Tensor], mask: Tensor, relevant: Tensor, quotas: Sequence[int]) -> list[Tensor]:
     """The share of the ground-truth items that is left after each stage: one [R] per stage, arguments as in
     :func:`joint_recall`, which is the last of them."""
-    _check(mask, relevant=relevant, **{f"scores[{stage}]": values for stage, values in enumerate(scores)})
-    relevant = relevant & mask
-    left = survival_by_stage(scores, mask, quotas)
-    return [(alive * relevant).sum(dim=-1) / relevant.sum(dim=-1) for alive in left]
+    _check(mask, quotas, relevant=relevant, **{f"scores[{stage}]": values for stage, values in enumerate(scores)})
+    return _shares_left(survival_by_stage(scores, mask, quotas), (relevant & mask).double())
+
+
+def _shares_left(left: Sequence[Tensor], weight: Tensor) -> list[Tensor]:
+    """Of the ground truth, which counts by ``weight`` [R, N], what is ``left`` of it. [R] each."""
+    return [(alive * weight).sum(dim=-1) / weight.sum(dim=-1) for alive in left]
 
 
 def survival_by_stage(scores: Sequence[Tensor], mask: Tensor, quotas: Sequence[int]) -> list[Tensor]:
@@ -89,14 +92,14 @@ def ndcg(scores: Tensor, labels: Tensor, mask: Tensor, k: int) -> Tensor:
     A request whose ideal DCG is 0 gets 0; one without items is not defined (NaN). ValueError for a negative label,
     with which the worst order can have the largest value.
     """
-    _check(mask, scores=scores, labels=labels)
+    _check(mask, [k], scores=scores, labels=labels)
     if (mask & (labels < 0)).any():
         raise ValueError(f"labels are gains, 0 or more, and hold {labels[mask].min()}; add a constant to all of them")
     num_items = scores.shape[-1]
     gains = torch.where(mask, labels, 0).double()
     discount = 1 / torch.log2(torch.arange(2, num_items + 2, device=scores.device, dtype=torch.float64))
     discount[k:] = 0
-    ordered, order = torch.where(mask, scores, -torch.inf).sort(dim=-1, descending=True)
+    ordered, order = _descending(scores, mask)
     block = _tied_blocks(ordered, mask.gather(-1, order))  # missing items, last, have no gain
     zeros = torch.zeros_like(gains)
     sizes = zeros.scatter_add(-1, block, torch.ones_like(gains))
@@ -135,32 +138,53 @@ def cascade_metrics(
     """All metrics of a cascade per request, under the names of the paper's tables.
 
     ``scores``: stage -> [R, N], in serving order; ``quotas``: stage -> items it keeps; ``num_relevant``: the K in the
-    names and the cut of NDCG. Returns ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``, ``<stage>_ndcg@K``,
-    ``<stage>_kendall_tau``, and ``survival_after_<stage>``: the share of the ground truth left after it; [R] each.
+    names and the cut of NDCG. Of the ground truth the K best by label count; those that tie there count in part, so
+    that recalls are the mean over their orders. Returns ``joint_recall@K@q``, and per stage ``<stage>_recall@K@q``,
+    ``<stage>_ndcg@K``, ``<stage>_kendall_tau``, and ``survival_after_<stage>``: the share of these K left after it; [R]
+    each.
     """
     if missing := [stage for stage in quotas if stage not in scores]:
         raise ValueError(f"scores lacks stage {missing[0]!r} of quotas")
-    left = cascade_survival([scores[stage] for stage in quotas], mask, relevant, list(quotas.values()))
+    keeps = list(quotas.values())
+    stages = {f"scores[{stage}]": scores[stage] for stage in quotas}
+    _check(mask, [*keeps, num_relevant], relevant=relevant, labels=labels, **stages)
+    counted = survival(labels.double(), (relevant & mask).double(), num_relevant)
+    left = _shares_left(survival_by_stage([scores[stage] for stage in quotas], mask, keeps), counted)
     metrics = {f"joint_recall@{num_relevant}@{list(quotas.values())[-1]}": left[-1]}
     for stage, quota in quotas.items():
-        metrics[f"{stage}_recall@{num_relevant}@{quota}"] = recall(scores[stage], mask, relevant, quota)
+        (alone,) = _shares_left(survival_by_stage([scores[stage]], mask, [quota]), counted)
+        metrics[f"{stage}_recall@{num_relevant}@{quota}"] = alone
         metrics[f"{stage}_ndcg@{num_relevant}"] = ndcg(scores[stage], labels, mask, num_relevant)
         metrics[f"{stage}_kendall_tau"] = kendall_tau(scores[stage], labels, mask)
     return metrics | {f"survival_after_{stage}": share for stage, share in zip(quotas, left, strict=True)}
 
 
-def _check(mask: Tensor, **arrays: Tensor) -> None:
-    """TypeError or ValueError, in one sentence, unless the mask and the arrays are tensors [R, N] that fit, and no
-    score of an item that is there is NaN."""
+def _check(mask: Tensor, cuts: Sequence[int] = (), **arrays: Tensor) -> None:
+    """TypeError or ValueError, in one sentence, unless the mask and the arrays are tensors [R, N] that fit, scores are
+    floats of which none of an item that is there is NaN, and the cuts are whole numbers above 0."""
+    for cut in cuts:
+        if isinstance(cut, bool) or not isinstance(cut, int) or cut < 1:
+            raise ValueError(f"a cut is {cut!r}, not a whole number above 0")
     for name, values in {"mask": mask, **arrays}.items():
         if not isinstance(values, Tensor):
             raise TypeError(f"{name} is a {type(values).__name__}, not a tensor [R, N]")
         if name in ("mask", "relevant") and values.dtype != torch.bool:
             raise TypeError(f"{name} holds {values.dtype}, not bool")
+        if name.startswith("scores") and not values.is_floating_point():
+            raise TypeError(f"{name} holds {values.dtype}, not a floating type")
         if values.dim() != 2 or values.shape != mask.shape:
             raise ValueError(f"{name} has shape {tuple(values.shape)}, not [R, N] = {tuple(mask.shape)}")
         if (values.isnan() & mask).any():
             raise ValueError(f"{name} holds NaN where mask is True")
+
+
+def _descending(scores: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores sorted from the best, and the items in this order; missing ones last, after those with -inf too."""
+    ordered, order = torch.where(present, scores, -torch.inf).sort(dim=-1, descending=True)
+    if (present & (scores == -torch.inf)).any():
+        last = present.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+        ordered, order = ordered.gather(-1, last), order.gather(-1, last)
+    return ordered, order
 
 
 def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
@@ -173,11 +197,11 @@ def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
 
 
 def _signs(values: Tensor, mask: Tensor) -> Tensor:
-    """sign(v_m - v_n) for all pairs, [R, N, N] float32; anything for a missing item."""
+    """sign(v_m - v_n) for all pairs, [R, N, N] float32; anything for a missing item. By comparisons: a difference of
+    infinite or of large whole numbers would be wrong."""
     known = torch.where(mask, values, 0)
-    if not known.is_floating_point():
-        known = known.double()
-    return (known.unsqueeze(-1) - known.unsqueeze(-2)).sgn_().float()  # a difference is 0 of equal numbers alone
+    one, other = known.unsqueeze(-1), known.unsqueeze(-2)
+    return (one > other).float().sub_((one < other).float())
 
 
 def _sum_of_pairs(pairs: Tensor, present: Tensor) -> Tensor:
@@ -228,7 +252,7 @@ def _exact_survival(scores: Sequence[Tensor], mask: Tensor, quotas: Sequence[int
     )
     left = []
     for stage_scores, quota in zip(scores, quotas, strict=True):
-        ordered, order = torch.where(mask, stage_scores, -torch.inf).sort(dim=-1, descending=True)
+        ordered, order = _descending(stage_scores, mask)
         level = torch.zeros_like(order).scatter(-1, order, _tied_blocks(ordered, mask.gather(-1, order)))
         draws = _cut(draws, level, quota)
         share = draws.drawn.double() / draws.count(draws.part >= 0).clamp(min=1)

@@ -309,6 +309,50 @@ def test_what_are_no_arrays_of_a_cascade_is_named(change: dict[str, Any], error:
         cascade_metrics(**sound | change, quotas=QUOTAS, num_relevant=4)
 
 
+def test_infinite_scores_are_scores() -> None:
+    """A present item with -inf is behind all others, but before those that are missing."""
+    scores, mask = tensor([[-torch.inf, 5, 1, -torch.inf]]), torch.tensor([[True, False, True, True]])
+    relevant = torch.tensor([[True, False, False, False]])
+    assert recall(scores, mask, relevant, 2).item() == 0.5  # the two with -inf share the second of two
+    assert recall(scores[:, [0, 2, 3]], mask[:, [0, 2, 3]], relevant[:, [0, 2, 3]], 2).item() == 0.5
+    labels = torch.tensor([[3, 9, 2, 1]])
+    with_missing, without = (ndcg(s, y, m, 2) for s, y, m in (
+        (scores, labels, mask), (scores[:, [0, 2, 3]], labels[:, [0, 2, 3]], mask[:, [0, 2, 3]])
+    ))  # fmt: skip
+    assert (
+        with_missing.item()
+        == without.item()
+        == pytest.approx((2 + (3 + 1) / 2 / np.log2(3)) / (3 + 2 / np.log2(3)), rel=1e-12)
+    )
+    # Of the three pairs one agrees, one does not, and one is tied in the scores.
+    assert kendall_tau(scores, labels, mask).item() == pytest.approx((1 - 1) / (2 * 3) ** 0.5, abs=1e-12)
+
+
+def test_the_best_of_the_ground_truth_count() -> None:
+    """K = 2 of three relevant items: the best label, and half of each of two that tie behind it."""
+    scores, mask = tensor([[4, 3, 2, 1]]), torch.ones(1, 4, dtype=torch.bool)
+    relevant, labels = torch.tensor([[False, True, True, True]]), torch.tensor([[0, 5, 7, 5]])
+    found = cascade_metrics({"only": scores}, labels, mask, relevant, {"only": 2}, num_relevant=2)
+    assert found["joint_recall@2@2"].item() == 0.5 / 2  # kept: the item of no worth, and one of the tied
+    found = cascade_metrics({"only": scores}, labels, mask, relevant, {"only": 3}, num_relevant=2)
+    assert found["only_recall@2@3"].item() == found["survival_after_only"].item() == 1.5 / 2
+
+
+def test_labels_are_compared_as_whole_numbers() -> None:
+    labels, mask = torch.tensor([[2**53 + 1, 2**53, 0]]), torch.ones(1, 3, dtype=torch.bool)
+    assert kendall_tau(tensor([[3, 2, 1]]), labels, mask).item() == 1
+
+
+@pytest.mark.parametrize("cut", [0, -1, 1.5, True])
+def test_cuts_are_whole_numbers_above_0(cut: Any) -> None:
+    scores, mask = tensor([[3, 2, 1]]), torch.ones(1, 3, dtype=torch.bool)
+    for metric in (lambda: recall(scores, mask, mask, cut), lambda: ndcg(scores, mask.long(), mask, cut)):
+        with pytest.raises(ValueError, match="not a whole number above 0"):
+            metric()
+    with pytest.raises(TypeError, match=r"scores\[0\] holds torch.int64, not a floating type"):
+        recall(scores.long(), mask, mask, 1)
+
+
 def test_requests_do_not_mix() -> None:
     generator = torch.Generator().manual_seed(1)
     scores = {stage: torch.randn(5, 8, generator=generator) for stage in QUOTAS}

@@ -38,6 +38,7 @@ _ID_SETS = "ids."
 _LABEL, _OPTIONAL, _OFFSET = "item.label", "item.group", "item.offset"
 REPEATED = "items that equal another of their request in every field, kept"  # in ``repairs``
 _MAX_SIZE = 1 << 32  # rows of a table
+_MAX_LABEL = 1 << 24  # float32, in which losses take labels for gains, has all whole numbers up to it
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
 # The beginning of a .npy file as np.save writes it. numpy's own reader parses it as Python.
@@ -550,6 +551,9 @@ def _check_values(folder: Path, name: str, array: np.ndarray, column: Column) ->
             if name == _LABEL and values.min() < 0:
                 raise InputError(f"{path}: holds {values.min()}; labels are gains, so add a constant that makes the "
                                  "lowest of all days 0")  # fmt: skip
+            if name == _LABEL and values.max() > _MAX_LABEL:
+                raise InputError(f"{path}: holds {values.max()}; labels are whole numbers from 0 to {_MAX_LABEL}, so "
+                                 "write the ranks of larger ones")  # fmt: skip
             if kind.kind == "f" and not np.isfinite(values).all():
                 raise InputError(f"{path}: holds a value that is no finite number; say in the importer what it becomes")
     return digest.hexdigest()

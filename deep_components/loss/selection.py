@@ -164,10 +164,19 @@ def sparse_topk(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> 
     cut = _Cut(scores, mask, k)
     x = cut.centred(scores, temperature)
     b = _sparse_shift(x, cut)
-    inside = ((x > b) & (x < b + 1)).to(scores.dtype)
+    inside = _inside(x - b).to(scores.dtype)
     share = inside / inside.sum(dim=-1, keepdim=True).clamp(min=1)
     margin = _Margin.apply(scores, b, share, cut, temperature)
-    return Selection(lambda: margin.clamp(0, 1), lambda: cut.without_missing((1 - margin).clamp(0, 1)))
+    return Selection(lambda: _clipped(margin), lambda: cut.without_missing(_clipped(1 - margin)))
+
+
+def _inside(margin: Tensor) -> Tensor:
+    return (margin > 0) & (margin < 1)
+
+
+def _clipped(margin: Tensor) -> Tensor:
+    """clip(margin, 0, 1); clamp's gradient is 1 on the bounds too, where items lie whose share does not move."""
+    return torch.where(_inside(margin), margin, (margin > 0).to(margin.dtype))
 
 
 class _Cut:

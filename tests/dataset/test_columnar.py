@@ -191,6 +191,7 @@ def test_repairs_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         ("item.mask", lambda v: v.astype(np.int64) + 2, "outside the 0 .. 1"),
         ("item.label", lambda v: v.astype(str), "not int64"),
         ("item.label", lambda v: v - 1000, "holds -[0-9]+; labels are gains"),
+        ("item.label", lambda v: v.astype(np.int64) + 1_700_000_000, "labels are whole numbers from 0 to 16777216"),
         ("item.video", lambda v: v[:, :4], r"shape \(7, 4\), not \(7, 5\)"),
         ("history.watched", lambda v: v[:, :, None], r"shape \(7, 4, 1\), not \(7, 4\)"),
     ],

@@ -216,6 +216,17 @@ def test_masked_equals_removed(name: str, junk: float) -> None:
     assert (of_masked[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+def test_separated_scores_have_no_sparse_gradient(tau: float) -> None:
+    """Where a gap of t or more lies at the cut the projection stays at the corner: also right at the gap's end."""
+    for seed in range(50):
+        scores = scores_of(1, 8, 5.0, seed=seed)
+        for k in (1, 2, 5):
+            ordered = scores.sort(descending=True).values[0]
+            if ordered[k - 1] - ordered[k] >= 1.01 * tau:
+                assert (gradients("sparse_topk", scores, torch.ones(1, 8).double(), k=k, tau=tau) == 0).all()
+
+
 @each
 def test_without_a_cut_there_is_no_gradient(name: str) -> None:
     scores = scores_of(3, 4)
