@@ -33,7 +33,8 @@ def check_table(mapping_path: Path, scratch: Path, jobs: int, engine: str) -> No
             with workers(jobs, engine) as run:
                 read = read_rows(run, make_plan(mapping, source, scratch, strict=False), source)
             problems += [*row_problems(read, source), *day_problems(read)]
-            lines = list(_report(read)) if read.days and mapping.rows.time is not None else []
+            dated = mapping.rows.time is not None and "time" not in read.scanned.unread
+            lines = list(_report(read)) if read.days and dated else []
     for number, problem in enumerate(problems, 1):
         lines.append(f"problem {number}: {problem}")
     sys.stdout.write("".join(f"{' '.join(line.splitlines())}\n" for line in lines))

@@ -130,8 +130,22 @@ class _Day:
         keys = requests["request"]
         new = np.append(True, keys[1:] != keys[:-1])
         first = np.flatnonzero(new)[np.cumsum(new) - 1]
+        for column, bad in self._differing(requests, first).items():
+            remedy = "give all rows of a request one value, or each request an id of its own"
+            what = "differs between rows of the request {request}"
+            self._problem(column, what, remedy, requests[bad], int(bad.sum()))
+        again = np.isin(keys[new], seen)
+        if again.any() and "time" not in self.unread:
+            what = "differs between rows of the request {request}, which is on an earlier day too"
+            remedy = "give each request an id of its own"
+            self._problem(self.plan.mapping.rows.time, what, remedy, requests[new][again], int(again.sum()))
+        return requests[new]
+
+    def _differing(self, requests: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
+        """Column -> where its value is not that of the row ``first`` says, for columns with such rows."""
         lists = {f"history.{entry.name}" for entry in self.plan.listed}
         ignored = {*self.unread, *({"events"} if lists & set(self.unread) else ())}
+        found: dict[str, np.ndarray] = {}
         for name in requests.dtype.names or ():
             if name in ignored:
                 continue
@@ -140,15 +154,9 @@ class _Day:
             if values.dtype.kind == "f":
                 differs &= ~(np.isnan(values) & np.isnan(values[first]))
             if (bad := differs.reshape(len(values), -1).any(axis=1)).any():
-                remedy = "give all rows of a request one value, or each request an id of its own"
-                what = "differs between rows of the request {request}"
-                self._problem(self._column(name), what, remedy, requests[bad], int(bad.sum()))
-        again = np.isin(keys[new], seen)
-        if again.any() and "time" not in self.unread:
-            what = "differs between rows of the request {request}, which is on an earlier day too"
-            remedy = "give each request an id of its own"
-            self._problem(self.plan.mapping.rows.time, what, remedy, requests[new][again], int(again.sum()))
-        return requests[new]
+                column = self._column(name)
+                found[column] = found.get(column, False) | bad
+        return found
 
     def _one_an_item(self, items: np.ndarray) -> np.ndarray:
         """The items by request, each once with its best group; notes items with two different true orders."""

@@ -173,7 +173,8 @@ def _check_days(read: Read) -> None:
 def day_problems(read: Read) -> Iterator[str]:
     """What is wrong with the days; not what is so because rows or columns were left out for other problems."""
     scanned, mapping = read.scanned, read.plan.mapping
-    all_read = sum(scanned.days.values()) == scanned.rows and mapping.groups.columns and "group" not in scanned.unread
+    told = mapping.groups.column or mapping.groups.flags or mapping.groups.position
+    all_read = told and sum(scanned.days.values()) == scanned.rows and not {"group", "item"} & scanned.unread
     if not scanned.rows and not scanned.problems:
         yield f"{mapping.source}: holds no row; name the table's files in path of [rows]"
     elif not read.days:

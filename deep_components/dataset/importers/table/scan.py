@@ -44,7 +44,7 @@ class Scanned:
 
     rows: int = 0
     problems: Counter[Problem] = field(default_factory=Counter)  # -> rows
-    unread: set[str] = field(default_factory=set)  # names of records' fields with values that could not be read
+    unread: set[str] = field(default_factory=set)  # fields of the records that do not hold the table's values
     days: Counter[str] = field(default_factory=Counter)  # day -> rows
     other_days: Counter[str] = field(default_factory=Counter)  # file named by a date -> rows of other days
 
@@ -110,7 +110,7 @@ class _Scanner:
         self.plan, self.piece, self.mapping = plan, piece, plan.mapping
         self.result = Scanned()
         self._types = types if piece.file.format == "csv" else {}
-        self._failed = set[str]()  # columns
+        self._failed, self._stopped = set[str](), set[str]()  # columns, and fields of the records, that cannot be read
         self._zone = time_zone(self.mapping.rows.time_zone)
         dates = _DATE.findall(str(piece.file.path.relative_to(self.mapping.source.parent)))
         self._date = dates[-1] if dates else None
@@ -129,7 +129,7 @@ class _Scanner:
         self, name: str, batch: dict[str, pa.Array], column: str | None, remedy: str, how: Callable[[pa.Array], Any]
     ) -> Any:
         """``how(column)``, for a field of the records. Once that cannot be done, which is noted, it is None."""
-        if column is None or name in self.result.unread:
+        if column is None or name in self._stopped:
             return None
         try:
             return how(typed(batch[column], self._types.get(column)))
@@ -139,6 +139,7 @@ class _Scanner:
             if column not in self._failed:
                 self.problem(column, first_line(error), remedy)
             self._failed.add(column)
+            self._stopped.add(name)
             self.result.unread.add(name)
             return None
 
@@ -148,6 +149,13 @@ class _Scanner:
             count = int(missing.sum())
             self.problem(column, f"has missing values; it is the {what}", "fill them in or leave the rows out", count)
         return ~missing
+
+    def without(self, name: str, wrong: np.ndarray) -> np.ndarray:
+        """The rows that further passes check: those that are not wrong; all, without the field, when all are."""
+        if not wrong.all():
+            return ~wrong
+        self.result.unread.add(name)
+        return np.ones(len(wrong), bool)
 
     # ---- a batch ----
 
@@ -218,16 +226,17 @@ class _Scanner:
         rows = self.mapping.rows
         remedy = "check time, time_unit and time_zone of [rows]"
         times = self.read("time", batch, rows.time, remedy, partial(times_of, unit=rows.time_unit, zone=rows.time_zone))
-        if times is None:
-            made["time"] = MIN_REQUEST_SECONDS * 1_000_000
+        made["time"] = MIN_REQUEST_SECONDS * 1_000_000
+        if times is None or rows.time is None:
             return np.ones(len(made), bool)
-        made["time"] = times
         sound = self.complete(rows.time, times == NO_TIME, "time of the request")
         early = sound & (times < MIN_REQUEST_SECONDS * 1_000_000)
         if early.any():
             what = f"holds {datetime.fromtimestamp(int(times[early][0]) / 1e6, UTC):%Y-%m-%d}, before 1990"
             self.problem(rows.time, what, "check time_unit of [rows]", int(early.sum()))
-        return sound & ~early
+        sound &= ~early
+        made["time"][sound] = times[sound]
+        return self.without("time", ~sound)
 
     def _listed(self, made: np.ndarray, batch: dict[str, pa.Array]) -> None:
         """Set the histories that the table has."""
@@ -260,7 +269,7 @@ class _Scanner:
         made["item"] = np.arange(len(made)) if keys is None else keys
         self._orders(made, batch, sound)
         if keys is not None:
-            sound &= self.complete(rows.item, keys == MISSING, "item id")
+            sound &= self.without("item", ~self.complete(rows.item, keys == MISSING, "item id"))
         for entry in plan.side("item"):
             if (name := plan.stored(entry)) != "item":
                 remedy = f"check kind, type and separator of field {entry.name}"
@@ -334,7 +343,7 @@ class _Scanner:
             text = repr(value if len(value) <= 100 else value[:100] + "...")
             what, rows = f"holds {text}, which order of [groups] does not name", int((codes == number).sum())
             self.problem(name, what, nearest(value, order), rows, kind=what)
-        return np.maximum(found, 0), found >= 0
+        return np.where(found < 0, len(order) - 1, found), self.without("group", found < 0)
 
     # ---- scratch files ----
 
