@@ -9,7 +9,7 @@ import numpy as np
 
 from deep_components.dataset.encoding import MISSING, NO_TIME, NO_VALUE, FieldEncoding
 from deep_components.dataset.importers.table.clean import NO_TRUTH, ONE_ITEM, TWICE
-from deep_components.dataset.importers.table.command import Read, day_problems, read_rows
+from deep_components.dataset.importers.table.command import Read, day_problems, read_rows, row_problems
 from deep_components.dataset.importers.table.learn import Sample, counted_keys, sampled_values
 from deep_components.dataset.importers.table.mapping import read_mapping
 from deep_components.dataset.importers.table.plan import Plan, make_plan, needed_columns
@@ -27,23 +27,20 @@ def check_table(mapping_path: Path, scratch: Path, jobs: int, engine: str) -> No
     lines: list[str] = []
     if mapping is not None:
         source = open_source(mapping, needed_columns(mapping))
-        problems = source.problems
-        if not problems:
+        problems += source.problems
+        mapping = mapping.without(mapping.using(source.faulty))
+        if source.files and needed_columns(mapping):
             with workers(jobs, engine) as run:
                 read = read_rows(run, make_plan(mapping, source, scratch, strict=False), source)
-            problems = [_sentence(*key, rows) for key, rows in sorted(read.problems.items())]
-            problems += day_problems(read)
-            lines = list(_report(read)) if read.days else []
+            problems += [*row_problems(read, source), *day_problems(read)]
+            dated = mapping.rows.time is not None and "time" not in read.scanned.unread
+            lines = list(_report(read)) if read.days and dated else []
     for number, problem in enumerate(problems, 1):
         lines.append(f"problem {number}: {problem}")
     sys.stdout.write("".join(f"{' '.join(line.splitlines())}\n" for line in lines))
     if problems:
         alone = len(problems) == 1
         raise InputError(problems[0] if alone else f"{mapping_path}: {len(problems)} problems, listed above; mend them")
-
-
-def _sentence(what: str, remedy: str, rows: int) -> str:
-    return f"{what}{f' ({rows:,} rows)' if rows > 1 else ''}; {remedy}"
 
 
 def _report(read: Read) -> Iterator[str]:
@@ -62,7 +59,7 @@ def _report(read: Read) -> Iterator[str]:
     for number, name in enumerate(mapping.groups.names):
         yield f"group {name}: {groups[number]:,} candidates, {groups[number] / requests:.2f} a request"
     sample = read.samples.of_days(read.days)
-    yield from (_field_line(plan, entry, sample) for entry in plan.entries if entry not in plan.derived)
+    yield from (_field_line(plan, entry, sample) for entry in _known_entries(read))
     if read.training_days and read.test_days:
         yield from _unseen(read)
     for suspicion in _suspicions(read, sample):
@@ -78,6 +75,13 @@ def _missing(entry: FieldEncoding, values: np.ndarray) -> np.ndarray:
     if entry.kind == "id":
         return values == MISSING
     return np.isnan(values) if entry.kind == "number" else values == NO_TIME
+
+
+def _known_entries(read: Read) -> list[FieldEncoding]:
+    """The fields that the table has, without those that could not be read."""
+    listed = (entry for entry in read.plan.entries if entry not in read.plan.derived)
+    unread = read.scanned.unread
+    return [e for e in listed if (read.plan.stored(e) if e.side == "item" else f"{e.side}.{e.name}") not in unread]
 
 
 def _known(plan: Plan, entry: FieldEncoding, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +128,7 @@ def _suspicions(read: Read, sample: Sample) -> Iterator[str]:
     plan, mapping = read.plan, read.plan.mapping
     for path, rows in sorted(read.scanned.other_days.items()):
         yield (f"{path}: {rows:,} rows are of another day than its name says; check time_zone and time_unit of [rows]")
-    for entry in plan.entries:
-        if entry in plan.derived:
-            continue
+    for entry in _known_entries(read):
         what = f"field {entry.name} of side {entry.side}, column {entry.column},"
         known, there = _known(plan, entry, sample)
         distinct = len(np.unique(known))

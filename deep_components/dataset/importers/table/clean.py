@@ -4,18 +4,15 @@ A bucket holds all rows of its requests, of all days, so a request that is there
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 
-from deep_components.dataset.clock import local_seconds, time_zone
 from deep_components.dataset.encoding import MISSING, NO_VALUE
-from deep_components.dataset.importers.table.plan import Plan
+from deep_components.dataset.importers.table.plan import Plan, Problem
 from deep_components.dataset.importers.table.scan import append, load, remove
-from deep_components.errors import InputError
 
 ASKING = np.dtype([("user", np.uint64), ("time", np.int64), ("request", np.uint64), ("day", "<M8[D]")])
 SAMPLED = 1 << 17  # rows, about, of which the numbers' scales are learnt
@@ -43,7 +40,7 @@ class Cleaned:
     """A bucket's days, problems, and samples of its records, by day."""
 
     days: dict[str, DayCounts] = field(default_factory=dict)
-    problems: Counter[tuple[str, str]] = field(default_factory=Counter)
+    problems: Counter[Problem] = field(default_factory=Counter)
     items: dict[str, np.ndarray] = field(default_factory=dict)
     requests: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -66,8 +63,8 @@ def _shape(kind: np.dtype) -> tuple[np.dtype, tuple[int, ...]]:
     return kind.base, kind.shape
 
 
-def clean(plan: Plan, bucket: int, days: list[str], rows: int) -> Cleaned:
-    """Clean one bucket of a table of so many ``rows``. InputError for the first problem when the plan is strict."""
+def clean(plan: Plan, bucket: int, days: list[str], rows: int, unread: Collection[str] = ()) -> Cleaned:
+    """Clean one bucket of a table of so many ``rows``; fields of the records in ``unread`` may have any values."""
     result = Cleaned()
     seen = np.zeros(0, np.uint64)
     for day in days:
@@ -76,7 +73,7 @@ def clean(plan: Plan, bucket: int, days: list[str], rows: int) -> Cleaned:
         for name in ("requests", "items"):
             remove(plan, bucket, f"{day}.{name}")
         if len(requests):
-            _Day(plan, bucket, day, rows, result).clean(requests, items, seen)
+            _Day(plan, bucket, day, rows, unread, result).clean(requests, items, seen)
             seen = np.union1d(seen, requests["request"])
     return result
 
@@ -84,8 +81,9 @@ def clean(plan: Plan, bucket: int, days: list[str], rows: int) -> Cleaned:
 class _Day:
     """A day's part of a bucket."""
 
-    def __init__(self, plan: Plan, bucket: int, day: str, rows: int, result: Cleaned) -> None:
+    def __init__(self, plan: Plan, bucket: int, day: str, rows: int, unread: Collection[str], result: Cleaned) -> None:
         self.plan, self.bucket, self.day, self.rows, self.result = plan, bucket, day, rows, result
+        self.unread = unread
         self.counts = result.days.setdefault(day, DayCounts())
 
     def clean(self, requests: np.ndarray, items: np.ndarray, seen: np.ndarray) -> None:
@@ -132,28 +130,33 @@ class _Day:
         keys = requests["request"]
         new = np.append(True, keys[1:] != keys[:-1])
         first = np.flatnonzero(new)[np.cumsum(new) - 1]
+        for column, bad in self._differing(requests, first).items():
+            remedy = "give all rows of a request one value, or each request an id of its own"
+            what = "differs between rows of the request {request}"
+            self._problem(column, what, remedy, requests[bad], int(bad.sum()))
+        again = np.isin(keys[new], seen)
+        if again.any() and "time" not in self.unread:
+            what = "differs between rows of the request {request}, which is on an earlier day too"
+            remedy = "give each request an id of its own"
+            self._problem(self.plan.mapping.rows.time, what, remedy, requests[new][again], int(again.sum()))
+        return requests[new]
+
+    def _differing(self, requests: np.ndarray, first: np.ndarray) -> dict[str, np.ndarray]:
+        """Column -> where its value is not that of the row ``first`` says, for columns with such rows."""
+        lists = {f"history.{entry.name}" for entry in self.plan.listed}
+        ignored = {*self.unread, *({"events"} if lists & set(self.unread) else ())}
+        found: dict[str, np.ndarray] = {}
         for name in requests.dtype.names or ():
+            if name in ignored:
+                continue
             values = requests[name]
             differs = values != values[first]
             if values.dtype.kind == "f":
                 differs &= ~(np.isnan(values) & np.isnan(values[first]))
             if (bad := differs.reshape(len(values), -1).any(axis=1)).any():
                 column = self._column(name)
-                self._problem(
-                    f"column {column} differs between rows of the request {self._called(requests[bad][0])}",
-                    "give all rows of a request one value, or each request an id of its own",
-                    int(bad.sum()),
-                )
-                break
-        again = np.isin(keys[new], seen)
-        if again.any():
-            self._problem(
-                f"column {self.plan.mapping.rows.time} differs between rows of the request "
-                f"{self._called(requests[new][again][0])}, which is on an earlier day too",
-                "give each request an id of its own",
-                int(again.sum()),
-            )
-        return requests[new]
+                found[column] = found.get(column, False) | bad
+        return found
 
     def _one_an_item(self, items: np.ndarray) -> np.ndarray:
         """The items by request, each once with its best group; notes items with two different true orders."""
@@ -169,13 +172,10 @@ class _Day:
         items[repeated] = some[np.lexsort((rank, some["group"], some["item"], some["request"]))]
         same = (items["request"][1:] == items["request"][:-1]) & (items["item"][1:] == items["item"][:-1])
         both = same & (items["group"][1:] == 0) & (items["order"][1:] != items["order"][:-1])
-        if both.any():
-            groups = self.plan.mapping.groups
-            self._problem(
-                f"column {groups.order_column} has two values for one ground-truth item of one request",
-                "leave one of the rows out",
-                int(both.sum()),
-            )
+        if both.any() and not {"item", "order"} & set(self.unread):
+            what = "has two values for one ground-truth item of the request {request}"
+            column, remedy = str(self.plan.mapping.groups.order_column), "leave one of the rows out"
+            self._problem(column, what, remedy, items[1:][both], int(both.sum()))
         self.counts.repairs[TWICE] += int(same.sum())
         return items[np.append(True, ~same)]
 
@@ -196,21 +196,10 @@ class _Day:
             return str((columns | {"events": first})[name])
         return next(entry.column for entry in self.plan.entries if f"{entry.side}.{entry.name}" == name)
 
-    def _called(self, request: np.ndarray) -> str:
-        """A request as a user can find it."""
-        if self.plan.request_type == "integer":
-            return str(int(request["raw"]))
-        zone = time_zone(self.plan.mapping.rows.time_zone)
-        seconds = local_seconds(np.array([request["time"] // 1_000_000]), zone)[0]
-        return f"of {datetime.fromisoformat(str(np.datetime64(int(seconds), 's')))}"
-
-    def _problem(self, what: str, remedy: str, rows: int) -> None:
-        text = f"{self.plan.mapping.source}: {what}"
-        if self.plan.strict:
-            raise InputError(f"{text}; {remedy}")
-        # One sentence for all such requests: the first of them stands for the others.
-        known = [key for key in self.result.problems if key[1] == remedy and key[0].split(":")[0] == text.split(":")[0]]
-        self.result.problems[known[0] if known else (text, remedy)] += rows
+    def _problem(self, column: str, what: str, remedy: str, records: np.ndarray, rows: int) -> None:
+        """Notes a problem of so many rows; the request with the least key stands for all."""
+        request, file = int(records["request"].min()), str(self.plan.mapping.source)
+        self.result.problems[Problem(column, remedy, "", file, what, request)] += rows
 
 
 def _rough_order(request: np.ndarray, item: np.ndarray) -> np.ndarray:

@@ -14,21 +14,24 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from deep_components.cli import progress, run_command
-from deep_components.dataset.encoding import Encoding
+from deep_components.dataset.encoding import Encoding, keys_of
 from deep_components.dataset.importers.table.clean import Cleaned, DayCounts, clean
 from deep_components.dataset.importers.table.history import derive
 from deep_components.dataset.importers.table.learn import Samples, learn
 from deep_components.dataset.importers.table.mapping import LogMapping, read_mapping
-from deep_components.dataset.importers.table.plan import Plan, make_plan, needed_columns
-from deep_components.dataset.importers.table.scan import Scanned, csv_types, scan
-from deep_components.dataset.importers.table.source import Source, open_source
+from deep_components.dataset.importers.table.plan import Plan, Problem, make_plan, needed_columns
+from deep_components.dataset.importers.table.scan import Scanned, csv_types, scan, typed
+from deep_components.dataset.importers.table.source import Source, batches, open_source
 from deep_components.dataset.importers.table.tasks import ENGINES, Run, cores, workers
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import locked, make_folder
@@ -44,7 +47,7 @@ class Read:
     scanned: Scanned
     counts: dict[str, DayCounts]  # day -> its counts, of all buckets
     samples: Samples
-    problems: Counter[tuple[str, str]] = field(default_factory=Counter)
+    problems: Counter[Problem] = field(default_factory=Counter)
 
     @property
     def days(self) -> list[str]:
@@ -67,6 +70,8 @@ def import_table(mapping_path: Path, output_dir: Path, jobs: int = 1, engine: st
         raise InputError(f"--output_dir={output_dir}: is there already; remove it or name another folder")
     with _scratch(output_dir) as folder, workers(jobs, engine) as run:
         read = read_rows(run, make_plan(mapping, source, folder, strict=True), source)
+        for problem in row_problems(read, source):
+            raise InputError(problem)
         _check_days(read)
         log = folder / "log"
         _write_log(run, read, log)
@@ -82,8 +87,9 @@ def _opened(mapping_path: Path) -> tuple[LogMapping, Source]:
     """The mapping, and the files that have its columns. InputError for the first problem."""
     mapping, problems = read_mapping(mapping_path)
     source = open_source(mapping, needed_columns(mapping)) if mapping is not None else None
-    if mapping is None or source is None or source.problems:
-        raise InputError((problems or source.problems)[0])  # type: ignore[union-attr]
+    problems += source.problems if source is not None else []
+    if mapping is None or source is None or problems:
+        raise InputError(problems[0])
     return mapping, source
 
 
@@ -98,9 +104,10 @@ def read_rows(run: Run, plan: Plan, source: Source) -> Read:
     pieces = source.pieces()
     for scanned in progress(run(scan, [(plan, piece, columns) for piece in pieces]), "reading", "piece", len(pieces)):
         read.scanned.rows += scanned.rows
-        for name in ("problems", "days", "other_days"):
+        for name in ("problems", "unread", "days", "other_days"):
             getattr(read.scanned, name).update(getattr(scanned, name))
-    tasks = [(plan, bucket, sorted(read.scanned.days), read.scanned.rows) for bucket in range(plan.buckets)]
+    common = sorted(read.scanned.days), read.scanned.rows, sorted(read.scanned.unread)
+    tasks = [(plan, bucket, *common) for bucket in range(plan.buckets)]
     for cleaned in progress(run(clean, tasks), "checking", "bucket", len(tasks)):
         _add(read, cleaned)
     read.problems += read.scanned.problems
@@ -118,6 +125,43 @@ def _add(read: Read, cleaned: Cleaned) -> None:
             getattr(whole, name).update(getattr(counts, name))
 
 
+def row_problems(read: Read, source: Source) -> list[str]:
+    """The problems of rows, each once: with the number of its rows, and the first file or a request that has it."""
+    first: dict[tuple[str, str, str], Problem] = {}
+    rows = Counter[Problem]()
+    for problem, count in sorted(read.problems.items()):
+        rows[first.setdefault((problem.column, problem.kind, problem.remedy), problem)] += count
+    wanted = {problem.request for problem in rows if problem.request is not None}
+    named = _named_requests(read.plan, source, wanted) if wanted else {}
+    made = []
+    for problem, count in rows.items():
+        file, request = named.get(problem.request, (problem.file, "whose id cannot be read again"))
+        made.append(replace(problem, file=file).sentence(count, request))
+    return made
+
+
+def _named_requests(plan: Plan, source: Source, keys: set[int]) -> dict[int | None, tuple[str, str]]:
+    """Key -> the first file that has the request, and its id: read again from the table, until all are found."""
+    column, found = plan.mapping.rows.request, dict[int | None, tuple[str, str]]()
+    kind = plan.request_type
+    for piece in source.pieces():
+        with suppress(InputError, pa.ArrowException):  # a damaged file or column, which is a problem of its own
+            for batch in batches(plan.mapping, piece, {column: pa.string()}, plan.rows_per_batch):
+                ids = typed(batch[column], pa.string() if kind == "string" else pa.int64())
+                here, first = np.unique(keys_of(ids, kind), return_index=True)
+                for key, row in zip(here.tolist(), first.tolist(), strict=True):
+                    if key in keys:
+                        found.setdefault(key, (str(piece.file.path), _shortened(ids[row].as_py())))
+                if len(found) == len(keys):
+                    return found
+    return found
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _check_days(read: Read) -> None:
     """InputError unless there are training days and test days."""
     for problem in day_problems(read):
@@ -127,11 +171,17 @@ def _check_days(read: Read) -> None:
 
 
 def day_problems(read: Read) -> Iterator[str]:
-    mapping = read.plan.mapping
-    if not read.scanned.rows:
+    """What is wrong with the days; not what is so because rows or columns were left out for other problems."""
+    scanned, mapping = read.scanned, read.plan.mapping
+    told = mapping.groups.column or mapping.groups.flags or mapping.groups.position
+    all_read = told and sum(scanned.days.values()) == scanned.rows and not {"group", "item"} & scanned.unread
+    if not scanned.rows and not scanned.problems:
         yield f"{mapping.source}: holds no row; name the table's files in path of [rows]"
     elif not read.days:
-        yield f"{mapping.source}: no request has ground truth and two items; check [groups] and request of [rows]"
+        if all_read:
+            yield f"{mapping.source}: no request has ground truth and two items; check [groups] and request of [rows]"
+    elif mapping.rows.time is None or "time" in scanned.unread:
+        return
     elif not read.training_days or not read.test_days:
         listed = f"{read.days[0]} to {read.days[-1]}" if len(read.days) > 1 else f"{read.days[0]} only"
         yield (

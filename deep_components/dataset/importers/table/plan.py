@@ -21,6 +21,23 @@ _BYTES_PER_BATCH = 1 << 23
 _ROWS_PER_BATCH = range(1 << 8, (1 << 16) + 1)
 
 
+@dataclass(frozen=True, order=True)
+class Problem:
+    """What the import refuses in rows; those with one column, kind and remedy are one problem."""
+
+    column: str  # "" for a file as a whole
+    remedy: str
+    kind: str
+    file: str
+    what: str  # {request} stands for the id of ``request``
+    request: int | None = None  # the key of a request that has it
+
+    def sentence(self, rows: int = 1, request: str = "") -> str:
+        column = f"column {self.column} " if self.column else ""
+        what = self.what if self.request is None else self.what.replace("{request}", request)
+        return f"{self.file}: {column}{what}{f' ({rows:,} rows)' if rows > 1 else ''}; {self.remedy}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """An import. ``entries`` say how raw values are read; what is learnt of them comes later."""
@@ -32,7 +49,7 @@ class Plan:
     user_type: str
     scratch: Path
     buckets: int  # a power of two
-    strict: bool = True  # stop at the first problem; else note it and leave its rows out
+    strict: bool = True  # stop at the first problem; else note it and leave its rows, or all of the column, out
 
     def side(self, side: str) -> tuple[FieldEncoding, ...]:
         return tuple(entry for entry in self.entries if entry.side == side)

@@ -4,11 +4,11 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from deep_components.dataset.encoding import (
     times_of,
 )
 from deep_components.dataset.importers.table.mapping import LogMapping, nearest
-from deep_components.dataset.importers.table.plan import Plan
+from deep_components.dataset.importers.table.plan import Plan, Problem
 from deep_components.dataset.importers.table.source import Piece, batches
 from deep_components.errors import InputError
 
@@ -37,21 +37,16 @@ _DATE = re.compile(r"(?:^|[=/_.-])(\d{4}-\d{2}-\d{2})(?=$|[/_.])")
 _FLUSH_BYTES = 1 << 25
 _SECONDS_PER_DAY = 86_400
 
-T = TypeVar("T")
-
 
 @dataclass
 class Scanned:
     """What a pass over a piece found; rows are in the scratch files."""
 
     rows: int = 0
-    problems: Counter[tuple[str, str]] = field(default_factory=Counter)  # (what, remedy) -> rows
+    problems: Counter[Problem] = field(default_factory=Counter)  # -> rows
+    unread: set[str] = field(default_factory=set)  # fields of the records that do not hold the table's values
     days: Counter[str] = field(default_factory=Counter)  # day -> rows
     other_days: Counter[str] = field(default_factory=Counter)  # file named by a date -> rows of other days
-
-
-class _UnusableError(Exception):
-    """The batch cannot be used; its problem is noted."""
 
 
 def csv_types(mapping: LogMapping) -> dict[str, pa.DataType]:
@@ -68,7 +63,7 @@ def csv_types(mapping: LogMapping) -> dict[str, pa.DataType]:
         read = pa.string() if listed else kind[rule.kind]
         types[rule.column] = read if types.get(rule.column, read) == read else pa.string()
     types |= {name: types.get(name, pa.string()) for name in (rows.request, rows.item, rows.user) if name}
-    types[rows.time] = _time_type(rows.time_unit)
+    types |= {rows.time: _time_type(rows.time_unit)} if rows.time else {}
     if groups.column:
         types[groups.column] = pa.string()
     types |= {name: pa.bool_() for name in groups.flags}
@@ -80,30 +75,42 @@ def _time_type(unit: str | None) -> pa.DataType:
     return {None: pa.string(), "s": pa.float64()}.get(unit, pa.int64())
 
 
+def typed(column: pa.Array, kind: pa.DataType | None) -> pa.Array:
+    """A column of texts as the CSV reader reads it. ArrowException when it holds other values."""
+    if kind is None or kind == column.type or not is_text(column.type):
+        return column
+    return pc.utf8_trim_whitespace(column).cast(kind)
+
+
 def scan(plan: Plan, piece: Piece, columns: dict[str, pa.DataType | None]) -> Scanned:
     """Read a piece of the table. InputError for the first problem when the plan is strict; a file that cannot be read
     to its end is a problem too."""
-    scanner = _Scanner(plan, piece)
+    scanner = _Scanner(plan, piece, columns)
+    if not plan.strict:  # a value that is not of its column's type must not end the reading of a CSV file
+        columns = dict.fromkeys(columns, pa.string())
     try:
         for batch in batches(plan.mapping, piece, columns, plan.rows_per_batch):
-            scanner.result.rows += len(next(iter(batch.values())))
-            try:
-                scanner.take(batch)
-            except _UnusableError:
-                continue
+            scanner.result.rows += _rows_of(batch)
+            scanner.take(batch)
     except InputError as error:
         if plan.strict:
             raise
-        what, _, remedy = str(error).partition("; ")
-        scanner.result.problems[what, remedy] += 1
+        what, _, remedy = str(error).removeprefix(f"{piece.file.path}: ").rpartition("; ")
+        scanner.result.problems[Problem("", remedy, what, str(piece.file.path), what)] += 1
     scanner.flush()
     return scanner.result
 
 
+def _rows_of(batch: dict[str, pa.Array]) -> int:
+    return len(next(iter(batch.values())))
+
+
 class _Scanner:
-    def __init__(self, plan: Plan, piece: Piece) -> None:
+    def __init__(self, plan: Plan, piece: Piece, types: dict[str, pa.DataType | None]) -> None:
         self.plan, self.piece, self.mapping = plan, piece, plan.mapping
         self.result = Scanned()
+        self._types = types if piece.file.format == "csv" else {}
+        self._failed, self._stopped = set[str](), set[str]()  # columns, and fields of the records, that cannot be read
         self._zone = time_zone(self.mapping.rows.time_zone)
         dates = _DATE.findall(str(piece.file.path.relative_to(self.mapping.source.parent)))
         self._date = dates[-1] if dates else None
@@ -112,22 +119,29 @@ class _Scanner:
 
     # ---- problems ----
 
-    def problem(self, column: str, what: str, remedy: str, rows: int = 1) -> None:
-        text = f"{self.piece.file.path}: column {column} {what}"
+    def problem(self, column: str, what: str, remedy: str, rows: int = 1, kind: str = "") -> None:
+        problem = Problem(column, remedy, kind, str(self.piece.file.path), what)
         if self.plan.strict:
-            raise InputError(f"{text}; {remedy}")
-        self.result.problems[text, remedy] += rows
+            raise InputError(problem.sentence())
+        self.result.problems[problem] += rows
 
-    @contextmanager
-    def reading(self, column: str, remedy: str) -> Iterator[None]:
-        """Notes what a column's values cannot be."""
+    def read(
+        self, name: str, batch: dict[str, pa.Array], column: str | None, remedy: str, how: Callable[[pa.Array], Any]
+    ) -> Any:
+        """``how(column)``, for a field of the records. Once that cannot be done, which is noted, it is None."""
+        if column is None or name in self._stopped:
+            return None
         try:
-            yield
+            return how(typed(batch[column], self._types.get(column)))
         except (ValueError, pa.ArrowException) as error:
             if isinstance(error, InputError):
                 raise
-            self.problem(column, first_line(error), remedy)
-            raise _UnusableError from error
+            if column not in self._failed:
+                self.problem(column, first_line(error), remedy)
+            self._failed.add(column)
+            self._stopped.add(name)
+            self.result.unread.add(name)
+            return None
 
     def complete(self, column: str, missing: np.ndarray, what: str) -> np.ndarray:
         """Notes missing values; where there are none."""
@@ -136,13 +150,20 @@ class _Scanner:
             self.problem(column, f"has missing values; it is the {what}", "fill them in or leave the rows out", count)
         return ~missing
 
+    def without(self, name: str, wrong: np.ndarray) -> np.ndarray:
+        """The rows that further passes check: those that are not wrong; all, without the field, when all are."""
+        if not wrong.all():
+            return ~wrong
+        self.result.unread.add(name)
+        return np.ones(len(wrong), bool)
+
     # ---- a batch ----
 
     def take(self, batch: dict[str, pa.Array]) -> None:
         """Convert a batch's rows to records."""
-        plan, rows = self.plan, self.mapping.rows
+        plan = self.plan
         starts = self._run_starts(batch)
-        lengths = np.diff(starts, append=len(batch[rows.request]))
+        lengths = np.diff(starts, append=_rows_of(batch))
         requests, sound = self._requests({name: column.take(starts) for name, column in batch.items()})
         items, sound_items = self._items(batch)
         run = np.repeat(np.arange(len(starts)), lengths)
@@ -166,119 +187,163 @@ class _Scanner:
     def _run_starts(self, batch: dict[str, pa.Array]) -> np.ndarray:
         """The first rows of neighbours that agree in all that a request has."""
         rows = self.mapping.rows
-        names = {rows.request, rows.time, *([rows.user] if rows.user else [])}
+        names = {name for name in (rows.request, rows.time, rows.user) if name is not None}
         names |= {entry.column for entry in self.plan.side("request")} | {entry.column for entry in self.plan.listed}
-        change = np.zeros(len(batch[rows.request]), bool)
+        change = np.zeros(_rows_of(batch), bool)
         change[:1] = True
         for name in sorted(names):
             _note_changes(batch[name], change)
         return np.flatnonzero(change)
 
-    def _requests(self, columns: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
-        """The records of requests, and which are sound."""
+    def _requests(self, batch: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
+        """The records of requests, and which are sound. Rows whose request is not known are not."""
         plan, rows, zone = self.plan, self.mapping.rows, self.mapping.rows.time_zone
-        made = np.zeros(len(columns[rows.request]), plan.request_record)
-        with self.reading(rows.request, "request of [rows] is a column of texts or whole numbers"):
-            made["request"] = keys_of(columns[rows.request], plan.request_type)
+        made = np.zeros(_rows_of(batch), plan.request_record)
+        sound = np.ones(len(made), bool)
+        ids = "is a column of texts or whole numbers"
+        keys = self.read(
+            "request", batch, rows.request, f"request of [rows] {ids}", partial(keys_of, kind=plan.request_type)
+        )
+        if keys is None:
+            sound[:] = False
+        else:
+            made["request"] = keys
+            sound &= self.complete(rows.request, keys == MISSING, "request id")
             texts = plan.request_type == "string"
-            made["raw"] = made["request"].view(np.int64) if texts else integers_of(columns[rows.request])[0]
-        sound = self.complete(rows.request, made["request"] == MISSING, "request id")
-        with self.reading(rows.time, "check time, time_unit and time_zone of [rows]"):
-            made["time"] = times_of(columns[rows.time], rows.time_unit, zone)
-        sound &= self.complete(rows.time, made["time"] == NO_TIME, "time of the request")
-        early = sound & (made["time"] < MIN_REQUEST_SECONDS * 1_000_000)
-        if early.any():
-            when = datetime.fromtimestamp(int(made["time"][early][0]) / 1e6, UTC)
-            self.problem(
-                rows.time, f"holds {when:%Y-%m-%d}, before 1990", "check time_unit of [rows]", int(early.sum())
-            )
-            sound &= ~early
-        if rows.user is not None:
-            with self.reading(rows.user, "user of [rows] is a column of texts or whole numbers"):
-                made["user"] = keys_of(columns[rows.user], plan.user_type)
+            made["raw"] = keys.view(np.int64) if texts else integers_of(typed(batch[rows.request], pa.int64()))[0]
+        sound &= self._times(made, batch)
+        user = self.read("user", batch, rows.user, f"user of [rows] {ids}", partial(keys_of, kind=plan.user_type))
+        made["user"] = MISSING if user is None else user
         for entry in plan.side("request"):
-            with self.reading(entry.column, f"check kind and type of field {entry.name}"):
-                made[f"request.{entry.name}"] = raw_values(entry, columns[entry.column], zone)
-        events: np.ndarray | None = None
-        for entry in plan.listed:
-            with self.reading(entry.column, f"check kind, type and separator of field {entry.name}"):
-                made[f"history.{entry.name}"], counts = raw_history(entry, columns[entry.column], plan.length, zone)
-            if events is not None and not np.array_equal(events, counts):
-                first = plan.listed[0].column
-                self.problem(entry.column, f"has lists of other lengths than {first}", "give each event all fields")
-                raise _UnusableError
-            events = counts
-            made["events"] = np.minimum(counts, plan.length)
+            name, remedy = f"request.{entry.name}", f"check kind and type of field {entry.name}"
+            values = self.read(name, batch, entry.column, remedy, partial(raw_values, entry, zone=zone))
+            made[name] = entry.nothing if values is None else values
+        self._listed(made, batch)
         return made, sound
 
+    def _times(self, made: np.ndarray, batch: dict[str, pa.Array]) -> np.ndarray:
+        """Set the times of requests; which are sound. Times that cannot be read are all the same."""
+        rows = self.mapping.rows
+        remedy = "check time, time_unit and time_zone of [rows]"
+        times = self.read("time", batch, rows.time, remedy, partial(times_of, unit=rows.time_unit, zone=rows.time_zone))
+        made["time"] = MIN_REQUEST_SECONDS * 1_000_000
+        if times is None or rows.time is None:
+            return np.ones(len(made), bool)
+        sound = self.complete(rows.time, times == NO_TIME, "time of the request")
+        early = sound & (times < MIN_REQUEST_SECONDS * 1_000_000)
+        if early.any():
+            what = f"holds {datetime.fromtimestamp(int(times[early][0]) / 1e6, UTC):%Y-%m-%d}, before 1990"
+            self.problem(rows.time, what, "check time_unit of [rows]", int(early.sum()))
+        sound &= ~early
+        made["time"][sound] = times[sound]
+        return self.without("time", ~sound)
+
+    def _listed(self, made: np.ndarray, batch: dict[str, pa.Array]) -> None:
+        """Set the histories that the table has."""
+        length, zone = self.plan.length, self.mapping.rows.time_zone
+        first: tuple[str, np.ndarray] | None = None
+        for entry in self.plan.listed:
+            name, remedy = f"history.{entry.name}", f"check kind, type and separator of field {entry.name}"
+            found = self.read(name, batch, entry.column, remedy, partial(raw_history, entry, length=length, zone=zone))
+            made[name] = entry.nothing
+            if found is None:
+                continue
+            values, counts = found
+            if first is None:
+                first = entry.column, counts
+                made["events"] = np.minimum(counts, length)
+            if not np.array_equal(first[1], counts):
+                what = f"has lists of other lengths than {first[0]}"
+                self.problem(entry.column, what, "give each event all fields", int((first[1] != counts).sum()))
+                self.result.unread.add(name)
+            else:
+                made[name] = values
+
     def _items(self, batch: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
-        """The records of rows, without their request, and which are sound."""
+        """The records of rows, without their request, and which are sound. Items that are not known all differ."""
         plan, rows = self.plan, self.mapping.rows
-        made = np.empty(len(batch[rows.item]), plan.item_record)
-        with self.reading(rows.item, "item of [rows] is a column of texts or whole numbers"):
-            made["item"] = keys_of(batch[rows.item], plan.item_type)
-        sound = self.complete(rows.item, made["item"] == MISSING, "item id")
-        made["group"], grouped = self._groups(batch)
-        sound &= grouped
-        made["order"] = 0.0
-        groups = self.mapping.groups
-        if (order := groups.order_column) is not None:
-            with self.reading(order, "label, rating and rank of [groups] are columns of numbers"):
-                values = numbers_of(batch[order])
-            missing = (made["group"] == 0) & np.isnan(values) & sound
-            sound &= self.complete(order, missing, "order of the ground truth")
-            truth = (made["group"] == 0) & sound
-            made["order"][truth] = -values[truth] if groups.rank else values[truth]
+        made = np.zeros(_rows_of(batch), plan.item_record)
+        made["group"], sound = self._groups(batch)
+        remedy = "item of [rows] is a column of texts or whole numbers"
+        keys = self.read("item", batch, rows.item, remedy, partial(keys_of, kind=plan.item_type))
+        made["item"] = np.arange(len(made)) if keys is None else keys
+        self._orders(made, batch, sound)
+        if keys is not None:
+            sound &= self.without("item", ~self.complete(rows.item, keys == MISSING, "item id"))
         for entry in plan.side("item"):
-            name = plan.stored(entry)
-            if name != "item":
-                with self.reading(entry.column, f"check kind, type and separator of field {entry.name}"):
-                    made[name] = raw_values(entry, batch[entry.column], rows.time_zone)
+            if (name := plan.stored(entry)) != "item":
+                remedy = f"check kind, type and separator of field {entry.name}"
+                values = self.read(name, batch, entry.column, remedy, partial(raw_values, entry, zone=rows.time_zone))
+                made[name] = entry.nothing if values is None else values
         return made, sound
+
+    def _orders(self, made: np.ndarray, batch: dict[str, pa.Array], sound: np.ndarray) -> None:
+        """Set the true order of the ground truth; rows of it without one become unsound."""
+        groups = self.mapping.groups
+        remedy = "label, rating and rank of [groups] are columns of numbers"
+        values = self.read("order", batch, groups.order_column, remedy, numbers_of)
+        if values is None or groups.order_column is None:
+            return
+        truth = (made["group"] == 0) & sound
+        sound &= self.complete(groups.order_column, truth & np.isnan(values), "order of the ground truth")
+        truth &= sound
+        made["order"][truth] = -values[truth] if groups.rank else values[truth]
 
     # ---- groups ----
 
     def _groups(self, batch: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's group, and where there is one."""
+        """Each row's group, and where there is one; the last group when groups cannot be told."""
         groups = self.mapping.groups
         if groups.column is not None:
-            return self._named_groups(groups.column, batch[groups.column])
+            return self._named_groups(groups.column, batch)
+        left = np.full(_rows_of(batch), max(len(groups.order) - 1, 0))
+        sound = np.ones(len(left), bool)
         if groups.position is not None:
-            with self.reading(groups.position, "position of [groups] is a column of whole numbers from 1"):
-                position, missing = integers_of(batch[groups.position])
+            remedy = "position of [groups] is a column of whole numbers from 1"
+            found = self.read("group", batch, groups.position, remedy, integers_of)
+            if found is None:
+                return left, sound
+            position, missing = found
             sound = self.complete(groups.position, missing, "position in the log's order")
             low = sound & (position < 1)
             if low.any():
                 self.problem(groups.position, f"holds {position[low][0]}", "count positions from 1", int(low.sum()))
             return np.searchsorted(groups.cuts, position, side="left"), sound & ~low
-        left = np.full(len(next(iter(batch.values()))), len(groups.order) - 1)
-        sound = np.ones(len(left), bool)
         for number, name in reversed(list(enumerate(groups.flags))):
-            with self.reading(name, "flags of [groups] are columns of true and false, or 0 and 1"):
-                flags = numbers_of(batch[name])
-            sound &= self.complete(name, np.isnan(flags), "flag of a group")
-            odd = sound & (flags != 0) & (flags != 1)
+            remedy = "flags of [groups] are columns of true and false, or 0 and 1"
+            flags = self.read(f"group.{name}", batch, name, remedy, numbers_of)
+            if flags is None:
+                self.result.unread.add("group")
+                continue
+            there = self.complete(name, np.isnan(flags), "flag of a group")
+            odd = there & (flags != 0) & (flags != 1)
             if odd.any():
                 self.problem(name, f"holds {flags[odd][0]:g}, not 0 or 1", "give true or false", int(odd.sum()))
             left[flags == 1] = number
-            sound &= ~odd
+            sound &= there & ~odd
         return left, sound
 
-    def _named_groups(self, name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    def _named_groups(self, name: str, batch: dict[str, pa.Array]) -> tuple[np.ndarray, np.ndarray]:
         order = list(self.mapping.groups.order)
-        with self.reading(name, "column of [groups] holds the groups' names"):
-            coded = (column if is_text(column.type) else column.cast(pa.string())).dictionary_encode()
-            known = coded.dictionary.to_pylist()
+
+        def coded_of(column: pa.Array) -> pa.DictionaryArray:
+            return (column if is_text(column.type) else column.cast(pa.string())).dictionary_encode()
+
+        coded = self.read("group", batch, name, "column of [groups] holds the groups' names", coded_of)
+        if coded is None:
+            return np.full(_rows_of(batch), len(order) - 1), np.ones(_rows_of(batch), bool)
+        known = coded.dictionary.to_pylist()
         group_of = np.array([*(order.index(value) if value in order else -1 for value in known), -2])
-        found = group_of[pc.fill_null(coded.indices, len(known)).to_numpy(zero_copy_only=False)]
+        codes = pc.fill_null(coded.indices, len(known)).to_numpy(zero_copy_only=False)
+        found = group_of[codes]
         self.complete(name, found == -2, "group of the row")
-        unknown = found == -1
-        if unknown.any():
-            values = [value for value in known if value not in order]
-            for value in values[:5]:
-                text = repr(value if len(value) <= 100 else value[:100] + "...")
-                self.problem(name, f"holds {text}, which order of [groups] does not name", nearest(value, order))
-        return np.maximum(found, 0), found >= 0
+        unknown = np.flatnonzero(group_of == -1)[:5].tolist()
+        for number in unknown:
+            value = known[number]
+            text = repr(value if len(value) <= 100 else value[:100] + "...")
+            what, rows = f"holds {text}, which order of [groups] does not name", int((codes == number).sum())
+            self.problem(name, what, nearest(value, order), rows, kind=what)
+        return np.where(found < 0, len(order) - 1, found), self.without("group", found < 0)
 
     # ---- scratch files ----
 

@@ -58,6 +58,7 @@ class Source:
 
     files: list[SourceFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    faulty: set[str] = field(default_factory=set)  # the columns that some of the problems are about
 
     @property
     def rows(self) -> int:
@@ -108,21 +109,24 @@ def open_source(mapping: LogMapping, columns: Mapping[str, str]) -> Source:
     if not source.files and not source.problems:
         source.problems.append(f"{mapping.source}: holds no table; path of [rows] names a file, or a folder of them")
     for file in source.files:
-        source.problems += _column_problems(file, columns, source)
+        for column, problem in _column_problems(file, columns, source):
+            source.problems.append(problem)
+            source.faulty.add(column)
     return source
 
 
-def _column_problems(file: SourceFile, columns: Mapping[str, str], source: Source) -> Iterator[str]:
+def _column_problems(file: SourceFile, columns: Mapping[str, str], source: Source) -> Iterator[tuple[str, str]]:
     for column, what in columns.items():
         if column not in file.types:
-            yield f"{file.path}: column {column}, {what}, is missing; {nearest(column, list(file.types))}"
+            yield column, f"{file.path}: column {column}, {what}, is missing; {nearest(column, list(file.types))}"
         elif file.names.count(column) > 1:
-            yield f"{file.path}: column {column} is there twice; give one of them another name"
+            yield column, f"{file.path}: column {column} is there twice; give one of them another name"
         elif kind_of(file.types[column]) not in ("null", source.kind(column)):
             first = next(f for f in source.files if column in f.types and kind_of(f.types[column]) != "null")
             yield (
+                column,
                 f"{file.path}: column {column} holds {file.types[column]}, but {first.types[column]} in "
-                f"{first.path.name}; write it with one type in all files"
+                f"{first.path.name}; write it with one type in all files",
             )
 
 
