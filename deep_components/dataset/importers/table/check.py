@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deep_components.cli import printable
 from deep_components.dataset.encoding import MISSING, NO_TIME, NO_VALUE, FieldEncoding
 from deep_components.dataset.importers.table.clean import NO_TRUTH, ONE_ITEM, TWICE
 from deep_components.dataset.importers.table.command import Read, day_problems, read_rows, row_problems
@@ -37,7 +38,7 @@ def check_table(mapping_path: Path, scratch: Path, jobs: int, engine: str) -> No
             lines = list(_report(read)) if read.days and dated else []
     for number, problem in enumerate(problems, 1):
         lines.append(f"problem {number}: {problem}")
-    sys.stdout.write("".join(f"{' '.join(line.splitlines())}\n" for line in lines))
+    sys.stdout.write("".join(f"{printable(' '.join(line.splitlines()))}\n" for line in lines))
     if problems:
         alone = len(problems) == 1
         raise InputError(problems[0] if alone else f"{mapping_path}: {len(problems)} problems, listed above; mend them")
