@@ -308,8 +308,8 @@ def test_every_method_of_the_main_table_has_a_script_of_its_name(setting: str) -
 def test_the_variants_of_the_paper_have_scripts() -> None:
     """Tables 3, 4, 7, 8, appendix E.1 and Eq. 13, as the specification's section 4 lists them."""
     losses = {script.stem: set(script_arguments(script)[1]) for script in SCRIPTS if script.parent.name == "two_stage"}
-    wanted = [{"--terms=single"}, {"--terms=end_to_end"}, {"--sort=soft_sort", "--loss_type=lcron"}]
-    wanted += [{"--loss_type=sorting", "--sort=neural_sort"}, {"--loss_type=sorting", "--sort=soft_sort"}]
+    wanted = [{"--terms=single"}, {"--terms=end_to_end"}, {"--topk_op=soft_sort", "--loss_type=lcron"}]
+    wanted += [{"--loss_type=sorting", "--topk_op=neural_sort"}, {"--loss_type=sorting", "--topk_op=soft_sort"}]
     wanted += [{"--end_to_end_quotas=30,20"}, {"--weighting=paper"}]
     wanted += [{f"--single_weight={c}"} for c in ("0.01", "0.1", "0.5", "1", "2", "3", "4", "5")]
     wanted += [{"--loss_type=lcron", f"--tau={tau}"} for tau in (1, 20, 50, 100, 200, 1000)]
