@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import stat
 import time
@@ -16,9 +17,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from deep_components.errors import InputError
 
 _CHECKSUM = "checksum"
+# The beginning of a .npy file as np.save writes it. numpy's own reader parses it as Python.
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '(\|b1|[<>|][iu][1248]|[<>]f[248])', 'fortran_order': False, "
+    rb"'shape': \((\d{0,18}(?:, \d{1,18}){0,2}),?\), \} *\n",
+    re.DOTALL,
+)
 _MAX_JSON = 1 << 26  # bytes; the largest that is written here, a manifest, has some thousand times less
 
 logger = logging.getLogger(__name__)
@@ -39,6 +48,19 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
         if most is not None and os.fstat(file.fileno()).st_size > most:
             raise OSError(errno.EFBIG, f"larger than the {most} bytes that such a file may have", str(path))
         return file.read()
+
+
+def npy_header(beginning: bytes, size: int) -> tuple[np.dtype, tuple[int, ...], int]:
+    """Type, shape, and where the numbers begin, of a .npy file of ``size`` bytes that begins so.
+
+    ValueError unless it is one that np.save writes of numbers in C order, and the size is that of its array."""
+    header = _NPY_HEADER.match(beginning)
+    if header is None:
+        raise ValueError("it does not begin as one that np.save writes of numbers in C order")
+    dtype, shape = np.dtype(header[1].decode()), tuple(int(part) for part in header[2].split(b",") if part)
+    if size != header.end() + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"its {size} bytes are not those of the array that it declares")
+    return dtype, shape, header.end()
 
 
 def make_folder(path: Path) -> None:

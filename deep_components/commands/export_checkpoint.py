@@ -17,6 +17,7 @@ from deep_components.files import write_atomically
 from deep_components.models import MODELS
 from deep_components.models.original_names import to_original
 from deep_components.runs.folder import CONFIG_FILE, cascade_of, model_file, read_training
+from deep_components.runs.state import check_same_run
 from deep_components.schema import Schema
 from deep_components.tables.store import EmbeddingStore
 from deep_components.training.memory import available
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
     sizes = argparse.Namespace(**config["arguments"])
     cascade = cascade_of(args.run, config)
     check_sizes(args.run, cascade, schema, sizes.emb_dim, sizes.nn_units)
+    for stage in cascade.stages:
+        check_same_run(args.run / model_file(stage.name), config)
     for stage in cascade.stages:
         path = args.run / model_file(stage.name)
         try:

@@ -9,9 +9,7 @@ index it hands out lies outside its table.
 import hashlib
 import json
 import logging
-import math
 import os
-import re
 import shutil
 import time
 import uuid
@@ -27,7 +25,7 @@ import torch
 from deep_components.batch import CascadeBatch, Features, Targets
 from deep_components.cascade import Cascade
 from deep_components.errors import InputError
-from deep_components.files import read_json, sha256_of, write_json
+from deep_components.files import npy_header, read_json, regular, sha256_of, write_json
 from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
 
@@ -41,12 +39,6 @@ _MAX_SIZE = 1 << 32  # rows of a table
 _MAX_LABEL = 1 << 24  # float32, in which losses take labels for gains, has all whole numbers up to it
 _ROWS_PER_PIECE = 1 << 13
 _BYTES_PER_READ = 1 << 20
-# The beginning of a .npy file as np.save writes it. numpy's own reader parses it as Python.
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '(\|b1|[<>|][iu][1248]|[<>]f[248])', 'fortran_order': False, "
-    rb"'shape': \((\d{0,18}(?:, \d{1,18}){0,2}),?\), \} *\n",
-    re.DOTALL,
-)
 _JUST_WRITTEN = 100_000_000  # nanoseconds: a file system's clock may not tell apart what is written within them
 
 logger = logging.getLogger(__name__)
@@ -453,20 +445,16 @@ def _mapped(folder: Path, name: str) -> np.ndarray:
     """The array in a .npy file, mapped read-only. np.load's own map would keep the file open: 35 a day."""
     path = folder / f"{name}.npy"
     try:
-        if not path.is_file():
-            raise ValueError("not a regular file")
-        with path.open("rb") as file:
-            header, size = _HEADER.match(file.read(1 << 10)), path.stat().st_size
-        if header is None:
-            raise ValueError("it does not begin as one that np.save writes of numbers in C order")
-        dtype, shape = np.dtype(header[1].decode()), tuple(int(part) for part in header[2].split(b",") if part)
-        if size != header.end() + math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"its {size} bytes are not those of the array that it declares")
-        whole = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
+        with open(path, "rb", opener=regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            dtype, shape, start = npy_header(file.read(1 << 10), size)
+            # By the descriptor: PyTorch takes names in UTF-8 only.
+            whole = torch.from_file(f"/proc/self/fd/{file.fileno()}", size=size, dtype=torch.uint8).numpy()
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:200]
+        said = isinstance(error, OSError) and error.strerror
+        reason = (said or str(error)).partition("\n")[0][:200]
         raise InputError(f"{path}: not a readable .npy file ({reason}); make the day again") from error
-    column = whole[header.end() :].view(dtype).reshape(shape)
+    column = whole[start:].view(dtype).reshape(shape)
     column.flags.writeable = False
     return column
 

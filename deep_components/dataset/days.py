@@ -1,19 +1,27 @@
 """Which days train and which day tests (spec section 5)."""
 
+import logging
 from collections.abc import Sequence
 
 from deep_components.dataset.log import Log
 from deep_components.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 def training_days(log: Log, wanted: Sequence[str] | None) -> list[str]:
     """The days to train on: ``wanted``, or the days of the published protocol but the last where all of them are there,
-    or all days but the log's last ``test_days``. InputError for a day that is not there, or when no day is left."""
+    or all days but the log's last ``test_days``. InputError for a day that is not there or is named twice, or when
+    no day is left; a warning for wanted days that are not in the order of time."""
     days = log.days(named=wanted is not None)
     if wanted is not None:
         missing = [day for day in wanted if day not in days]
         if missing or not wanted:
             raise InputError(f"--train_days={','.join(wanted)}: {log.folder} has only {', '.join(days)}")
+        if repeated := sorted({day for day in wanted if wanted.count(day) > 1}):
+            raise InputError(f"--train_days: names {', '.join(repeated)} more than once; name each day once")
+        if list(wanted) != sorted(wanted):
+            logger.warning("--train_days=%s: not in the order of time; they train as they are named", ",".join(wanted))
         return list(wanted)
     protocol = _protocol(log, days)
     if len(protocol) <= log.test_days:

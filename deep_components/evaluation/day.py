@@ -34,11 +34,12 @@ from deep_components.runs.folder import (
     PER_REQUEST_FILE,
     SCORES_FILE,
     cascade_of,
+    model_file,
     read_json,
     read_training,
     write_json,
 )
-from deep_components.runs.state import saved_ids
+from deep_components.runs.state import check_same_run, saved_ids
 from deep_components.schema import Schema
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
@@ -95,7 +96,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     _check_same_log(run, config, log, own, args.cache_dir, zone)
     day = log.open_day(name, own, args.cache_dir, zone, trained.seq_len)
     _check_new_requests(run, config, name, day)
-    scored = _scores(run, own, log.schema, trained, args, day)
+    scored = _scores(run, config, own, log.schema, args, day)
     if args.save_scores:
         scored = list(scored)
     metrics, results = summary(own, scored)
@@ -201,11 +202,14 @@ def _skipped_steps(run: Path) -> dict[str, Any]:
 
 
 def _scores(
-    run: Path, cascade: Cascade, schema: Schema, trained: argparse.Namespace, args: argparse.Namespace, day: DayCache
+    run: Path, config: Mapping[str, Any], cascade: Cascade, schema: Schema, args: argparse.Namespace, day: DayCache
 ) -> Iterable[dict[str, Tensor]]:
     """:func:`score_day` by the run's models."""
+    trained = argparse.Namespace(**config["arguments"])
     device, dtype = choose_device(args), DTYPES[trained.dtype]
     check_sizes(run, cascade, schema, trained.emb_dim, trained.nn_units)
+    for stage in cascade.stage_names:
+        check_same_run(run / model_file(stage), config)
     ids = _needed_ids(run, cascade, schema, day)
     models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
     stores = build_stores(cascade, schema, trained.emb_dim, None, ids)

@@ -7,10 +7,12 @@
 
 import json
 import logging
+import lzma
 import math
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import pandas as pd
 
 from deep_components.cli import printable
 from deep_components.errors import InputError
-from deep_components.files import regular
+from deep_components.files import npy_header, regular
 from deep_components.reporting.remarks import check_one_code
 from deep_components.runs import identity
 from deep_components.runs.code import code_of
@@ -192,17 +194,26 @@ def method_arguments(run: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def per_request(folder: Path, name: str) -> np.ndarray | None:
-    """A run's metric per request [R], or its "request_id"; None where the evaluation did not write it."""
+    """A run's metric per request [R], or its "request_id"; None where the evaluation did not write it.
+
+    OSError, ValueError or zipfile.BadZipFile when the file is damaged."""
     try:
         with (
             open(folder / PER_REQUEST_FILE, "rb", opener=regular) as file,
-            np.load(file, allow_pickle=False) as arrays,
+            zipfile.ZipFile(file) as archive,
         ):
-            if any(entry.file_size > _MAX_ARRAY for entry in arrays.zip.infolist()):  # a few bytes could unpack to it
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            if any(size > _MAX_ARRAY for size in sizes.values()):  # a few bytes could unpack to it
                 raise ValueError(f"an array of more than {_MAX_ARRAY} bytes")
-            return arrays.get(name)
+            if f"{name}.npy" not in sizes:
+                return None
+            content = archive.read(f"{name}.npy")
     except FileNotFoundError:
         return None
+    except (RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:  # of encrypted and damaged members
+        raise ValueError(str(error)) from error
+    dtype, shape, start = npy_header(content, len(content))
+    return np.frombuffer(content, dtype, offset=start).reshape(shape)
 
 
 def is_number(value: Any) -> bool:
@@ -403,7 +414,7 @@ def _check_per_request(folder: Path, results: Mapping[str, Any], metrics: Sequen
             mean = math.nan if results.get(name) is None else results[name]
             if name in metrics and not np.isclose(found, mean, rtol=1e-9, atol=1e-6, equal_nan=True):
                 raise ValueError(f"{name} has the mean {found:.6f}, not {mean:.6f} as in {METRICS_FILE}")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not readable ({error}); evaluate the run again") from error
 
 

@@ -9,8 +9,9 @@ the folder that Python imports it from.
 import ast
 import hashlib
 import inspect
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,19 @@ def _map(code: Any, part: str) -> Files:
     return {str(name): str(digest) for name, digest in content.items()} if isinstance(content, dict) else {}
 
 
+@dataclass(frozen=True)
+class Source:
+    """A source file and the folder that Python imports it from."""
+
+    path: Path
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """Its path from there."""
+        return self.path.relative_to(self.root).as_posix()
+
+
 # ---- which files, and their digests ----------------------------------------------------------------------------------
 
 
@@ -149,39 +163,67 @@ def _begins(name: str, beginnings: tuple[str, ...]) -> bool:
 def _imported_with(parts: Iterable[Any], known: Mapping[str, str]) -> Files:
     """The files of ``parts`` and what they import, of the package and of their own, but those that are ``known``."""
     found: Files = {}
-    waiting = [path.resolve() for path in map(_path_of, parts) if path is not None]
+    waiting, seen = [source for source in map(_source_of, parts) if source is not None], set()
     while waiting:
-        path = waiting.pop()
-        name = _name(path)
-        if name not in found and name not in known and not _begins(name, LEFT_OUT):
-            content = path.read_bytes()
-            found[name] = _digest(content)
-            waiting += _imports(path, content)
+        source = waiting.pop()
+        if source.path in seen or _begins(source.name, LEFT_OUT):
+            continue
+        seen.add(source.path)
+        content = source.path.read_bytes()
+        digest = _digest(content)
+        name = _free_name(source.name, digest, {**known, **found})
+        if name is not None:
+            found[name] = digest
+            waiting += _imports(source, content)
     return found
 
 
-def _path_of(part: Any) -> Path | None:
-    """The file of a class or function, or the path itself."""
+def _free_name(name: str, digest: str, taken: Mapping[str, str]) -> str | None:
+    """``name``, with a number where another file has it; None where that file is the same."""
+    names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+    free = next(name for name in names if taken.get(name) in (None, digest))
+    return None if free in taken else free
+
+
+def _source_of(part: Any) -> Source | None:
+    """The file of a class or function, or of a path itself; None where there is none, and for PyTorch's."""
     if isinstance(part, Path):
-        return part
+        return _source(part)
     try:
         path = Path(inspect.getsourcefile(part) or "")
     except TypeError:  # built in, or of an interactive session
         return None
-    return path if path.is_file() and part.__module__.partition(".")[0] != "torch" else None
+    module = part.__module__.split(".")
+    return _source(path, module) if path.is_file() and module[0] != "torch" else None
 
 
-def _imports(path: Path, content: bytes) -> Iterator[Path]:
-    """The files that a module imports, of the package, of its own package, or where it lies in none, beside it."""
-    root, own = _root(path), path.relative_to(_root(path)).parts
-    alone = len(own) == 1 and root.name not in ("site-packages", "dist-packages")
+def _source(path: Path, module: Sequence[str] = ()) -> Source:
+    """The file, and the folder that Python imports it from: the one in which it has the name of its ``module``. Where
+    that is not known, the one above all folders with an ``__init__.py``."""
+    if path.resolve().is_relative_to(PACKAGE):
+        return Source(path.resolve(), PACKAGE.parent)
+    path = path.absolute()
+    named = path.parent if path.name == "__init__.py" else path.with_suffix("")
+    if module and named.parts[-len(module) :] == tuple(module):
+        return Source(path, named.parents[len(module) - 1])
+    folder = path.parent
+    while (folder / "__init__.py").exists():
+        folder = folder.parent
+    return Source(path, folder)
+
+
+def _imports(source: Source, content: bytes) -> Iterator[Source]:
+    """The files that a module imports, of the package, of its own package, or where no ``__init__.py`` makes one of its
+    folder, of all that lies beside it."""
+    root, own = source.root, source.path.relative_to(source.root).parts
+    alone = not (root / own[0] / "__init__.py").exists() and root.name not in ("site-packages", "dist-packages")
     for name in _imported_names(content, own[:-1]):
         first, *_ = name
         if first == PACKAGE.name or first == own[0] or alone:
             base = PACKAGE.parent if first == PACKAGE.name else root
             for candidate in (base.joinpath(*name).with_suffix(".py"), base.joinpath(*name, "__init__.py")):
                 if candidate.is_file():
-                    yield candidate.resolve()
+                    yield Source(candidate, base)
 
 
 def _imported_names(content: bytes, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -215,25 +257,16 @@ def _branch(source: str, method: str) -> str:
 
 
 def _method_of(test: ast.expr) -> str | None:
-    """lcron of the test ``args.loss_type == "lcron"``."""
-    if isinstance(test, ast.Compare) and ast.unparse(test.left).endswith("loss_type"):
-        (value, *_) = test.comparators
-        return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+    """lcron of the test ``args.loss_type == "lcron"``; None of every other test: its branch counts for all."""
+    match test:
+        case ast.Compare(ops=[ast.Eq()], comparators=[ast.Constant(value=str(method))]):
+            return method if ast.unparse(test.left) == "args.loss_type" else None
     return None
 
 
-def _root(path: Path) -> Path:
-    """The folder that Python imports the file from."""
-    if path.is_relative_to(PACKAGE):
-        return PACKAGE.parent
-    folder = path.parent
-    while (folder / "__init__.py").exists():
-        folder = folder.parent
-    return folder
-
-
 def _name(path: Path) -> str:
-    return path.relative_to(_root(path)).as_posix()
+    """Of a file of the package."""
+    return path.relative_to(PACKAGE.parent).as_posix()
 
 
 def _digest(content: bytes) -> str:

@@ -5,6 +5,8 @@ of the data, arguments, the loss's hyper-parameters, the models of --init_from, 
 (runs/code.py).
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "
 # A finished run stays when a failed one beside it is made again with steps left out that are not finite, and a stopped
 # one may go on so. The training days are compared apart.
 _NOT_THE_RUN = (*EXECUTION_ARGUMENTS, "on_nonfinite", "train_days")
+_OF_THE_FILES = ("schema_checksum", "encoding_checksum", "loss", "init_from_checksums")
 _NOT_THE_METHOD = (*EXECUTION_ARGUMENTS, "on_nonfinite", "seed", "loss_type", "compact_from")
 
 
@@ -51,6 +54,20 @@ def run_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not arguments.get("epochs"):
         return {name: arguments.get(name) for name in ("seed", "epochs", *UNTRAINED_ARGUMENTS)}
     return {name: value for name, value in arguments.items() if name not in _NOT_THE_RUN}
+
+
+def fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a run's files note of its config.json, so that those of another run are told: name -> short SHA-256.
+
+    Nothing that may change when the training is stopped and goes on: no passes, days after the first, code, or
+    arguments of _NOT_THE_RUN. What is None or absent is left out, and not compared."""
+    first = next(iter(config.get("train_days") or ()), None)
+    known = {name: config.get(name) for name in ("setting", "cascade", "data", *_OF_THE_FILES)}
+    known |= {"first day": first, "data of the first day": (config.get("data_checksums") or {}).get(first)}
+    arguments = {name: value for name, value in config.get("arguments", {}).items() if name not in _NOT_THE_RUN}
+    known |= {name: value for name, value in arguments.items() if name != "epochs"}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in known.items() if value is not None}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 
 
 def method_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

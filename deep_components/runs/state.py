@@ -21,11 +21,13 @@ from safetensors.numpy import save_file
 
 from deep_components.errors import InputError
 from deep_components.files import atomic_path, regular, sha256_of
-from deep_components.runs.folder import model_file
+from deep_components.runs.folder import CONFIG_FILE, model_file
+from deep_components.runs.identity import fingerprint
 
 TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of their rows' ids, begin
 
 _METADATA = "run"
+_RUN = "of_run"  # entry of the metadata: the run's fingerprint
 _ARRAY_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
 _ROWS_AT_A_TIME = 1 << 20  # bounds the temporary memory of making a table whole
 _POSITION = ("epoch", "day", "batch", "step", "skipped")
@@ -120,9 +122,31 @@ def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     return SavedModel(path, arrays, ids, seed if type(seed) is int else None)
 
 
-def save_state(path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[str, int]) -> None:
-    """Write all that training needs to go on, in one file: named arrays and the position reached."""
-    save(path, arrays, {"position": dict(position)})
+def save_state(
+    path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[str, int], note: Mapping[str, Any] | None = None
+) -> None:
+    """Write all that training needs to go on, in one file: named arrays and the position reached. ``note`` goes into
+    the file's metadata."""
+    save(path, arrays, {**(note or {}), "position": dict(position)})
+
+
+def run_note(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What models and states note of their run, for :func:`check_same_run`."""
+    return {_RUN: fingerprint(config)}
+
+
+def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
+    """InputError when a model or state is of another run than the config.json beside it says; one that notes no run, as
+    of an earlier version or another program, may be of any. Also InputError when it cannot be read."""
+    with _opened(path) as (_, metadata):
+        noted = metadata.get(_RUN)
+    found, wanted = noted if isinstance(noted, dict) else {}, fingerprint(config)
+    different = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    if different:
+        raise InputError(
+            f"{path}: is of another run than the {CONFIG_FILE} beside it, which differs in {', '.join(different[:4])}; "
+            "put back the run's own file, or train again"
+        )
 
 
 def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:

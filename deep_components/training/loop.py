@@ -47,7 +47,7 @@ from deep_components.runs.folder import (
     write_json,
 )
 from deep_components.runs.identity import first_difference
-from deep_components.runs.state import load_state, save_state
+from deep_components.runs.state import check_same_run, load_state, run_note, save_state
 from deep_components.training.config import environment, run_config
 from deep_components.training.initial import initial_cascade
 from deep_components.training.signals import stop_signals
@@ -91,7 +91,7 @@ class Run:
 
     def save(self, position: Position) -> None:
         arrays = {name: as_array(values) for name, values in self.trainer.state().items()}
-        save_state(self.folder / STATE_FILE, arrays, asdict(position))
+        save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
 
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
@@ -202,8 +202,9 @@ def _can_resume(run: Run) -> bool:
     folder = run.folder
     has_state = (folder / STATE_FILE).exists()
     if has_state or (folder / CONFIG_FILE).exists():
-        _check_same_run(folder, run.config, run.args.any_code)
+        _check_goes_on(folder, run.config, run.args.any_code)
     if has_state:
+        check_same_run(folder / STATE_FILE, read_training(folder))
         return True
     if (folder / COST_FILE).exists():
         raise InputError(f"{folder / STATE_FILE}: no such file, but the training is complete; leave out --resume to "
@@ -212,7 +213,7 @@ def _can_resume(run: Run) -> bool:
     return False
 
 
-def _check_same_run(folder: Path, config: Mapping[str, Any], any_code: bool) -> None:
+def _check_goes_on(folder: Path, config: Mapping[str, Any], any_code: bool) -> None:
     """InputError unless the training that the folder holds goes on as this one."""
     before = read_training(folder)
     difference = first_difference(before, config, more_days=True, more_epochs=True, any_code=any_code)
@@ -296,7 +297,7 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
     """Write the models, and at last what the training took."""
     run.trainer.flush()
     note = {"data": run.config["data"], "loss_type": run.args.loss_type, "initial_seed": run.initial_seed}
-    save_trained(run.folder, run.trainer.models, run.trainer.stores, note)
+    save_trained(run.folder, run.trainer.models, run.trainer.stores, note | run_note(run.config))
     cost = {
         "steps": position.step,
         "skipped_steps": position.skipped,

@@ -155,6 +155,13 @@ def test_the_ids_of_a_table(tmp_path: Path) -> None:
     assert read(tmp_path / DAY).ids("video") == day.ids("video")
 
 
+@pytest.mark.parametrize("name", [b"b\xff", "\u00fc \u6f22".encode()], ids=["no UTF-8", "UTF-8"])
+def test_a_folder_of_any_name(name: bytes, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    assert len(read(write(folder / DAY))) > 0
+
+
 def test_an_open_day_keeps_no_file_open(tmp_path: Path) -> None:
     def opened() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

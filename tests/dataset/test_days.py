@@ -66,6 +66,17 @@ def test_wanted_days_keep_their_order(tmp_path: Path) -> None:
     assert days.test_day(log_in(tmp_path), "2024-01-13") == "2024-01-13"
 
 
+def test_a_day_trains_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Days out of order may be meant; a day named twice would be learnt twice."""
+    make(tmp_path, PERIOD_1)
+    with pytest.raises(InputError, match=r"--train_days: names 2024-01-13 more than once; name each day once"):
+        days.training_days(log_in(tmp_path), ["2024-01-13", "2024-01-14", "2024-01-13"])
+    days.training_days(log_in(tmp_path), ["2024-01-13", "2024-01-14"])
+    assert caplog.text == ""
+    days.training_days(log_in(tmp_path), ["2024-01-14", "2024-01-13"])
+    assert "--train_days=2024-01-14,2024-01-13: not in the order of time" in caplog.text
+
+
 @pytest.mark.parametrize("wanted", [[], ["2024-01-13", "2024-01-15"], ["2024-1-13"]])
 def test_wanted_days_must_be_there(tmp_path: Path, wanted: list[str]) -> None:
     make(tmp_path, ["2024-01-13", "2024-01-14"])

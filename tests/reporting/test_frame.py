@@ -1,6 +1,9 @@
 """Which runs are read, left out or refused, what the frame says of them, and what their rows are called."""
 
 import json
+import re
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,7 +314,39 @@ def arrays(**changes: Any) -> Callable[[Path], None]:
     return damage
 
 
+def declares(descr: str, shape: str, member: str = "joint_recall@10@20") -> Callable[[Path], None]:
+    """An array that has no content, but whose header is whatever one wants."""
+
+    def damage(run: Path) -> None:
+        header = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        with zipfile.ZipFile(run / "per_request.npz") as file:
+            kept = {name: file.read(name) for name in file.namelist()}
+        kept[f"{member}.npy"] = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+        with zipfile.ZipFile(run / "per_request.npz", "w") as file:
+            for name, written in kept.items():
+                file.writestr(name, written)
+
+    return damage
+
+
+def encrypted(run: Path) -> None:
+    """The flag that says so is set, in the local headers and in the directory."""
+    path = run / "per_request.npz"
+    data = bytearray(path.read_bytes())
+    for begin, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        for found in re.finditer(begin, bytes(data)):
+            data[found.start() + flag] |= 1
+    path.write_bytes(bytes(data))
+
+
 DAMAGES = {
+    "per_request.npz of 10^11 numbers": declares("<f8", "(100000000000,)"),
+    "per_request.npz of 10^11 ids": declares("<i8", "(100000000000,)", "request_id"),
+    "per_request.npz of 10^26 numbers": declares("<f8", "(99999999999999999999999999,)"),
+    "per_request.npz of a deep expression": declares("<f8", "(" + "-" * 9000 + "1,)"),
+    "per_request.npz of giant values": declares("|V2147483647", "(300,)"),
+    "per_request.npz of giant texts": declares("<U999999999", "(3,)"),
+    "per_request.npz encrypted": encrypted,
     "metrics.json empty": content("metrics.json", ""),
     "metrics.json cut": content("metrics.json", '{"setting": "two_'),
     "metrics.json a list": content("metrics.json", "[]"),

@@ -1,5 +1,6 @@
 """Which files a run's code consists of, and what is noted of them."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,55 @@ def test_what_is_left_out_is_there() -> None:
     """Each beginning is that of a file, so that a file that is renamed is noticed."""
     names = [path.relative_to(code.PACKAGE).as_posix() for path in code.PACKAGE.rglob("*.py")]
     assert all(any(name.startswith(beginning) for name in names) for beginning in code.LEFT_OUT)
+
+
+@pytest.mark.parametrize("with_init", [False, True], ids=["namespace packages", "packages"])
+def test_modules_of_a_package_count_under_their_dotted_names(
+    with_init: bool, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no __init__.py makes its folder a package; two of one file name are two."""
+    names = [f"deep_test_{word}_{with_init}" for word in "pq"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text(f"from {name}.helper import SCALE\n\nclass M:\n    pass\n")
+        (tmp_path / name / "helper.py").write_text("SCALE = 1\n")
+        if with_init:
+            (tmp_path / name / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    models = [importlib.import_module(f"{name}.model").M for name in names]
+    before = noted(package, models=models)
+    assert {f"{name}/{part}.py" for name in names for part in ("model", "helper")} <= set(before["files"])
+    for name, part in zip(names, ("model", "helper"), strict=True):
+        with (tmp_path / name / f"{part}.py").open("a") as file:
+            file.write("SCALE = 2\n")
+    changed = code.changes(before, noted(package, models=models))
+    assert changed == sorted([f"{names[0]}/model.py", f"{names[1]}/helper.py"])
+
+
+def test_two_files_of_one_name_count_both(package: Path, tmp_path: Path) -> None:
+    """They lie in two folders, and nothing says how Python imports them."""
+    paths = [tmp_path / folder / "tower.py" for folder in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(f"NAME = {path.parent.name!r}\n")
+    before = noted(package, models=paths)
+    assert {"tower.py", "tower.py (2)"} <= set(before["files"])
+    for path in paths:
+        written = path.read_text()
+        path.write_text(written + "SCALE = 2\n")
+        assert code.changes(before, noted(package, models=paths)) != []
+        path.write_text(written)
+    assert code.changes(before, noted(package, models=paths)) == []
+
+
+@pytest.mark.parametrize(
+    "test", ['args.loss_type != "bce"', '"lcron" != args.loss_type', 'args.loss_type < "z"', 'x.loss_type == "bce"',
+             'args.loss_type == "bce" or args.tau', 'args.loss_type == "bce" != args.tau']
+)  # fmt: skip
+def test_only_a_comparison_with_another_method_excludes_a_branch(test: str, package: Path) -> None:
+    """What stands under any other test may be run by every method."""
+    command = package / "run_train2.py"
+    command.write_text(COMMAND.replace("    if args", f"    if {test}:\n        args.tau = 1\n    if args", 1))
+    before = noted(package)
+    command.write_text(command.read_text().replace("args.tau = 1", "args.tau = 2"))
+    assert changed(package, before) == ["run_train2.py (lcron)"]

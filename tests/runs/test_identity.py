@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deep_components.runs.identity import Difference, first_difference, method_arguments, run_arguments
+from deep_components.runs.identity import Difference, fingerprint, first_difference, method_arguments, run_arguments
 
 ARGUMENTS = {"seed": 30, "epochs": 1, "lr": 0.01, "emb_dim": 8, "loss_type": "lcron", "tau": None, "compact_from": 9}
 CONFIG: dict[str, Any] = {"setting": "two_stage", "data": "simulated", "cascade": {"stages": []}}
@@ -97,3 +97,13 @@ def test_the_runs_of_a_method() -> None:
     assert seeds[0] == seeds[1] == {"epochs": 1, "lr": 0.01, "emb_dim": 8, "tau": None}
     assert method_arguments(ARGUMENTS | {"epochs": 0, "lr": 3}) == method_arguments(ARGUMENTS | {"epochs": 0})
     assert run_arguments(ARGUMENTS).keys() == ARGUMENTS.keys()
+
+
+def test_the_fingerprint_of_a_run_s_files() -> None:
+    """The same as long as the training may go on, another where it may not."""
+    own = fingerprint(CONFIG)
+    longer = {"train_days": ["1", "2", "3"], "data_checksums": {"1": "x", "2": "y", "3": "z"}, "code": None}
+    assert fingerprint(changed(epochs=5, device="cuda", on_nonfinite="skip") | longer) == own
+    for other in (changed(seed=31), changed(lr=0.5), CONFIG | {"data_checksums": {"1": "z"}}, CONFIG | {"loss": {}}):
+        assert fingerprint(other) != own
+    assert [fingerprint({}), fingerprint({"setting": None, "train_days": []})] == [{}, {}]

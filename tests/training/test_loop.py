@@ -20,6 +20,7 @@ from deep_components.arguments import METHOD_OPTIONS, hyper_parameters, recorded
 from deep_components.batch import CascadeBatch
 from deep_components.cascade import TWO_STAGE
 from deep_components.cli import run_command
+from deep_components.commands import export_checkpoint
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import open_log
@@ -275,6 +276,38 @@ def test_a_position_that_the_training_cannot_have_reached(forged: dict[str, int]
         train(log, tmp_path, "--resume")
     save_state(tmp_path / STATE_FILE, arrays, position)
     train(log, tmp_path, "--resume")
+
+
+def test_files_of_another_run(log: Path, tmp_path: Path) -> None:
+    """Those of another seed, copied over a run's own, are neither evaluated, exported, nor gone on with."""
+    own, other = (train(log, tmp_path / str(seed), f"--seed={seed}") for seed in (30, 31))
+    state = (own / STATE_FILE).read_bytes()
+    shutil.copy(other / STATE_FILE, own)
+    said = "is of another run than the config.json beside it, which differs in seed"
+    with pytest.raises(InputError, match=f"{STATE_FILE}: {said}"):
+        train(log, own, "--resume", "--seed=30", "--epochs=2")
+    (own / STATE_FILE).write_bytes(state)
+    shutil.copy(other / "rank.safetensors", own)
+    with pytest.raises(InputError, match=f"rank.safetensors: {said}"):
+        evaluate(log, own)
+    with pytest.raises(InputError, match=f"rank.safetensors: {said}"):
+        export_checkpoint.main([f"--run={own}", f"--output_dir={tmp_path / 'exported'}"])
+    assert not (tmp_path / "exported").exists()
+    train(log, tmp_path / "child", f"--init_from={own}")  # models are taken from anywhere
+
+
+def test_resumed_after_it_was_killed_before_the_first_save_of_more_passes(
+    log: Path, two_epochs: Path, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    """config.json names two passes then, the state beside it is of one."""
+    train(log, tmp_path)
+    state = (tmp_path / STATE_FILE).read_bytes()
+    interrupt(1)
+    assert run_command(run_train2.main, training_arguments(log, tmp_path, "--epochs=2", "--resume")) == 130
+    (tmp_path / STATE_FILE).write_bytes(state)
+    interrupt(0)
+    train(log, tmp_path, "--epochs=2", "--resume")
+    assert_trained_alike(tmp_path, two_epochs)
 
 
 def test_an_untrained_cascade_too_large_for_the_memory(log: Path, tmp_path: Path) -> None:
