@@ -228,7 +228,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_sigterm_leaves_nothing(jobs: int, tmp_path: Path) -> None:
-    path = tables.write(tmp_path / "in", tables.table(3000), files=2)
+    path = tables.write(tmp_path / "in", tables.table(12_000), files=2)  # long enough for the signal to come in time
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-m", "deep_components", "import", f"--mapping={path}", f"--jobs={jobs}"]
     with subprocess.Popen([*command, f"--output_dir={tmp_path / 'out/log'}"], stderr=subprocess.PIPE) as process:
@@ -236,7 +236,8 @@ def test_sigterm_leaves_nothing(jobs: int, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (143, b"stopped; nothing was written\n")
+    assert process.returncode == 143
+    assert said.endswith(b"stopped; nothing was written\n") and b"Traceback" not in said
     assert list((tmp_path / "out").iterdir()) == []
 
 
