@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.preprocessing import KBinsDiscretizer, StandardScaler
 
 from deep_components.dataset.encoding import Encoding, FieldEncoding
 from deep_components.dataset.importers.table.clean import COUNTED, Cleaned
@@ -120,6 +119,8 @@ def _scaled(plan: Plan, entry: FieldEncoding, sample: Sample) -> FieldEncoding:
     missing = len(known) < len(values)
     if not len(known):
         return replace(entry, has_missing=missing)
+    from sklearn.preprocessing import StandardScaler  # not above: importing it changes the environment
+
     fitted = StandardScaler().fit(known[:, None])
     return replace(entry, mean=float(fitted.mean_[0]), scale=float(fitted.scale_[0]), has_missing=missing)
 
@@ -131,6 +132,8 @@ def _edges(values: np.ndarray, buckets: int) -> tuple[float, ...]:
     distinct = np.unique(values)
     if len(distinct) <= buckets:
         return tuple(float(value) for value in distinct[1:])
+    from sklearn.preprocessing import KBinsDiscretizer  # not above: importing it changes the environment
+
     fitted = KBinsDiscretizer(
         buckets, encode="ordinal", strategy="quantile", quantile_method="averaged_inverted_cdf", subsample=None
     )
