@@ -44,12 +44,17 @@ class Page:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until it is there."""
-        self.send("Page.navigate", url=path.as_uri())
+    def open(self, where: Path | str) -> None:
+        """Load a file or an address and wait until it is there."""
+        url = where.as_uri() if isinstance(where, Path) else where
+        self.send("Page.navigate", url=url)
+        self.wait(f"document.readyState + location.href === {json.dumps('complete' + url)}")
+
+    def wait(self, script: str) -> None:
+        """Until the JavaScript expression is true."""
         limit = time.monotonic() + _SECONDS
-        while self.run("document.readyState + location.href") != f"complete{path.as_uri()}":
-            assert time.monotonic() < limit
+        while not self.run(script):
+            assert time.monotonic() < limit, script
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
