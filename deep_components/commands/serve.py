@@ -16,11 +16,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from deep_components.arguments import choose_device, folder
-from deep_components.cascade import Cascade
+from deep_components.cascade import named_cascade
 from deep_components.cli import Parser
 from deep_components.errors import InputError
 
@@ -41,7 +40,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--features", metavar="FILE|redis://...", help="the feature store (default: "
                         "BUNDLE/features.sqlite, where there is one)")  # fmt: skip
-    parser.add_argument("--cascade", type=Path, metavar="FILE", help="the cascade's file, for models of your own")
+    parser.add_argument("--cascade", metavar="FILE", help="the cascade's file, for models of your own")
     parser.add_argument("--max_waiting", type=_whole(1), default=64, help="requests that may wait; more get 503")
     parser.add_argument("--max_body_bytes", type=_whole(1), default=1 << 20, help="of a request (default 1 MiB)")
     parser.add_argument("--max_requests", type=_whole(1), default=64, help="in one body (default 64)")
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
     )
 
     def load() -> Recommender:
-        cascade = Cascade.from_toml(args.cascade) if args.cascade else None
+        cascade = named_cascade(args.cascade) if args.cascade else None
         return Recommender.load(args.bundle, cascade, device)
 
     failures: list[BaseException] = []

@@ -35,7 +35,7 @@ const start = async () => {
     about = await fetchJson("about");
   } catch (error) {
     at("facts").textContent = `${error.message} Trying again…`;
-    setTimeout(start, 2000);
+    setTimeout(start, 700);
     return;
   }
   const stages = about.stages.map((stage) => `${stage.name} ${COUNT.format(stage.keep)}`).join(" → ");
