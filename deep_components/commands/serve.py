@@ -26,6 +26,7 @@ from deep_components.errors import InputError
 TOKEN = "LCRON_RELOAD_TOKEN"
 _TOKEN_LETTERS = 16  # at least
 _KEEP_ALIVE = 20  # seconds that a connection may idle
+_CONNECTIONS = 900  # at a time, those that idle too: below the usual limit of 1,024 open files
 _MAX_HEAD = 32 << 10  # bytes of a request's head
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
         server.should_exit = True
 
     app = make_app(load, settings, features, failed)
-    server = uvicorn.Server(uvicorn.Config(app, **server_settings(args.max_waiting, args.timeout_s)))
+    server = uvicorn.Server(uvicorn.Config(app, **server_settings(args.timeout_s)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the server handles it, and once it has ended
     with listen(args.host, args.port) as listening:
         host, port = listening.getsockname()[:2]
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
         raise failures[0]
 
 
-def server_settings(max_waiting: int, seconds: float) -> dict[str, Any]:
+def server_settings(seconds: float) -> dict[str, Any]:
     """Of uvicorn: its limits, and nothing of its own in the log but warnings."""
     return {
         "http": "h11",
@@ -106,7 +107,7 @@ def server_settings(max_waiting: int, seconds: float) -> dict[str, Any]:
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
-        "limit_concurrency": 4 * max_waiting + 64,  # connections
+        "limit_concurrency": _CONNECTIONS,
         "timeout_keep_alive": _KEEP_ALIVE,
         "timeout_graceful_shutdown": math.ceil(seconds) + 5,
         "h11_max_incomplete_event_size": _MAX_HEAD,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
@@ -41,7 +41,11 @@ class Recommender(Protocol):
     ) -> list[Any]: ...
 
 
-Computed = tuple[Recommender, list[Any]]  # the version that computed, and its recommendations
+class Computed(NamedTuple):
+    """The version that computed, and its recommendations."""
+
+    recommender: Recommender
+    found: list[Any]
 
 
 class Live:
@@ -104,17 +108,15 @@ class Live:
 
     # ---- answers ----
 
-    async def answer(self, ask: Ask) -> dict[str, Any]:
-        """As :class:`~deep_components.serving.wire.Answer`.
+    async def answer(self, ask: Ask) -> Computed:
+        """The version that answered, and its recommendations.
 
         NotReadyError, FullError, TimeoutError, FeaturesUnavailableError; InputError for what the client did wrong.
         """
-        check_columns(ask.columns, self.ready.bundle.corpus.table.column_names)
-        recommender, found = await self.batches.ask(ask.options, ask.requests, len(ask.requests), self._seconds)
-        bundle = recommender.bundle
-        check_columns(ask.columns, bundle.corpus.table.column_names)  # of the version that answered
-        results = [_list_answer(bundle.corpus, one, ask.columns) for one in found]
-        return {"version": bundle.version, "results": results}
+        check_columns(self.ready, ask.columns)
+        computed = await self.batches.ask(ask.options, ask.requests, len(ask.requests), self._seconds)
+        check_columns(computed.recommender, ask.columns)  # another version may have answered
+        return computed
 
     def _compute(self, options: Options, bodies: Sequence[list[dict[str, Any]]]) -> Sequence[Computed | Exception]:
         """In the thread: all requests of the bodies at once, by the version that is served now."""
@@ -129,7 +131,7 @@ class Live:
         for part, seconds in timings.items():
             self.monitor.parts.labels(part).observe(seconds)
         self.monitor.batch.observe(len(requests))
-        return [(recommender, [next(found) for _ in body]) for body in bodies]
+        return [Computed(recommender, [next(found) for _ in body]) for body in bodies]
 
     def _completed(self, recommender: Recommender, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The requests with what the feature store knows of their users."""
@@ -170,16 +172,22 @@ def _is_user(user: Any) -> bool:
     return type(user) is int or (isinstance(user, str) and len(user.encode()) <= _LONGEST_USER)
 
 
-def check_columns(columns: Sequence[str], known: Sequence[str]) -> None:
+def check_columns(recommender: Recommender, columns: Sequence[str]) -> None:
     """InputError for a column that the corpus does not have."""
+    known = recommender.bundle.corpus.table.column_names
     for name in columns:
         if name not in known:
             raise InputError(f"columns: the corpus has no column {shown(name)}{nearest(name, known)}")
 
 
-def _list_answer(corpus: Any, found: Any, columns: Sequence[str]) -> dict[str, Any]:
-    """As :class:`~deep_components.serving.wire.ListAnswer` says, but plain dicts: thousands of candidates need no
+def answer_of(recommender: Recommender, found: Sequence[Any], columns: Sequence[str]) -> dict[str, Any]:
+    """As :class:`~deep_components.serving.wire.Answer` says, but plain dicts: thousands of candidates need no
     validation."""
+    bundle = recommender.bundle
+    return {"version": bundle.version, "results": [_list_answer(bundle.corpus, one, columns) for one in found]}
+
+
+def _list_answer(corpus: Any, found: Any, columns: Sequence[str]) -> dict[str, Any]:
     answer: dict[str, Any] = {"items": found.items, "scores": found.scores}
     answer["columns"] = _values(corpus, found.items, columns)
     if found.candidates is not None:

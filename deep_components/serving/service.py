@@ -8,7 +8,7 @@ import hmac
 import logging
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +20,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from deep_components.errors import InputError
 from deep_components.serving.batches import FullError
 from deep_components.serving.features import FeatureStore, FeaturesUnavailableError
-from deep_components.serving.live import Live, NotReadyError, Recommender
+from deep_components.serving.live import Computed, Live, NotReadyError, Recommender, answer_of
 from deep_components.serving.monitor import Monitor
 from deep_components.serving.watch import Watch, refusal
 from deep_components.serving.wire import (
@@ -49,6 +50,7 @@ FILES = {  # path -> the file of the page, its type
     "/style.css": ("style.css", "text/css"),
 }
 _DROPPED = 4  # times the limit: of a body that is too large so much is read, as who still sends reads no answer
+_READING = 4  # times the requests that may wait
 _BUSY = {"Retry-After": "1"}
 _NO_TELEMETRY: Any = {"auto_configure": False, "tracing": False, "metrics": False, "logs": False}
 
@@ -140,8 +142,13 @@ def _not_reloaded(live: Live, error: InputError) -> str:
 
 
 def _add_answers(app: FastAPI, live: Live, settings: Settings) -> None:
+    reading = asyncio.Semaphore(_READING * settings.max_waiting)  # so many bodies at a time
+
     async def read_ask(request: Request) -> Ask:
-        body = await read_body(request, settings.limits.body_bytes, settings.seconds)
+        if reading.locked():
+            raise FullError
+        async with reading:
+            body = await read_body(request, settings.limits.body_bytes, settings.seconds)
         try:
             content = parse_json(body)
         except ValueError as error:
@@ -155,12 +162,17 @@ def _add_answers(app: FastAPI, live: Live, settings: Settings) -> None:
 
     @app.post("/recommend", openapi_extra=extra, response_model=Answer, summary="Lists for one or more requests")
     async def recommend(ask: Annotated[Ask, Depends(read_ask)]) -> Response:
-        content = to_json(await live.answer(ask), inf_nan_mode="null", bytes_mode="base64")
+        write = partial(_written, await live.answer(ask), ask.columns)
+        content = await asyncio.to_thread(write) if ask.explain else write()  # all candidates hold up the loop
         return Response(content, media_type="application/json")
 
     @app.get("/about", summary="What is served")
     async def about() -> About:
         return live.about()
+
+
+def _written(computed: Computed, columns: Sequence[str]) -> bytes:
+    return to_json(answer_of(*computed, columns), inf_nan_mode="null", bytes_mode="base64")
 
 
 def _add_operation(app: FastAPI, live: Live, token: str | None) -> None:
@@ -231,6 +243,8 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
                     break
     except TimeoutError:
         raise HTTPException(408, f"the body took longer than {seconds:g} s", closing) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body ended early", closing) from None
     if size > most:
         raise too_large
     return bytes(body)

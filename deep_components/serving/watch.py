@@ -5,6 +5,7 @@ import logging
 import re
 import uuid
 from collections.abc import Collection
+from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
@@ -76,8 +77,10 @@ class Watch:
             self.monitor.seconds.observe(seconds)
         if status < 400 and path in _QUIET:
             return
-        line: dict[str, Any] = {"id": scope["state"]["id"], "method": scope["method"], "path": scope["path"][:200]}
-        line |= {"status": status, "ms": round(1000 * seconds, 1), "requests": scope["state"].get("requests", 0)}
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": now, "id": scope["state"]["id"], "method": scope["method"]}
+        line |= {"path": scope["path"][:200], "status": status, "ms": round(1000 * seconds, 1)}
+        line |= {"requests": scope["state"].get("requests", 0)}
         logger.info("%s", json.dumps(line))
 
 

@@ -90,7 +90,7 @@ def shared() -> Iterator[Server]:
 
 
 def test_lists_in_the_order_of_the_requests(shared: Server) -> None:
-    requests = [{"user_id": 1}, {"user_id": 2, "history": [39, 7]}]
+    requests: list[dict[str, Any]] = [{"user_id": 1}, {"user_id": 2, "history": [39, 7]}]
     answer = shared.ask(*requests, k=5, columns=["title", "price"]).json()
     assert answer["version"] == "one"
     assert [found["items"] for found in answer["results"]] == [expected(request, 5) for request in requests]
@@ -209,6 +209,21 @@ def test_a_body_that_never_ends_in_time(server: Callable[..., Server]) -> None:
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408 ")
 
 
+def test_few_bodies_are_read_at_a_time(server: Callable[..., Server], caplog: pytest.LogCaptureFixture) -> None:
+    """Who sends slowly, or goes away, holds up the others no longer than that."""
+    one = server(FakeRecommender, max_waiting=1).ready()
+    with ExitStack() as stack:
+        for _ in range(4):
+            connection = stack.enter_context(connected(one))
+            connection.sendall(b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"Content-Length: 100\r\n\r\n{")
+        wait(lambda: one.ask({}).status_code == 503)
+        assert one.ask({}).headers["Retry-After"] == "1"
+        assert one.client.get("/healthz").status_code == 200
+    wait(lambda: one.ask({}).status_code == 200)
+    assert "Traceback" not in caplog.text and ("lcron_errors_total", "internal") not in one.metrics()
+
+
 def test_a_defect_is_not_shown(server: Callable[..., Server], caplog: pytest.LogCaptureFixture) -> None:
     one = server(FakeRecommender).ready()
     answer = one.ask({"age": 666})
@@ -230,7 +245,7 @@ bodies = st.dictionaries(names, values) | values
 asks = st.fixed_dictionaries({"requests": st.lists(st.dictionaries(names, values, max_size=3), max_size=5)})
 
 
-FUZZ = {"deadline": None, "database": None, "phases": [Phase.generate], "derandomize": True}
+FUZZ: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate], "derandomize": True}
 
 
 @settings(max_examples=200, **FUZZ)
