@@ -21,6 +21,7 @@ COMMANDS = {
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
     "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
     "report": ("commands.report", "one page with charts about many runs"),
+    "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
     "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
