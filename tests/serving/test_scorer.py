@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from deep_components.arguments import COMPACT_FROM
 from deep_components.dataset.log import open_log
 from deep_components.serving.bundle import Bundle
 from tests.serving.conftest import Trained
 
 
-@pytest.fixture(params=["recflow", "shop"])
-def served(request: pytest.FixtureRequest) -> tuple[Trained, Bundle]:
-    return request.getfixturevalue(request.param), Bundle.load(request.getfixturevalue(f"{request.param}_bundle"))
+@pytest.fixture(params=[("recflow", 0), ("recflow", COMPACT_FROM), ("shop", 0), ("shop", COMPACT_FROM)])
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, Bundle]:
+    """With tables that have rows for trained ids only, as large ones are, and with whole tables."""
+    log, compact_from = request.param
+    monkeypatch.setattr("deep_components.serving.bundle.COMPACT_FROM", compact_from)
+    return request.getfixturevalue(log), Bundle.load(request.getfixturevalue(f"{log}_bundle"))
 
 
 def test_scores_are_those_of_the_evaluation(served: tuple[Trained, Bundle]) -> None:
@@ -40,8 +44,11 @@ def _items(fields: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     return [{name: values[row].numpy() for name, values in fields.items()} for row in range(count)]
 
 
-def test_the_test_day_has_ids_that_were_never_trained(recflow: Trained, recflow_bundle: Path) -> None:
+def test_the_test_day_has_ids_that_were_never_trained(
+    recflow: Trained, recflow_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the test above would not see that their initial values count."""
+    monkeypatch.setattr("deep_components.serving.bundle.COMPACT_FROM", 0)
     bundle, log = Bundle.load(recflow_bundle), open_log(recflow.log)
     day = log.open_day(log.days()[-1], bundle.cascade, None, bundle.manifest["zone"])
     known = bundle.scorer.stores["rank"].ids["user"]
