@@ -80,9 +80,13 @@ def open_features(where: Path | str, create: bool = False) -> FeatureStore:
     return SqliteFeatures(Path(where), create)
 
 
-def merged(request: Mapping[str, Any], stored: Mapping[str, Any] | None) -> Record:
-    """The request with what the store knows of its user; the request's own fields win, its history too."""
-    return {**(stored or {}), **request}
+def merged(request: Mapping[str, Any], stored: Mapping[str, Any] | None, events: Iterable[str] = ()) -> Record:
+    """The request with what the store knows of its user; the request's own fields win, its history too, also where it
+    has that in lists of its own, the columns ``events``."""
+    known = dict(stored or {})
+    if any(request.get(column) is not None for column in events):
+        known.pop(HISTORY, None)
+    return {**known, **request}
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
