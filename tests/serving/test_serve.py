@@ -151,6 +151,12 @@ def test_a_token_that_is_none(token: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert serve.TOKEN in said and token not in said
 
 
+def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run_command(serve.main, ["--bundle=b"]) == 2
+    assert "the package uvicorn is missing; pip install 'lcron[serve]'" in capsys.readouterr().err
+
+
 # ---- real bundles, in this process -----------------------------------------------------------------------------------
 
 
