@@ -19,12 +19,18 @@ COMMANDS = {
     "test": ("run_test", "evaluate a run on a test day"),
     "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
+    "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
     "report": ("commands.report", "one page with charts about many runs"),
+    "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
     "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
     "import movielens": ("dataset.importers.movielens", "make a log from MovieLens-1M"),
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
+    "export": ("commands.export", "make a bundle that serves a run: its models, corpus and index (docs/serving.md)"),
+    "index": ("commands.index", "give a bundle another corpus, without training"),
+    "export onnx": ("commands.export_onnx", "write a bundle's models as ONNX graphs and torch.export programs"),
+    "features": ("commands.features", "fill the feature store with each user's latest request"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),
 }
 
@@ -36,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0
     for words in (2, 1):
-        wrong = words == 1 and argv[:1] == ["import"] and argv[1:] and not argv[1].startswith("-")
+        wrong = words == 1 and argv[:1] in (["import"], ["export"]) and argv[1:] and not argv[1].startswith("-")
         if (name := " ".join(argv[:words])) in COMMANDS and not wrong:  # import movieles: no argument, but misspelt
             os.environ.update(short_waits())
             module = importlib.import_module(f"deep_components.{COMMANDS[name][0]}")
