@@ -149,9 +149,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
                        help="of the terms: the code's, or the paper's Eq. 13")  # fmt: skip
     group.add_argument("--label_ties", choices=["shared", "repeated"], help="how tied labels count")
     group.add_argument("--end_to_end_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the end-to-end term")
+    group.add_argument("--single_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the single-stage terms")
 
 
-METHOD_OPTIONS = ("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
+METHOD_OPTIONS = (
+    *("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas", "single_quotas"),
+)
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
@@ -182,23 +185,32 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
     """LCRON's options as its constructor takes them. InputError when they contradict each other or the cascade."""
     options = operator_options(
         args, tau=50.0, topk_op="neural_sort", terms="both", single_weight=None, weighting="original",
-        label_ties=label_ties, end_to_end_quotas=None,
+        label_ties=label_ties, end_to_end_quotas=None, single_quotas=None,
     )  # fmt: skip
     if options["single_weight"] is not None and (options["terms"] != "both" or options["weighting"] == "paper"):
         raise InputError("--single_weight fixes the single-stage weights of --terms=both --weighting=original; leave "
                          "it out, or the other two")  # fmt: skip
-    quotas = options["end_to_end_quotas"]
-    if quotas is not None:
-        if options["terms"] == "single":
-            raise InputError("--end_to_end_quotas belongs to the end-to-end term, which --terms=single leaves out")
-        most = cascade.num_items if cascade.has_sizes else max(1, *quotas)
-        if len(quotas) != len(cascade.stages) or not all(0 < quota <= most for quota in quotas):
-            raise InputError(
-                f"--end_to_end_quotas={','.join(map(str, quotas))}: give one number from 1 to {most} for "
-                f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
-            )
-        options["end_to_end_quotas"] = dict(zip(cascade.stage_names, quotas, strict=True))
+    for name, term, without in (
+        ("end_to_end_quotas", "end-to-end term", "single"),
+        ("single_quotas", "single-stage terms", "end_to_end"),
+    ):
+        if options[name] is not None and options["terms"] == without:
+            raise InputError(f"--{name} belongs to the {term}, which --terms={without} leaves out")
+        options[name] = _quotas_by_stage(name, options[name], cascade)
     return options
+
+
+def _quotas_by_stage(name: str, quotas: list[int] | None, cascade: Cascade) -> dict[str, int] | None:
+    """Stage -> its quota, as --name gives them. InputError unless they fit the cascade."""
+    if quotas is None:
+        return None
+    most = cascade.num_items if cascade.has_sizes else max(1, *quotas)
+    if len(quotas) != len(cascade.stages) or not all(0 < quota <= most for quota in quotas):
+        raise InputError(
+            f"--{name}={','.join(map(str, quotas))}: give one number from 1 to {most} for "
+            f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
+        )
+    return dict(zip(cascade.stage_names, quotas, strict=True))
 
 
 def operator_options(args: argparse.Namespace, tau: float, **defaults: Any) -> dict[str, Any]:
