@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
+MOST_SAMPLES = 1 << 12  # of the bound: memory grows with them
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
 # The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
 SCRIPT_OPTIONS = (
@@ -48,6 +49,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
 
 _positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
+_samples = _number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
@@ -124,6 +126,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
+    parser.add_argument("--bound_samples", type=_samples, default=64, metavar="M",
+                        help="samples of a cascade with noise, for the bound (default 64; 0: no bound)")  # fmt: skip
+    parser.add_argument("--bound_noise", type=_positive_float, metavar="T",
+                        help="the noise's scale, in the scores' unit (default: the run's --tau)")  # fmt: skip
     return parser
 
 
