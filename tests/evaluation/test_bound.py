@@ -250,6 +250,27 @@ def test_all_numbers_by_hand_in_a_stage_of_two_items() -> None:
     )
 
 
+def test_three_stages_by_hand() -> None:
+    keep, tau = {"first": 3, "second": 2, "third": 1}, 0.8
+    cascade = Cascade(
+        stages=tuple(Stage(name, keep=number, model="dssm") for name, number in keep.items()),
+        groups=(Group("best", 2), Group("others", 2, position=9)), num_relevant=2,
+    )  # fmt: skip
+    scores = {"first": [1.0, 0.2, -0.5, 0.7], "second": [-0.3, 1.1, 0.4, 0.0], "third": [0.6, 0.1, 0.9, -1.0]}
+    columns = {"labels": torch.tensor([[3, 2, 0, 0]]), "group": torch.tensor([[0, 0, 1, 1]])}
+    columns |= {"mask": torch.ones(1, 4, dtype=torch.bool), "request_id": torch.tensor([8])}
+    columns |= {stage: torch.tensor([values], dtype=torch.float64) for stage, values in scores.items()}
+    found = Bound(cascade, "lapsum", tau, None, tau, 4000, 1).measure(columns)
+    for name, cuts in (("bound_product", [2, 2, 2]), ("bound_product_at_quotas", [3, 2, 1])):
+        parts = [reference.by_threshold("lapsum", s, tau, k).top for s, k in zip(scores.values(), cuts, strict=True)]
+        assert found[name] == pytest.approx(np.prod(parts, axis=0)[:2].mean(), rel=1e-9)
+    survives = exact(list(scores.values()), list(keep.values()), tau)[:2]
+    assert abs(found["bound_sampled"] - np.mean(survives)) < 4 * found["bound_sampled_error"]
+    alone = [exact([s], [k], tau)[:2] for s, k in zip(scores.values(), keep.values(), strict=True)]
+    assert found["bound_sampled_product"] == pytest.approx(np.prod(alone, axis=0).mean(), abs=0.03)
+    assert found["bound_hard"] == 0.5  # the first item beats the second at last
+
+
 def test_a_product_that_is_no_bound_is_seen() -> None:
     """Shares of a far lower temperature than the noise has are nearly those of the hard cascade."""
     found = measure(day(40), temperature=0.01, cuts=(4, 2), noise=100.0)
