@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
+MOST_SAMPLES = 1 << 12  # of the bound: memory grows with them
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
 # The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
 SCRIPT_OPTIONS = (
@@ -48,6 +49,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
 
 _positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
+_samples = _number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
@@ -124,6 +126,10 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
+    parser.add_argument("--bound_samples", type=_samples, default=64, metavar="M",
+                        help="samples of a cascade with noise, for the bound (default 64; 0: no bound)")  # fmt: skip
+    parser.add_argument("--bound_noise", type=_positive_float, metavar="T",
+                        help="the noise's scale, in the scores' unit (default: the run's --tau)")  # fmt: skip
     return parser
 
 
@@ -149,9 +155,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
                        help="of the terms: the code's, or the paper's Eq. 13")  # fmt: skip
     group.add_argument("--label_ties", choices=["shared", "repeated"], help="how tied labels count")
     group.add_argument("--end_to_end_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the end-to-end term")
+    group.add_argument("--single_quotas", type=_quotas, metavar="Q1,Q2", help="quotas inside the single-stage terms")
 
 
-METHOD_OPTIONS = ("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas")
+METHOD_OPTIONS = (
+    *("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas", "single_quotas"),
+)
 
 
 def method_options(args: argparse.Namespace, **defaults: Any) -> dict[str, Any]:
@@ -182,23 +191,32 @@ def lcron_options(args: argparse.Namespace, cascade: Cascade, label_ties: str) -
     """LCRON's options as its constructor takes them. InputError when they contradict each other or the cascade."""
     options = operator_options(
         args, tau=50.0, topk_op="neural_sort", terms="both", single_weight=None, weighting="original",
-        label_ties=label_ties, end_to_end_quotas=None,
+        label_ties=label_ties, end_to_end_quotas=None, single_quotas=None,
     )  # fmt: skip
     if options["single_weight"] is not None and (options["terms"] != "both" or options["weighting"] == "paper"):
         raise InputError("--single_weight fixes the single-stage weights of --terms=both --weighting=original; leave "
                          "it out, or the other two")  # fmt: skip
-    quotas = options["end_to_end_quotas"]
-    if quotas is not None:
-        if options["terms"] == "single":
-            raise InputError("--end_to_end_quotas belongs to the end-to-end term, which --terms=single leaves out")
-        most = cascade.num_items if cascade.has_sizes else max(1, *quotas)
-        if len(quotas) != len(cascade.stages) or not all(0 < quota <= most for quota in quotas):
-            raise InputError(
-                f"--end_to_end_quotas={','.join(map(str, quotas))}: give one number from 1 to {most} for "
-                f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
-            )
-        options["end_to_end_quotas"] = dict(zip(cascade.stage_names, quotas, strict=True))
+    for name, term, without in (
+        ("end_to_end_quotas", "end-to-end term", "single"),
+        ("single_quotas", "single-stage terms", "end_to_end"),
+    ):
+        if options[name] is not None and options["terms"] == without:
+            raise InputError(f"--{name} belongs to the {term}, which --terms={without} leaves out")
+        options[name] = _quotas_by_stage(name, options[name], cascade)
     return options
+
+
+def _quotas_by_stage(name: str, quotas: list[int] | None, cascade: Cascade) -> dict[str, int] | None:
+    """Stage -> its quota, as --name gives them. InputError unless they fit the cascade."""
+    if quotas is None:
+        return None
+    most = cascade.num_items if cascade.has_sizes else max(1, *quotas)
+    if len(quotas) != len(cascade.stages) or not all(0 < quota <= most for quota in quotas):
+        raise InputError(
+            f"--{name}={','.join(map(str, quotas))}: give one number from 1 to {most} for "
+            f"each stage of {', '.join(cascade.stage_names)}, e.g. {','.join(map(str, cascade.quotas.values()))}"
+        )
+    return dict(zip(cascade.stage_names, quotas, strict=True))
 
 
 def operator_options(args: argparse.Namespace, tau: float, **defaults: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from deep_components.dataset.days import missing_days, test_day
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
+from deep_components.evaluation.bound import bound_of_run, keep_some
 from deep_components.evaluation.checks import (
     check_cascade,
     check_encoding,
@@ -33,6 +34,7 @@ from deep_components.files import write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
 from deep_components.runs.folder import (
+    CONFIG_FILE,
     COST_FILE,
     METRICS_FILE,
     PER_REQUEST_FILE,
@@ -102,10 +104,14 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     check_same_log(run, config, log, own, args.cache_dir, zone)
     day = log.open_day(name, own, args.cache_dir, zone, trained.seq_len)
     _check_new_requests(run, config, name, day)
+    bound = bound_of_run(run / CONFIG_FILE, config, own, day, args.bound_samples, args.bound_noise)
     scored = _scores(run, config, own, log.schema, args, day)
+    kept: list[Mapping[str, Tensor]] = []
+    scored = keep_some(scored, bound.every, kept) if bound else scored
     if args.save_scores:
         scored = list(scored)
     metrics, results = summary(own, scored)
+    results |= bound.measure(whole_day(kept)) if bound else {}
     results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
     results |= {"test_day_checksum": day.checksum, "time_zone": zone, "code": ran}
@@ -142,7 +148,7 @@ def _skipped_steps(run: Path) -> dict[str, Any]:
 
 def _scores(
     run: Path, config: Mapping[str, Any], cascade: Cascade, schema: Schema, args: argparse.Namespace, day: DayCache
-) -> Iterable[dict[str, Tensor]]:
+) -> Iterable[Mapping[str, Tensor]]:
     """:func:`score_day` by the run's models."""
     trained = argparse.Namespace(**config["arguments"])
     device, dtype = choose_device(args), DTYPES[trained.dtype]

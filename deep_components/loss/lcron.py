@@ -37,8 +37,11 @@ class LCRON(nn.Module):
         weighting: "original", or "paper" for Eq. 13: E / (2 alpha^2) + sum_i S_i / (2 w_i^2) + log2(alpha prod_i w_i).
         label_ties: "shared", the original with two stages: tied items share their rows of Y; or "repeated", the
             original with three: Y > 1e-3 instead of Y, so that each of n tied items counts in each of its n rows.
-        end_to_end_quotas: stage -> q_i that replaces K inside E.
+        end_to_end_quotas: stage -> q_i that replaces K inside E: gt stays the K ground-truth items.
+        single_quotas: stage -> q_i that replaces K inside S_i in the same way.
     """
+
+    single_quotas: Mapping[str, int] | None = None  # an attribute only where given: earlier runs stay the same
 
     def __init__(
         self,
@@ -51,12 +54,15 @@ class LCRON(nn.Module):
         weighting: str = "original",
         label_ties: str = "shared",
         end_to_end_quotas: Mapping[str, int] | None = None,
+        single_quotas: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self._stages = tuple(stages)
         self.num_relevant, self.tau, self.topk_op = num_relevant, tau, topk_op
         self.terms, self.weighting, self.single_weight = terms, weighting, single_weight
         self.label_ties, self.end_to_end_quotas = label_ties, end_to_end_quotas
+        if single_quotas is not None:
+            self.single_quotas = single_quotas
         trained = ["end_to_end"] if weighting == "paper" and terms != "single" else []
         trained += self._stages if single_weight is None and terms != "end_to_end" else []
         self.weight = nn.ParameterDict([(name, nn.Parameter(torch.ones(()))) for name in trained])
@@ -84,13 +90,14 @@ class LCRON(nn.Module):
         return {"loss": masked_mean(total, mask)} | {name: term.detach() for name, term in terms.items()}
 
     def _select(self, stage: str, scores: Tensor, mask: Tensor, k: Tensor) -> tuple[Selection, Selection]:
-        """The stage's Selection at K, for S, and at the cut of E."""
-        if self.end_to_end_quotas is None:
-            chosen = SELECTION_OPERATORS[self.topk_op](scores, mask, k, self.tau)
+        """The stage's Selection at the cut of S, and at that of E."""
+        quotas = self.single_quotas, self.end_to_end_quotas
+        cuts = [k if quota is None else torch.full_like(k, quota[stage]) for quota in quotas]
+        if quotas[0] == quotas[1]:
+            chosen = SELECTION_OPERATORS[self.topk_op](scores, mask, cuts[0], self.tau)
             return chosen, chosen
-        quota = torch.full_like(k, self.end_to_end_quotas[stage])
-        at_k, at_quota = select(self.topk_op, scores, mask, (k, quota), self.tau)
-        return at_k, at_quota
+        of_single, of_end_to_end = select(self.topk_op, scores, mask, cuts, self.tau)
+        return of_single, of_end_to_end
 
     def _weighted(self, name: str, values: Tensor) -> Tensor:
         if name in self.weight:

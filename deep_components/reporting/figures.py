@@ -16,7 +16,7 @@ import pandas as pd
 
 from deep_components.files import atomic_path, make_folder
 from deep_components.reporting.curves import learning_curves, streaming_curves
-from deep_components.reporting.frame import UNTRAINED
+from deep_components.reporting.frame import BOUND, UNTRAINED
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.results import Results, metric_title
 
@@ -39,6 +39,10 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))
 MARKERS = "osD^v"
 SURVIVAL = "survival_after_"
 WEIGHT = "weight."
+BOUND_MARKS = {
+    "bound_product": "product of shares", "bound_product_at_quotas": "product at the quotas",
+    "bound_sampled": "survival with noise", "bound_hard": "survival",
+}  # fmt: skip
 
 _LOG_FROM = 8  # times the median: higher values would press the rest of a curve onto the axis
 _LONGEST_NAME = 30
@@ -57,7 +61,7 @@ class Chart:
     """A chart that can be drawn at any width."""
 
     key: str  # its file's name, and what its ids in the page begin with
-    kind: str  # score, differences, survival, streaming, loss or weights
+    kind: str  # score, differences, survival, bound, streaming, loss or weights
     title: str  # the method's name, or what it shows
     description: str  # for readers who do not see it
     height: float  # inches
@@ -104,7 +108,8 @@ class Chart:
 
 def charts_of(results: Results, problems: list[str]) -> list[Chart]:
     """All charts that the results give; ``problems`` gets a sentence for every file that could not be read."""
-    charts = [*_score(results), *_differences(results), *_survival(results), *_streaming(results, problems)]
+    charts = [*_score(results), *_differences(results), *_survival(results), *_bound(results)]
+    charts += _streaming(results, problems)
     groups = results.runs[~results.runs["untrained"]].groupby("row", sort=False)
     for index, (row, group) in enumerate(groups):
         curves, name = learning_curves(group, problems), paper_name(str(row))
@@ -226,6 +231,37 @@ def _stack(figure: "Figure", shares: pd.DataFrame) -> None:
     axes.set_xlabel("share of the ground-truth items")
     figure.legend(loc="outside upper center", ncols=3, handlelength=1)
     _method_axis(axes, list(shares.index))
+
+
+def bound(results: Results) -> pd.DataFrame:
+    """How tight the bound of each trained row's loss is, means over its runs; without rows whose runs do not all say
+    so."""
+    runs = results.runs[~results.runs["untrained"]].reindex(columns=["row", *BOUND])
+    means = runs.groupby("row", sort=False).agg(lambda values: values.mean(skipna=False))
+    return means.dropna(subset=list(BOUND_MARKS))
+
+
+def _bound(results: Results) -> list[Chart]:
+    found = bound(results)
+    described = "; ".join(
+        f"{paper_name(str(row))}: {', '.join(f'{words} {means[name]:.4f}' for name, words in BOUND_MARKS.items())}"
+        for row, means in found.iterrows()
+    )
+    draw, height = partial(_marks, found=found), _rows_height(len(found)) + 0.35
+    return [Chart("bound", "bound", "The bound", described, height, draw)] if len(found) else []
+
+
+def _marks(figure: "Figure", found: pd.DataFrame) -> None:
+    """A row per method, and on it a mark for each of BOUND_MARKS."""
+    axes, rows = figure.subplots(), range(len(found))
+    axes.grid(axis="x")
+    axes.hlines(rows, found[list(BOUND_MARKS)].min(axis=1), found[list(BOUND_MARKS)].max(axis=1), color=RULE)
+    for index, (name, words) in enumerate(BOUND_MARKS.items()):
+        axes.plot(found[name], rows, linestyle="", color=COLOURS[index], marker=MARKERS[index], label=words)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel("share of the ground truth")
+    figure.legend(loc="outside upper center", ncols=2, handlelength=1)
+    _method_axis(axes, list(found.index))
 
 
 def _method_axis(axes: "Axes", names: list[str], ours: str | None = None) -> None:

@@ -42,6 +42,11 @@ from deep_components.runs.folder import (
 UNTRAINED = "untrained"
 ARGUMENT = "arguments."  # before the names of columns that hold a training's arguments
 DATA_CHECKSUM = "data_checksums."  # before the names of columns that hold the checksum of a training day
+# Shares of the ground truth that say how tight the loss's bound is, in runs whose loss has one (evaluation/bound.py).
+BOUND = (
+    *("bound_product", "bound_product_at_quotas", "bound_sampled_product", "bound_sampled", "bound_sampled_error"),
+    *("bound_hard", "bound_violated", "bound_violated_at_quotas"),
+)
 STREAMED_CHECKSUM = "streamed_checksums."  # of a test day of a stream
 
 # What all runs of a table have in common, and what those of them that know it.
@@ -319,7 +324,7 @@ def _streamed(folder: Path) -> dict[str, Any]:
 
 def _is_metric(name: str) -> bool:
     return not name.startswith(ARGUMENT) and (
-        "@" in name or name.startswith("survival_after_") or "kendall_tau" in name
+        "@" in name or name.startswith("survival_after_") or "kendall_tau" in name or name in BOUND
     )
 
 

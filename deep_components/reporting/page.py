@@ -16,8 +16,8 @@ from markupsafe import Markup
 
 from deep_components.cli import printable
 from deep_components.reporting.curves import streaming_curves
-from deep_components.reporting.figures import PALETTE, Chart, survival
-from deep_components.reporting.frame import method_arguments
+from deep_components.reporting.figures import PALETTE, Chart, bound, survival
+from deep_components.reporting.frame import BOUND, method_arguments
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.results import Results, metric_title, notes_of
 from deep_components.reporting.statistics import CONFIDENCE, SIGNIFICANCE
@@ -29,6 +29,7 @@ from deep_components.reporting.tables import (
     comparison_table,
     costs,
     costs_table,
+    fixed,
     json_table,
     mean_and_std,
     metrics_document,
@@ -39,7 +40,7 @@ from deep_components.reporting.tables import (
 
 FOLDER = Path(__file__).with_name("page")
 
-_KINDS = ("score", "differences", "survival", "streaming", "loss", "weights")
+_KINDS = ("score", "differences", "survival", "bound", "streaming", "loss", "weights")
 _IN_SCRIPT = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&"})  # so that no JSON ends its element
 
 _STYLE = Style(
@@ -138,11 +139,13 @@ def _tables(results: Results) -> dict[str, Any]:
     cost, curves = costs(results.runs), streaming_curves(results.runs, results.headline, [])
     shares = survival(results)
     lost = [[paper_name(str(row)), *map("{:.1%}".format, values)] for row, *values in shares.itertuples()]
+    tightness = [[paper_name(str(row)), *map(fixed, values)] for row, *values in bound(results).itertuples()]
     return {
         "metrics": metrics_table(results, _STYLE),
         "comparison": [(metric_title(metric), comparison_table(results, metric, _STYLE)) for metric in compared],
         "paper": paper_table(results, _STYLE) if len(results.with_paper) else None,
         "survival": Table("", ["method", *shares], lost),
+        "bound": Table("", ["method", *(name.removeprefix("bound_").replace("_", " ") for name in BOUND)], tightness),
         "streaming": streaming_table(curves, _STYLE, results.remarks) if curves else None,
         "cost": None if cost.empty else costs_table(cost, _STYLE, results.remarks),
         **_configuration(results),

@@ -28,6 +28,7 @@ from deep_components.models import build_models
 from deep_components.reporting.paper import TABLES
 from deep_components.runs import state
 from deep_components.tables.store import EmbeddingStore, build_stores
+from tests.evaluation.test_bound import KEYS as BOUND_KEYS
 from tests.helpers import (
     DAYS,
     REQUESTS_PER_DAY,
@@ -110,7 +111,7 @@ def test_metrics_json(log: Path, run: Path) -> None:
     about |= {"setting": "two_stage", "loss_type": "lcron", "seed": 30, "epochs": 3, "data": "simulated"}
     about |= {"commit": config(run)["commit"], "time_zone": "Asia/Shanghai", "skipped_steps": 0}
     assert {name: results[name] for name in about} == about
-    assert set(results) == {*METRICS, *about, "warning", "test_day_checksum", "code"}
+    assert set(results) == {*METRICS, *BOUND_KEYS, *about, "warning", "test_day_checksum", "code"}
 
 
 def test_scores_npz(log: Path, run: Path) -> None:

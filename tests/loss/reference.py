@@ -309,6 +309,7 @@ def lcron(
     weighting: str = "original",
     label_ties: str | None = None,
     end_to_end_quotas: Sequence[int] | None = None,
+    single_quotas: Sequence[int] | None = None,
 ) -> Terms:
     label_ties = label_ties or ("shared" if setting == "two_stage" else "repeated")
     end_to_end: list[float] = []
@@ -319,8 +320,9 @@ def lcron(
             truth = (truth > 1e-3).astype(np.float64)
         gt = truth[:k].sum(axis=0)
         survives, never_dropped, dropped = np.ones(len(request)), np.ones(len(request)), np.zeros(len(request))
-        for stage, q in zip(STAGES[setting], end_to_end_quotas or [k] * len(single), strict=True):
-            single[stage] += selection_terms(selection(request, stage, topk_op, tau, k), truth, k)
+        at_k = [k] * len(single)
+        for stage, m, q in zip(STAGES[setting], single_quotas or at_k, end_to_end_quotas or at_k, strict=True):
+            single[stage] += selection_terms(selection(request, stage, topk_op, tau, m), truth, k)
             inside = selection(request, stage, topk_op, tau, q)
             dropped = dropped + survives * inside.rest  # 1 - prod top, without cancellation
             survives, never_dropped = survives * inside.top, never_dropped * (1 - inside.rest)

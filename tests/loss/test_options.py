@@ -147,6 +147,8 @@ def test_hyper_parameters_are_what_the_method_was_built_with() -> None:
         "tau": 2.0, "topk_op": "neural_sort", "terms": "both", "single_weight": None, "weighting": "original",
         "label_ties": "repeated", "end_to_end_quotas": {"retrieval": 4, "prerank": 3, "rank": 2}, "num_relevant": 10,
     }  # fmt: skip
+    quotas = hyper_parameters(build("two_stage", "--loss_type=lcron", "--single_quotas=4,3"))["single_quotas"]
+    assert quotas == {"retrieval": 4, "rank": 3}
     assert hyper_parameters(build("two_stage", "--loss_type=icc"))["weights"] == {"retrieval": 1, "rank": 1}
     assert list(hyper_parameters(build("three_stage", "--loss_type=icc"))["weights"].values()) == [1, 2, 4]
     assert not hyper_parameters(build("two_stage", "--loss_type=rankflow"))["order_distillation"]
@@ -158,7 +160,7 @@ def test_recorded_arguments_are_those_given_and_the_defaults_of_the_method(setti
     args = parse(setting, f"--loss_type={name}")
     recorded = recorded_arguments(args, build(setting, f"--loss_type={name}"))
     chosen = {option for option, value in recorded.items() if value is not None and vars(args)[option] is None}
-    assert chosen & set(METHOD_OPTIONS) == set(TAKES[name]) - {"single_weight", "end_to_end_quotas"}
+    assert chosen & set(METHOD_OPTIONS) == set(TAKES[name]) - {"single_weight", "end_to_end_quotas", "single_quotas"}
     json.dumps({option: recorded[option] for option in METHOD_OPTIONS})
 
 
@@ -178,7 +180,10 @@ TAKES = {
     "fs_lambdaloss": (),
     "arf": ("tau",),
     "arf_v2": ("tau", "topk_op"),
-    "lcron": ("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties", "end_to_end_quotas"),
+    "lcron": (
+        *("tau", "topk_op", "terms", "single_weight", "weighting", "label_ties"),
+        *("end_to_end_quotas", "single_quotas"),
+    ),
     "sorting": ("tau", "topk_op"),
 }
 GIVEN = {
@@ -189,6 +194,7 @@ GIVEN = {
     "weighting": "original",
     "label_ties": "shared",
     "end_to_end_quotas": "30,20",
+    "single_quotas": "30,20",
 }
 
 
@@ -227,24 +233,29 @@ def test_single_weight_contradicts_other_options(setting: str, other: str) -> No
     assert "--weighting=original" in message
 
 
+QUOTAS_AND_WITHOUT = [("--end_to_end_quotas", "--terms=single"), ("--single_quotas", "--terms=end_to_end")]
+
+
 @each_setting
-def test_quotas_without_the_end_to_end_term(setting: str) -> None:
+@pytest.mark.parametrize(("option", "without"), QUOTAS_AND_WITHOUT)
+def test_quotas_without_their_term(setting: str, option: str, without: str) -> None:
     quotas = ",".join(["10"] * len(STAGES[setting]))
-    message = refusal(setting, "--loss_type=lcron", "--terms=single", f"--end_to_end_quotas={quotas}")
-    assert "--end_to_end_quotas" in message
-    assert "--terms=single" in message
+    message = refusal(setting, "--loss_type=lcron", without, f"{option}={quotas}")
+    assert option in message
+    assert without in message
 
 
 @each_setting
+@pytest.mark.parametrize("option", ["--end_to_end_quotas", "--single_quotas"])
 @pytest.mark.parametrize("wrong", ["too few", "too many", "beyond the items"])
-def test_quotas_that_do_not_fit_the_cascade(setting: str, wrong: str) -> None:
+def test_quotas_that_do_not_fit_the_cascade(setting: str, wrong: str, option: str) -> None:
     stages, items = STAGES[setting], 10 * NUM_GROUPS[setting]
     quotas = {
         "too few": [10] * (len(stages) - 1),
         "too many": [10] * (len(stages) + 1),
         "beyond the items": [items + 1] * len(stages),
     }[wrong]
-    flag = "--end_to_end_quotas=" + ",".join(map(str, quotas))
+    flag = f"{option}=" + ",".join(map(str, quotas))
     message = refusal(setting, "--loss_type=lcron", flag)
     assert flag in message
     assert f"from 1 to {items}" in message
@@ -258,6 +269,7 @@ def test_quotas_that_do_not_fit_the_cascade(setting: str, wrong: str) -> None:
         *("--tau=0", "--tau=-1", "--tau=nan", "--tau=inf", "--tau=x", "--sort=quick_sort", "--terms=none"),
         *("--single_weight=-1", "--single_weight=nan", "--weighting=uniform", "--label_ties=broken"),
         *("--end_to_end_quotas=", "--end_to_end_quotas=30,", "--end_to_end_quotas=30,x", "--end_to_end_quotas=0,20"),
+        "--single_quotas=0,20",
     ],
 )
 def test_a_value_out_of_range_is_refused_at_the_command_line(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from deep_components.batch import Targets
+from deep_components.loss.selection import SELECTION_OPERATORS
 from tests.loss import reference
 from tests.loss.methods import NUM_GROUPS, STAGES, Batch, Method, Step, make_batch, serving_batch, step, weights_of
 
@@ -55,6 +56,7 @@ MATRIX = (
         for quotas in choices
     ]
     + [Method("two_stage", "--loss_type=lcron --topk_op=lapsum --tau=1 --end_to_end_quotas=4,2")]
+    + [Method("three_stage", "--loss_type=lcron --topk_op=lml --tau=1 --single_quotas=6,4,2 --end_to_end_quotas=5,3,2")]
 )
 every_loss = pytest.mark.parametrize("method", MATRIX, ids=str)
 few = settings(max_examples=5, deadline=None, derandomize=True, database=None)
@@ -112,6 +114,22 @@ def test_equals_the_reference(method: Method, options: dict[str, Any]) -> None:
 @every_loss
 def test_equals_the_reference_on_requests_as_served(method: Method) -> None:
     assert_equals_reference(method, serving_batch(method.setting))
+
+
+OWN_QUOTAS = {"two_stage": "7,4", "three_stage": "9,7,4", "four_stage": "9,7,5,4"}
+
+
+@pytest.mark.parametrize("setting", STAGES)
+@pytest.mark.parametrize("operator", SELECTION_OPERATORS)
+@pytest.mark.parametrize("cut", ["--single_quotas", "--end_to_end_quotas", "both, alike", "both, apart"])
+def test_every_operator_at_quotas_equals_the_reference(setting: str, operator: str, cut: str) -> None:
+    own, others = OWN_QUOTAS[setting], QUOTAS[setting][-1]
+    flags = {
+        "both, alike": f"--single_quotas={own} --end_to_end_quotas={own}",
+        "both, apart": f"--single_quotas={own} --end_to_end_quotas={others}",
+    }.get(cut, f"{cut}={own}")
+    method = Method(setting, f"--loss_type=lcron --topk_op={operator} --tau=2 {flags}")
+    assert_equals_reference(method, make_batch(setting, seed=3, present=0.8))
 
 
 @every_loss

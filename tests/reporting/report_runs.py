@@ -10,6 +10,11 @@ SCRIPT = "<script>alert(1)</script>"
 MARKUP = "</script><img src=x onerror=alert(2)>\"'&amp;"
 RECALLS = {"bce": 0.70, "arf": 0.78, "lcron": 0.80, SCRIPT: 0.60}
 SURVIVAL = {"survival_after_retrieval": 0.9, "survival_after_rank": 0.8}
+TIGHTNESS = {
+    "bound_product": 0.2, "bound_product_at_quotas": 0.6, "bound_sampled_product": 0.65, "bound_sampled": 0.7,
+    "bound_sampled_error": 0.001, "bound_hard": 0.8, "bound_violated": 0.0, "bound_violated_at_quotas": 0.05,
+}  # fmt: skip
+WITH_BOUND = ("lcron", SCRIPT)
 
 
 def write_all(folder: Path) -> Path:
@@ -20,7 +25,7 @@ def write_all(folder: Path) -> Path:
             run = write_run(
                 folder / f"method{index}" / str(seed),
                 name=name,
-                results=SURVIVAL | {"warning": f"SIMULATED {MARKUP}"},
+                results=SURVIVAL | {"warning": f"SIMULATED {MARKUP}"} | (TIGHTNESS if name in WITH_BOUND else {}),
                 arguments={"batch_size": 16, "note": MARKUP, "tau": 10.0 * index},
                 config={"commit": MARKUP, "device": "cpu", "versions": {"python": MARKUP}},
                 seed=seed,

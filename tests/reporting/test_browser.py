@@ -49,7 +49,7 @@ def seen(page: Page, *methods: str) -> list[dict[str, Any]]:
 
 def test_it_renders_without_errors_and_without_the_network(page: Page, file: Path) -> None:
     assert page.run("document.querySelector('h1').textContent") == "Two-stage cascade: 4 methods"
-    assert page.run("document.querySelectorAll('svg.chart').length") == 4 + 4 + 4  # single ones, losses, weights
+    assert page.run("document.querySelectorAll('svg.chart').length") == 5 + 4 + 4  # single ones, losses, weights
     sizes = page.run("[...document.querySelectorAll('svg.chart')].map((svg) => svg.getBoundingClientRect().height)")
     assert all(100 < height < 700 for height in sizes)
     for button in range(7):

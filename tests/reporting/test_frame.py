@@ -66,6 +66,7 @@ CODE: dict[str, Any] = {"code": {"total": "t", "files": {"a.py": "1"}, "method":
         ({}, {"test_day_checksum": {"a": 1}}),
         ({}, {"joint_recall@10@20": 1e308}),
         ({}, {"rank_ndcg@10": -1e308}),
+        ({}, {"bound_product": "0.5"}),
     ],
     ids=str,
 )

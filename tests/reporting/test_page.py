@@ -22,7 +22,7 @@ from deep_components.reporting.page import render
 from deep_components.reporting.results import Results, build_results
 from tests.helpers import evaluate, leftovers, train
 from tests.reporting.fake_runs import write_costs, write_run, write_runs, write_steps, write_streaming
-from tests.reporting.report_runs import MARKUP, RECALLS, SCRIPT, write_all
+from tests.reporting.report_runs import MARKUP, RECALLS, SCRIPT, TIGHTNESS, write_all
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_the_embedded_data_are_the_results(page: str) -> None:
 
 
 def test_every_part_that_has_content_is_there(page: str, tmp_path: Path) -> None:
-    parts = ["results", "comparison", "survival", "streaming", "learning", "weights", "cost", "configuration"]
+    parts = ["results", "comparison", "survival", "bound", "streaming", "learning", "weights", "cost", "configuration"]
     assert re.findall(r"<section id=\"(\w+)\"", page) == parts
     write_run(tmp_path / "run")
     alone = page_of(tmp_path)
@@ -272,6 +272,21 @@ def test_the_shares_of_the_ground_truth_add_up(runs: Path, tmp_path: Path) -> No
     assert "survival" not in charts_by_key(tmp_path)
 
 
+def test_the_bound_is_drawn_for_the_methods_that_have_one(runs: Path, page: str, tmp_path: Path) -> None:
+    chart = charts_by_key(runs)["bound"]
+    with chart.figure() as figure:
+        (axes,) = figure.axes
+        drawn = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()}
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["LCRON", SCRIPT]
+    marks = {"product of shares": 0.2, "product at the quotas": 0.6, "survival with noise": 0.7, "survival": 0.8}
+    assert drawn == {label: pytest.approx([value] * 2) for label, value in marks.items()}
+    assert "LCRON: product of shares 0.2000, product at the quotas 0.6000" in chart.description
+    assert "0.2000" in Elements(page).text and "violated at quotas" in Elements(page).text
+    write_run(tmp_path / "a", results=TIGHTNESS)
+    write_run(tmp_path / "b", seed=31)  # an evaluation that does not say it
+    assert "bound" not in charts_by_key(tmp_path)
+
+
 @pytest.mark.parametrize(
     "losses", [[0.5] * 3, [0.0], [1e308] * 3, [-1e308, 1e308], [1e-300, 1e-300, 1e300], [1, 1, 1, 1e9]], ids=str
 )
@@ -291,17 +306,19 @@ def test_the_command_on_real_runs(log: Path, tmp_path: Path) -> None:
     report.main([str(tmp_path / "runs"), f"--output={output}", f"--figures={figures}"])
     text = Elements(output.read_text()).text
     assert "Left out" not in text and "LCRON against each baseline" in text
-    parts = ["results", "comparison", "survival", "learning", "weights", "cost", "configuration"]
+    parts = ["results", "comparison", "survival", "bound", "learning", "weights", "cost", "configuration"]
     assert re.findall(r"<section id=\"(\w+)\"", output.read_text()) == parts
     names = {path.name for path in figures.iterdir()}
-    assert {"metric.png", "differences.png", "survival.png"} < names and any("LCRON" in name for name in names)
+    assert {"metric.png", "differences.png", "survival.png", "bound.png"} < names and any(
+        "LCRON" in name for name in names
+    )
     assert leftovers(tmp_path) == []
 
 
 def test_figures_are_fit_for_print(runs: Path, tmp_path: Path) -> None:
     """1050 pixels are 3.5 inches at 300 dpi; names from files are no paths."""
     report.main([str(runs), f"--output={tmp_path / 'r.html'}", f"--figures={tmp_path / 'figures'}"])
-    assert len(list((tmp_path / "figures").iterdir())) == 4 + 2 * len(RECALLS)
+    assert len(list((tmp_path / "figures").iterdir())) == 5 + 2 * len(RECALLS)
     for path in (tmp_path / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
         assert int.from_bytes(path.read_bytes()[16:20]) == 1050

@@ -75,7 +75,14 @@ def test_other_learning_rates_have_tables_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"lr": 0.05}, {"batch_size": 64}, {"tau": 20.0}, {"single_weight": 1.0}, {"end_to_end_quotas": [30, 20]}],
+    [
+        {"lr": 0.05},
+        {"batch_size": 64},
+        {"tau": 20.0},
+        {"single_weight": 1.0},
+        {"end_to_end_quotas": [30, 20]},
+        {"single_quotas": [30, 20]},
+    ],
     ids=str,
 )
 def test_a_name_alone_is_not_the_paper_s_method(changed: dict[str, Any]) -> None:

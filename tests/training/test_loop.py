@@ -574,6 +574,7 @@ CHANGES_PARAMETERS = {
     "weighting": "paper",
     "label_ties": "repeated",
     "end_to_end_quotas": "30,20",
+    "single_quotas": "30,20",
 }
 # The others; each has a test of its own, named here.
 TESTED_BELOW = {
