@@ -32,7 +32,7 @@ from deep_components.metrics import survival, survival_by_stage
 ITEMS = 5_000  # of a day, about so many are looked at: the cost does not grow with the day, nor with long lists
 STANDARD_ERRORS = 3  # by which a product must be above what it bounds to count as a violation
 
-_ENTRIES_PER_CHUNK = 1 << 21  # of requests x stages x samples x items
+_ENTRIES_PER_CHUNK = 1 << 21  # of requests x stages x samples x items, and of requests x items x items
 _MOST_ITEMS = (1 << 31) - 1
 
 
@@ -135,7 +135,8 @@ class Bound:
         The digits do not depend on how the day was divided into batches; those of the samples not on the threads."""
         width = 1 + int(requests["mask"].any(dim=0).nonzero().amax()) if requests["mask"].any() else 1
         requests = {name: v[:, :width] if v.dim() > 1 else v for name, v in requests.items()}
-        chunk = max(1, _ENTRIES_PER_CHUNK // (len(self.cascade.stages) * self.samples * width))
+        entries = max(len(self.cascade.stages) * self.samples, width) * width  # of a request: samples, permutation
+        chunk = max(1, _ENTRIES_PER_CHUNK // entries)
         divided = zip(*(values.split(chunk) for values in requests.values()), strict=True)
         parts = [self._columns(dict(zip(requests, part, strict=True))) for part in divided]
         weight, variance = (torch.cat([part.pop(name) for part in parts]) for name in ("weight", "variance"))
