@@ -105,6 +105,13 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
     parser.add_argument("--on_nonfinite", choices=["stop", "skip"], default="stop",
                         help="what a step with a loss or gradient that is not finite does (default stop)")  # fmt: skip
+    parser.add_argument("--validate_every", type=_non_negative_int, default=0, metavar="STEPS",
+                        help="hold the last training day out, and measure the metrics on it every so many steps and "
+                        "after each pass (default 0: never)")  # fmt: skip
+    parser.add_argument("--keep", choices=["best", "last"], default="last",
+                        help="save the models of the best joint recall on that day, or the last (default)")  # fmt: skip
+    parser.add_argument("--patience", type=_non_negative_int, default=0, metavar="K",
+                        help="stop after K validations in a row without a better one (default 0: never)")  # fmt: skip
     parser.add_argument("--compact_from", type=_positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
     parser.add_argument("--table_memory", choices=["device", "host"], default="device",
@@ -172,9 +179,17 @@ def hyper_parameters(loss: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in named.items() if isinstance(value, plain)}
 
 
+def check_validation(args: argparse.Namespace) -> None:
+    """InputError for --keep=best or --patience without validations."""
+    if not args.validate_every and (args.keep == "best" or args.patience):
+        option = "--keep=best" if args.keep == "best" else f"--patience={args.patience}"
+        raise InputError(f"{option} goes by validations; give --validate_every=STEPS too")
+
+
 def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, Any]:
-    """All arguments by name; those of the method's options that were not given are as the method chose them."""
-    given = vars(args)
+    """All arguments by name; those of the method's options that were not given are as the method chose them, and those
+    of validations None without any."""
+    given = vars(args) | ({} if args.validate_every else dict.fromkeys(("validate_every", "keep", "patience")))
     return given | {n: v for n, v in hyper_parameters(loss).items() if n in METHOD_OPTIONS and given[n] is None}
 
 
