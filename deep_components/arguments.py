@@ -46,7 +46,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
     return convert
 
 
-_positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
@@ -65,7 +65,7 @@ def folder(text: str) -> Path:
 
 
 def _quotas(text: str) -> list[int]:
-    return [_positive_int(part) for part in text.split(",")]
+    return [positive_int(part) for part in text.split(",")]
 
 
 def _days(text: str) -> list[str]:
@@ -84,16 +84,16 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         "2024-01-13 .. 2024-02-03)")  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
-    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests a step (default 1024)")
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests a step (default 1024)")
     parser.add_argument("--epochs", type=_non_negative_int, default=1,
                         help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
     parser.add_argument("--emb_dim", type=_emb_dim, default=8, help="embedding dimension (default 8)")
     parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
-    parser.add_argument("--seq_len", type=_positive_int, help="last history positions used (default: all; RecFlow: 50)")
+    parser.add_argument("--seq_len", type=positive_int, help="last history positions used (default: all; RecFlow: 50)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--optimizer", choices=["deferred_adam", "adam", "sparse_adam"], default="deferred_adam",
                         help="of the ID tables: dense Adam at sparse cost (default), dense, or SparseAdam")  # fmt: skip
-    parser.add_argument("--print_freq", type=_positive_int, default=50, help="steps between reports (default 50)")
+    parser.add_argument("--print_freq", type=positive_int, default=50, help="steps between reports (default 50)")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write scalars for TensorBoard to OUTPUT_DIR/tensorboard, gradient norms too")  # fmt: skip
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
@@ -112,7 +112,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="save the models of the best joint recall on that day, or the last (default)")  # fmt: skip
     parser.add_argument("--patience", type=_non_negative_int, default=0, metavar="K",
                         help="stop after K validations in a row without a better one (default 0: never)")  # fmt: skip
-    parser.add_argument("--compact_from", type=_positive_int, default=COMPACT_FROM, metavar="ROWS",
+    parser.add_argument("--compact_from", type=positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
     parser.add_argument("--table_memory", choices=["device", "host"], default="device",
                         help="where the large ID tables lie; from host memory only a batch's rows travel")  # fmt: skip
@@ -128,7 +128,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     _add_data_arguments(parser)
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
-    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
     return parser

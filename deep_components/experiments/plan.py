@@ -32,6 +32,7 @@ class Method:
 
     name: str
     arguments: tuple[str, ...]
+    variant: str = ""  # what sets its runs apart from others of the method
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
         run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:
             rows.append(_untrained(args, run, parsed, commands[0][0]))
-        variant = "_".join(word for word in (args.variant, template.variant) if word)
+        variant = "_".join(word for word in (args.variant, method.variant, template.variant) if word)
         rows.append(replace(run, variant=variant, folder=_folder(args, method.name, variant)))
     runs: dict[Path, Run] = {}
     for seed in args.seeds:

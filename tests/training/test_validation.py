@@ -128,7 +128,7 @@ def test_the_best_models_are_kept(log: Path, best: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in best.glob("best_*")) == [best_folder(best, first).name]
 
 
-@pytest.mark.parametrize(("step", "saves"), [(4, EVERY_STEP), (8, EVERY_STEP), (5, EACH_DAY), (10, EACH_DAY)])
+@pytest.mark.parametrize(("step", "saves"), [(4, EVERY_STEP), (5, EACH_DAY), (10, EACH_DAY)])
 def test_resumed_after_an_interruption(
     step: int, saves: str, log: Path, best: Path, tmp_path: Path, interrupt: Callable[[int], None]
 ) -> None:
