@@ -62,6 +62,10 @@ VARIANTS = {
     "compacted and deferred": Variant((EVERY_STEP, "--compact_from=1"), deferred=True),
     "sparse_adam": Variant(("--optimizer=sparse_adam", EVERY_STEP)),
     "pytorch's operators": Variant(("--no-compile", EVERY_STEP), deferred=True),
+    "the best models kept": Variant(
+        (EVERY_STEP, "--validate_every=1", "--keep=best", "--compact_from=1"), deferred=True
+    ),
+    "stopped early": Variant(("--validate_every=1", "--keep=best", "--patience=1")),
     "cold cache": Variant(own_cache=True),
 }
 

@@ -47,7 +47,7 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
     return convert
 
 
-_positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
+positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
 _samples = _number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
 _seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
@@ -67,7 +67,7 @@ def folder(text: str) -> Path:
 
 
 def _quotas(text: str) -> list[int]:
-    return [_positive_int(part) for part in text.split(",")]
+    return [positive_int(part) for part in text.split(",")]
 
 
 def _days(text: str) -> list[str]:
@@ -86,16 +86,16 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         "2024-01-13 .. 2024-02-03)")  # fmt: skip
     parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
-    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests a step (default 1024)")
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests a step (default 1024)")
     parser.add_argument("--epochs", type=_non_negative_int, default=1,
                         help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
     parser.add_argument("--emb_dim", type=_emb_dim, default=8, help="embedding dimension (default 8)")
     parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
-    parser.add_argument("--seq_len", type=_positive_int, help="last history positions used (default: all; RecFlow: 50)")
+    parser.add_argument("--seq_len", type=positive_int, help="last history positions used (default: all; RecFlow: 50)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--optimizer", choices=["deferred_adam", "adam", "sparse_adam"], default="deferred_adam",
                         help="of the ID tables: dense Adam at sparse cost (default), dense, or SparseAdam")  # fmt: skip
-    parser.add_argument("--print_freq", type=_positive_int, default=50, help="steps between reports (default 50)")
+    parser.add_argument("--print_freq", type=positive_int, default=50, help="steps between reports (default 50)")
     parser.add_argument("--tensorboard", action="store_true",
                         help="write scalars for TensorBoard to OUTPUT_DIR/tensorboard, gradient norms too")  # fmt: skip
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
@@ -107,7 +107,14 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
     parser.add_argument("--on_nonfinite", choices=["stop", "skip"], default="stop",
                         help="what a step with a loss or gradient that is not finite does (default stop)")  # fmt: skip
-    parser.add_argument("--compact_from", type=_positive_int, default=COMPACT_FROM, metavar="ROWS",
+    parser.add_argument("--validate_every", type=_non_negative_int, default=0, metavar="STEPS",
+                        help="hold the last training day out, and measure the metrics on it every so many steps and "
+                        "after each pass (default 0: never)")  # fmt: skip
+    parser.add_argument("--keep", choices=["best", "last"], default="last",
+                        help="save the models of the best joint recall on that day, or the last (default)")  # fmt: skip
+    parser.add_argument("--patience", type=_non_negative_int, default=0, metavar="K",
+                        help="stop after K validations in a row without a better one (default 0: never)")  # fmt: skip
+    parser.add_argument("--compact_from", type=positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
     parser.add_argument("--table_memory", choices=["device", "host"], default="device",
                         help="where the large ID tables lie; from host memory only a batch's rows travel")  # fmt: skip
@@ -123,7 +130,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     _add_data_arguments(parser)
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
-    parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
+    parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
     parser.add_argument("--bound_samples", type=_samples, default=64, metavar="M",
@@ -181,9 +188,17 @@ def hyper_parameters(loss: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in named.items() if isinstance(value, plain)}
 
 
+def check_validation(args: argparse.Namespace) -> None:
+    """InputError for --keep=best or --patience without validations."""
+    if not args.validate_every and (args.keep == "best" or args.patience):
+        option = "--keep=best" if args.keep == "best" else f"--patience={args.patience}"
+        raise InputError(f"{option} goes by validations; give --validate_every=STEPS too")
+
+
 def recorded_arguments(args: argparse.Namespace, loss: nn.Module) -> dict[str, Any]:
-    """All arguments by name; those of the method's options that were not given are as the method chose them."""
-    given = vars(args)
+    """All arguments by name; those of the method's options that were not given are as the method chose them, and those
+    of validations None without any."""
+    given = vars(args) | ({} if args.validate_every else dict.fromkeys(("validate_every", "keep", "patience")))
     return given | {n: v for n, v in hyper_parameters(loss).items() if n in METHOD_OPTIONS and given[n] is None}
 
 

@@ -27,16 +27,15 @@ def as_array(values: Tensor) -> np.ndarray:
 def save_trained(
     run: Path, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], note: Mapping[str, Any]
 ) -> None:
-    """Write ``<stage>.safetensors`` of every stage; ``note`` as of :func:`deep_components.runs.state.save_models`."""
-    arrays = {
-        stage: {
-            **{f"{TABLE}{table}": as_array(values) for table, values in stores[stage].tables.items()},
-            **{name: as_array(values) for name, values in model.state_dict().items()},
-        }
-        for stage, model in models.items()
-    }
-    ids = next(iter(stores.values())).ids
-    save_models(run, arrays, note, {table: known.ids() for table, known in ids.items()})
+    """Write ``<stage>.safetensors`` of every stage; ``note`` as of :func:`deep_components.runs.state.save_models`.
+
+    Tables are written as they are at this step, and stay as they are; those that are not up to date (tables/store.py)
+    are copied, one stage at a time."""
+    for stage, model in models.items():
+        store = stores[stage]
+        arrays = {f"{TABLE}{table}": as_array(store.values(table)) for table in store.tables}
+        arrays |= {name: as_array(values) for name, values in model.state_dict().items()}
+        save_models(run, {stage: arrays}, note, {table: known.ids() for table, known in store.ids.items()})
 
 
 def trained_models(

@@ -196,7 +196,7 @@ def _print_table(args: argparse.Namespace, folders: Sequence[Path]) -> None:
         write_out(text(partial(metrics_document, build_results(collected, any_code=args.any_code))))
 
 
-def _report_failures(outcomes: Sequence[Outcome]) -> int:
+def report_failures(outcomes: Sequence[Outcome]) -> int:
     """Name the failed runs; the exit code: 0, 2 when every failure is a mistake in the input, else 1."""
     failed = [outcome for outcome in outcomes if not outcome.done]
     if not failed:
@@ -211,24 +211,30 @@ def _report_failures(outcomes: Sequence[Outcome]) -> int:
     return REFUSED if all(outcome.code == REFUSED for outcome in failed) else 1
 
 
-def main(argv: list[str]) -> None:
-    args, methods, training = parse_args(argv)
-    if args.check:
-        parse_training(args, methods, training)
-        return
-    runs = make_plan(args, methods, training)
-    for run in [] if args.force else runs:  # a folder that holds another run: better said now than after hours
+def make_runs(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
+    """Make what is not finished of the plan's runs; how each ended, in their order. InputError, before anything starts,
+    when a folder holds another run."""
+    for run in [] if args.force else runs:  # better said now than after hours
         check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume, args.any_code)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.batch_divisor > 1:
         logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)
     outcomes = _make_all(args, runs)
     _say_codes(outcomes)
+    return outcomes
+
+
+def main(argv: list[str]) -> None:
+    args, methods, training = parse_args(argv)
+    if args.check:
+        parse_training(args, methods, training)
+        return
+    outcomes = make_runs(args, make_plan(args, methods, training))
     if args.run_list is not None:
         _write_list(args.run_list, outcomes)
     elif folders := _finished(outcomes):
         _print_table(args, folders)
-    code = _report_failures(outcomes)
+    code = report_failures(outcomes)
     if code:
         raise SystemExit(code)
 

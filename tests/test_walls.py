@@ -93,7 +93,7 @@ WALLS = {
     "runs": ("torch", *rooms("loss", "metrics", "models", "tables", "training", "evaluation", "dataset", "reporting")),
     "reporting": ("torch", *rooms("loss", "metrics", "models", "tables", "training", "evaluation", "dataset")),
     "experiments": rooms("loss", "metrics", "models", "tables", "reporting"),
-    "training": rooms("loss", "metrics", "evaluation", "reporting", "experiments", "dataset.importers"),
+    "training": rooms("loss", "metrics", "reporting", "experiments", "dataset.importers"),
     "serving": rooms("loss", "training", "reporting", "experiments", "dataset.importers"),
     "evaluation": rooms("loss", "training", "reporting", "experiments", "dataset.importers"),
 }

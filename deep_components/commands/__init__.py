@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("run_train", "train a cascade: --cascade=two_stage, three_stage, or a TOML file"),
     "test": ("run_test", "evaluate a run on a test day"),
     "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
+    "sweep": ("commands.sweep", "choose hyper-parameters on the validation day: --grid=lr=0.005,0.01 --budget=N"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
     "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
     "report": ("commands.report", "one page with charts about many runs"),

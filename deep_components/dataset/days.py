@@ -32,6 +32,14 @@ def training_days(log: Log, wanted: Sequence[str] | None) -> list[str]:
     return protocol[: -log.test_days]
 
 
+def hold_out_last(log: Log, days: Sequence[str], option: str) -> tuple[list[str], str]:
+    """The training days but the last, and the last, the validation day. InputError, which names the ``option`` that
+    asked for it, when no day is left to train on."""
+    if len(days) < 2:
+        raise InputError(f"{log.folder}: {option} wants two training days or more, and there is only {days[0]}")
+    return list(days[:-1]), days[-1]
+
+
 def test_day(log: Log, wanted: str | None) -> str:
     """The day to evaluate on: ``wanted``, or the last of the published protocol where all of its days are there, or the
     last day."""

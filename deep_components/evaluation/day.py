@@ -123,6 +123,9 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     if trained.epochs and name in config["train_days"]:
         results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
         logger.warning("%s", results["warning_test_day"])
+    elif trained.epochs and name == config.get("validation_day"):
+        results["warning_test_day"] = f"the run followed its metrics on {name}: these are no test numbers"
+        logger.warning("%s", results["warning_test_day"])
     (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
     _write_arrays(run / PER_REQUEST_FILE, metrics)
     if args.save_scores:

@@ -16,7 +16,7 @@ from typing import Any
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run
 from deep_components.files import read_bytes, regular
-from deep_components.runs.folder import LOG_FILE, RUNNER_LOCK_FILE, STATE_FILE, only_user, remove_run
+from deep_components.runs.folder import LOG_FILE, RUNNER_LOCK_FILE, only_user, remove_run, remove_state
 from deep_components.runs.records import (
     FolderContents,
     add_cost,
@@ -171,14 +171,14 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         finally:
             end_record(run.folder, record, ({"error": said} if said else {}) | {"ended": _now()}, status)
         if options.discard_state:
-            (run.folder / STATE_FILE).unlink(missing_ok=True)
+            remove_state(run.folder)
         return "finished"
 
 
 def _done(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
     if run.streaming:
         return held.streamed_day(part.test_day, run.checksums[part.test_day])
-    return held.trained(part.train_days, run.epochs) and _evaluated(held, run, part, any_code)
+    return held.trained(run.trained_days(part), run.epochs) and _evaluated(held, run, part, any_code)
 
 
 def _evaluated(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
@@ -197,8 +197,9 @@ def _make_part(
         commands.run([*words, *more], run.cwd, environment(slot.threads), run.folder / LOG_FILE, lock)
 
     held = read_folder(run.folder)
-    if not held.trained(part.train_days, run.epochs):
-        command(run.train_command(part, resume=bool(run.epochs) and held.resumable(part.train_days)))
+    days = run.trained_days(part)
+    if not held.trained(days, run.epochs):
+        command(run.train_command(part, resume=bool(run.epochs) and held.resumable(days)))
         add_cost(run.folder, record)
     if not _evaluated(read_folder(run.folder), run, part, any_code):
         command(run.test_command(part))
@@ -221,7 +222,7 @@ def _about(run: Run) -> dict[str, Any]:
     return {
         "name": run.name, "variant": run.variant, "setting": run.config["setting"], "seed": run.seed,
         "streaming": run.streaming, "data": run.config["data"], "data_dir": str(run.data_dir),
-        "train_days": list(last.train_days), "test_day": last.test_day, "data_checksums": dict(run.checksums),
+        "train_days": list(run.trained_days(last)), "test_day": last.test_day, "data_checksums": dict(run.checksums),
         "identity": dict(run.config["arguments"]),
     }  # fmt: skip
 

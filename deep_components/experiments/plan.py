@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from deep_components.arguments import choose_device, training_parser
+from deep_components.arguments import check_validation, choose_device, training_parser
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.days import test_day, training_days
+from deep_components.dataset.days import hold_out_last, test_day, training_days
 from deep_components.dataset.loader import steps_of
 from deep_components.dataset.log import Log, open_log, zone_of
 from deep_components.errors import InputError
@@ -32,13 +32,14 @@ class Method:
 
     name: str
     arguments: tuple[str, ...]
+    variant: str = ""  # what sets its runs apart from others of the method
 
 
 @dataclass(frozen=True)
 class Part:
     """Training on ``train_days``, then a test on one day. A streaming run has many parts, others have one."""
 
-    train_days: tuple[str, ...]
+    train_days: tuple[str, ...]  # as the training is told them: with --validate_every it trains on all but the last
     test_day: str
 
 
@@ -73,6 +74,10 @@ class Run:
     def title(self) -> str:
         return f"{self.name}{f' ({self.variant})' if self.variant else ''}, seed {self.seed}"
 
+    def trained_days(self, part: Part) -> tuple[str, ...]:
+        """The days that the part really trains on."""
+        return part.train_days[:-1] if self.config.get("validation_day") else part.train_days
+
     def train_command(self, part: Part, resume: bool) -> list[str]:
         where = [f"--seed={self.seed}", f"--data_dir={self.data_dir}", f"--output_dir={self.folder}"]
         days = [f"--train_days={','.join(part.train_days)}"] if self.days_named else []
@@ -102,9 +107,7 @@ def schedule(
     if validation:
         if day is not None:
             raise InputError(f"--validation tests on the last training day; leave out it or --test_day={day}")
-        if len(days) < 2:
-            raise InputError(f"{log.folder}: --validation wants two training days or more, and there is only {days[0]}")
-        days, tested = days[:-1], days[-1]
+        days, tested = hold_out_last(log, days, "--validation")
     else:
         tested = test_day(log, day)
     if not streaming:
@@ -132,13 +135,16 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
     template, opened = _template(args, commands[0][0], log)
     rows: list[Run] = []
     for method, given, (parsed, loss) in zip(methods, words, commands, strict=True):
-        days = [opened[day] for day in template.parts[-1].train_days]
-        config = run_config(args.cascade, parsed, loss, log, template.parts[-1].train_days, days)
+        names, held_out = list(template.parts[-1].train_days), None
+        if parsed.validate_every and parsed.epochs:
+            names, held_out = hold_out_last(log, names, "--validate_every")
+        days = [opened[day] for day in names]
+        config = run_config(args.cascade, parsed, loss, log, names, days, opened[held_out] if held_out else None)
         steps = parsed.epochs * sum(steps_of(day.with_history(parsed.seq_len), parsed.batch_size) for day in days)
         run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:
             rows.append(_untrained(args, run, parsed, commands[0][0]))
-        variant = "_".join(word for word in (args.variant, template.variant) if word)
+        variant = "_".join(word for word in (args.variant, method.variant, template.variant) if word)
         rows.append(replace(run, variant=variant, folder=_folder(args, method.name, variant)))
     runs: dict[Path, Run] = {}
     for seed in args.seeds:
@@ -160,6 +166,9 @@ def parse_training(
         if args.engine == "local":  # a cluster's nodes have devices of their own
             choose_device(parsed)
         check_installed(parsed.tensorboard)
+        check_validation(parsed)
+        if args.streaming and parsed.validate_every:
+            raise InputError("--streaming tests each day anyway; leave out --validate_every")
     return words, commands
 
 

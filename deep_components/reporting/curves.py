@@ -17,6 +17,7 @@ from deep_components.runs.folder import STEP_LOG_FILE, STREAMING_FILE, read_json
 T = TypeVar("T")
 
 POINTS = 100  # of a drawn curve; the steps between two of them are averaged
+VALIDATION = "validation."  # begins the names of a validation's metrics in train.jsonl
 LARGEST = 1e100  # values are cut to it, so that neither their sum nor an axis's scale overflows
 
 
@@ -34,9 +35,8 @@ def learning_curves(group: pd.DataFrame, problems: list[str]) -> dict[str, pd.Da
     if not logs:
         return {}
     length = min(len(log) for log in logs)
-    batch = arguments_of(group.iloc[0].to_dict()).get("batch_size")
     edges = np.linspace(0, length, min(POINTS, length) + 1).astype(int)
-    requests = (edges[:-1] + edges[1:] + 1) / 2 * (batch if type(batch) is int and 0 < batch <= LARGEST else 1)
+    requests = (edges[:-1] + edges[1:] + 1) / 2 * _requests_a_step(group)
     part = np.repeat(requests, np.diff(edges))
     seeds = [log[:length].clip(-LARGEST, LARGEST).groupby(part).mean() for log in logs]
     names = [name for name in seeds[0] if all(name in seed for seed in seeds)]
@@ -57,6 +57,37 @@ def streaming_curves(runs: pd.DataFrame, metric: str, problems: list[str]) -> di
     return {name: curve for name, curve in curves.items() if len(curve)}
 
 
+def validation_curves(runs: pd.DataFrame, metric: str, problems: list[str]) -> dict[str, pd.DataFrame]:
+    """Row -> ``mean``, ``low`` and ``high`` over seeds of the metric on the validation day, by the number of requests
+    trained on; without rows that did not validate.
+
+    Only the steps after which all seeds of a row validated count: an early stop ends the curve of the others too.
+    ``problems`` gets a sentence for every damaged train.jsonl.
+    """
+    curves = {}
+    for name, group in runs[~runs["untrained"]].groupby("row", sort=False):
+        seeds = [pd.Series(seed, dtype="float64") for seed in _read_each(group, read_validations(metric), problems)]
+        values = pd.concat(seeds, axis=1, join="inner") if seeds else pd.DataFrame()
+        values.index = values.index * _requests_a_step(group)
+        curves[str(name)] = _over_seeds(values.clip(-LARGEST, LARGEST).sort_index())
+    return {name: curve for name, curve in curves.items() if len(curve)}
+
+
+def read_validations(metric: str) -> Callable[[Path], dict[int, float]]:
+    """A reader of a run's train.jsonl: step -> the metric on the validation day, of the steps that one followed.
+
+    It raises InputError when such a line is damaged."""
+    name = f"{VALIDATION}{metric}"
+
+    def read(folder: Path) -> dict[int, float]:
+        records = _lines_of(folder, json.dumps(name).encode())
+        if not all(is_number(record.get(name)) and type(record.get("step")) is int for record in records):
+            raise InputError(f"{folder / STEP_LOG_FILE}: a validation is damaged; its curve is left out")
+        return {record["step"]: record[name] for record in records if abs(record["step"]) < LARGEST}
+
+    return read
+
+
 def read_steps(folder: Path) -> pd.DataFrame:
     """A row per step and a column per term of a run's train.jsonl; empty when there is none or it has no step.
 
@@ -64,17 +95,11 @@ def read_steps(folder: Path) -> pd.DataFrame:
 
     Raises InputError when a line is damaged.
     """
-    path = folder / STEP_LOG_FILE
-    try:
-        with open(path, "rb", opener=regular) as file:
-            records = [json.loads(line) for line in file]
-    except FileNotFoundError:
-        return pd.DataFrame()
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable ({error}); its curves are left out") from error
-    if not all(isinstance(record, dict) and _logged(record, "loss") for record in records):
-        raise InputError(f"{path}: a line lacks the loss; its curves are left out")
+    records = _lines_of(folder)
+    if not all(_logged(record, "loss") for record in records):
+        raise InputError(f"{folder / STEP_LOG_FILE}: a line lacks the loss; its curves are left out")
     names = [name for name in (records[0] if records else {}) if name not in ("step", "seconds")]
+    names = [name for name in names if not name.startswith(VALIDATION)]
     names = [name for name in names if all(_logged(record, name) for record in records)]
     return pd.DataFrame({printable(name): [r[name] for r in records] for name in names}, dtype="float64")
 
@@ -89,6 +114,26 @@ def read_streaming(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(days, list) or not all(isinstance(d, dict) and isinstance(d.get("test_day"), str) for d in days):
         raise InputError(f"{path}: field days is missing or damaged; its curve is left out")
     return {printable(day["test_day"]): day for day in days}
+
+
+def _lines_of(folder: Path, word: bytes = b"") -> list[dict[str, Any]]:
+    """The lines of a run's train.jsonl that hold the word; none without the file. InputError when one is damaged."""
+    path = folder / STEP_LOG_FILE
+    try:
+        with open(path, "rb", opener=regular) as file:
+            records = [json.loads(line) for line in file if word in line]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable ({error}); its curves are left out") from error
+    if not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{path}: a line is no object; its curves are left out")
+    return records
+
+
+def _requests_a_step(group: pd.DataFrame) -> int:
+    batch = arguments_of(group.iloc[0].to_dict()).get("batch_size")
+    return batch if type(batch) is int and 0 < batch <= LARGEST else 1
 
 
 def _read_each(group: pd.DataFrame, read: Callable[[Path], T], problems: list[str]) -> list[T]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from deep_components.files import atomic_path, make_folder
-from deep_components.reporting.curves import learning_curves, streaming_curves
+from deep_components.reporting.curves import learning_curves, streaming_curves, validation_curves
 from deep_components.reporting.frame import BOUND, UNTRAINED
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.results import Results, metric_title
@@ -61,7 +61,7 @@ class Chart:
     """A chart that can be drawn at any width."""
 
     key: str  # its file's name, and what its ids in the page begin with
-    kind: str  # score, differences, survival, bound, streaming, loss or weights
+    kind: str  # score, differences, survival, bound, streaming, validation, loss or weights
     title: str  # the method's name, or what it shows
     description: str  # for readers who do not see it
     height: float  # inches
@@ -110,6 +110,7 @@ def charts_of(results: Results, problems: list[str]) -> list[Chart]:
     """All charts that the results give; ``problems`` gets a sentence for every file that could not be read."""
     charts = [*_score(results), *_differences(results), *_survival(results), *_bound(results)]
     charts += _streaming(results, problems)
+    charts += _validation(results)
     groups = results.runs[~results.runs["untrained"]].groupby("row", sort=False)
     for index, (row, group) in enumerate(groups):
         curves, name = learning_curves(group, problems), paper_name(str(row))
@@ -280,6 +281,12 @@ def _streaming(results: Results, problems: list[str]) -> list[Chart]:
     curves = streaming_curves(results.runs, results.headline, problems)
     title = metric_title(results.headline)
     return [_lines("streaming", None, f"{title} day by day", title, curves, "test day")] if curves else []
+
+
+def _validation(results: Results) -> list[Chart]:
+    curves = validation_curves(results.runs, results.headline, [])  # damaged step logs are named by their losses
+    title = metric_title(results.headline)
+    return [_lines("validation", None, f"{title} on the validation day", title, curves)] if curves else []
 
 
 def _lines(

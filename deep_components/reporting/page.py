@@ -40,7 +40,7 @@ from deep_components.reporting.tables import (
 
 FOLDER = Path(__file__).with_name("page")
 
-_KINDS = ("score", "differences", "survival", "bound", "streaming", "loss", "weights")
+_KINDS = ("score", "differences", "survival", "bound", "streaming", "validation", "loss", "weights")
 _IN_SCRIPT = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in "<>&"})  # so that no JSON ends its element
 
 _STYLE = Style(

@@ -44,7 +44,9 @@ _SHOWN = 4  # files that a sentence names
 Files = dict[str, str]  # name -> short SHA-256
 
 
-def training_code(method: str, loss: Iterable[Any], models: Iterable[Any] = ()) -> dict[str, Any]:
+def training_code(
+    method: str, loss: Iterable[Any], models: Iterable[Any] = (), validates: bool = False
+) -> dict[str, Any]:
     """What a training by the code as it is now would note in its config.json.
 
     Args:
@@ -52,10 +54,13 @@ def training_code(method: str, loss: Iterable[Any], models: Iterable[Any] = ()) 
         loss: the classes of the loss, or their files, wherever these lie; what they import beside them and in the
             package counts too. Classes of PyTorch, and those that have no file, as in a notebook, do not count.
         models: the same of the stages' models.
+        validates: the training runs the evaluation's code too.
     """
     found = _files(models)
     files = {name: digest for name, digest in found.items() if not _begins(name, _OF_EVALUATIONS)}
     own = _imported_with(loss, found)
+    if validates:
+        own |= {name: digest for name, digest in found.items() if name not in files}
     for path in PACKAGE.glob("run_train*.py"):
         own[f"{_name(path)} ({method})"] = _digest(_branch(path.read_text(), method).encode())
     return {"total": _total(files), "files": files, "method": own}

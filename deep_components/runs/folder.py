@@ -1,7 +1,7 @@
 """A run's folder: the names of its files, its JSON files, what is removed when, and who may write in it."""
 
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ ENCODING_FOLDER = "encoding"  # a copy of the log's: how raw values become the m
 RUN_FILE = "run.json"  # of the runner, as the next two
 STREAMING_FILE = "streaming.json"
 LOG_FILE = "run.log"
+BEST_FOLDER = "best_at_step_"  # of a validated training, followed by the step: the models to go on from
 LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
 
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
@@ -45,6 +46,25 @@ _CONFIG_ARGUMENTS: dict[str, Callable[[Any], bool]] = {
 def model_file(stage: str) -> str:
     """The name of the file of a stage's model."""
     return f"{stage}.safetensors"
+
+
+def best_folder(run: Path, step: int) -> Path:
+    """Where the best models of a training that is under way lie, those of that step."""
+    return run / f"{BEST_FOLDER}{step}"
+
+
+def remove_best(run: Path, but: Collection[int] = ()) -> None:
+    """Remove the best models of all steps ``but`` these."""
+    kept = {best_folder(run, step) for step in but}
+    for path in run.glob(f"{BEST_FOLDER}*"):
+        if path not in kept:
+            files.remove(path)
+
+
+def remove_state(run: Path) -> None:
+    """Remove all that a training would go on from: the state first, which names the rest."""
+    (run / STATE_FILE).unlink(missing_ok=True)
+    remove_best(run)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -120,7 +140,8 @@ def remove_results(run: Path, stages: Iterable[str]) -> None:
 def remove_run(run: Path, stages: Iterable[str]) -> None:
     """Remove all results of a run, its state and its records."""
     remove_results(run, stages)
-    for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, STREAMING_FILE, RUN_FILE):
+    remove_state(run)
+    for name in (CONFIG_FILE, STEP_LOG_FILE, STREAMING_FILE, RUN_FILE):
         (run / name).unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
 """Whether two trainings are the same run, decided here alone: for --resume, for the runner, and for reports.
 
 What is compared is ``config.json`` or what a plan knows of it: setting, cascade, schema, encoding, origin and checksums
-of the data, arguments, the loss's hyper-parameters, the models of --init_from, the training days, and the code
-(runs/code.py).
+of the data, arguments, the loss's hyper-parameters, the models of --init_from, the training days, the validation day,
+and the code (runs/code.py).
 """
 
 import hashlib
@@ -123,7 +123,11 @@ def _differences(
         yield Difference(models, found[models], wanted[models])
     before, days = found.get("train_days", []), list(wanted["train_days"])
     # A second pass has seen the days of the first: more of them would be another training.
-    longer = more_days and before == days[: len(before)] and ours["epochs"] == 1
+    validates = wanted.get("validation_day")
+    if ours["epochs"] and found.get("validation_day") != validates:
+        yield Difference("validation_day", found.get("validation_day"), validates)
+    # A validated one has measured after its last day, which would be in the middle.
+    longer = more_days and before == days[: len(before)] and ours["epochs"] == 1 and not validates
     if ours["epochs"] and before != days and not longer:
         yield Difference("train_days", ",".join(before), ",".join(days))
     files = code.changes(found.get("code"), wanted.get("code"), method=bool(ours["epochs"]))

@@ -117,6 +117,26 @@ class DeferredAdam:
         return values
 
     @torch.no_grad()
+    def peek(self, rows: Tensor) -> Tensor:
+        """What :meth:`gather` would give, to the bit; the table stays as it is. For a row that is brought up to date in
+        two parts is rounded otherwise than one that is in one."""
+        rows = rows.to(self.table.device)
+        copies = DeferredAdam(nn.Parameter(self.table.detach()[rows]), self.lr, self.betas, self.eps, self.kernels)
+        copies.steps, copies.last = self.steps, self.last[rows]
+        copies.first, copies.second = self.first[rows], self.second[rows]
+        return copies.gather(torch.arange(len(rows), device=rows.device))
+
+    def values(self, rows_at_a_time: int = 1 << 18) -> Tensor:
+        """The current values of the whole table: the table itself where all of its rows are up to date, else a copy."""
+        table = self.table.detach()
+        if bool((self.last == self.steps).all()):
+            return table
+        whole = torch.empty_like(table)
+        for part, rows in zip(whole.split(rows_at_a_time), torch.arange(len(table)).split(rows_at_a_time), strict=True):
+            part.copy_(self.peek(rows))
+        return whole
+
+    @torch.no_grad()
     def step(self, rows: Tensor, gradient: Tensor) -> None:
         """One Adam step: rows [U] that :meth:`gather` has brought up to date, and their gradients [U, d]; every other
         row is left to its momentum."""

@@ -18,6 +18,12 @@ class SparseAdam:
         """Values [U, d] of distinct rows [U] int64."""
         return self.table.detach()[rows.to(self.table.device)]
 
+    peek = gather
+
+    def values(self) -> Tensor:
+        """The table."""
+        return self.table.detach()
+
     def step(self, rows: Tensor, gradient: Tensor) -> None:
         """One step of the rows [U] with gradients [U, d]."""
         rows, gradient = rows.to(self.table.device).unsqueeze(0), gradient.to(self.table.device)

@@ -28,6 +28,12 @@ class RowOptimizer(Protocol):
     def gather(self, rows: Tensor) -> Tensor:
         """The current values [U, d] of distinct rows [U] int64."""
 
+    def peek(self, rows: Tensor) -> Tensor:
+        """As :meth:`gather`, to the bit, but it changes nothing."""
+
+    def values(self) -> Tensor:
+        """The current values [rows, d] of the whole table, to be read only; nothing is changed."""
+
     def step(self, rows: Tensor, gradient: Tensor) -> None:
         """One optimizer step of the table; ``gradient`` [U, d] belongs to rows that :meth:`gather` gave."""
 
@@ -73,6 +79,17 @@ class EmbeddingStore:
             return self.optimizers[table].gather(rows)
         values = self.tables[table].detach()
         return values[rows.to(values.device)]
+
+    def peek(self, table: str, rows: Tensor) -> Tensor:
+        """As :meth:`pull`, but for those who only look: no later step changes by it."""
+        if table in self.optimizers:
+            return self.optimizers[table].peek(rows)
+        values = self.tables[table].detach()
+        return values[rows.to(values.device)]
+
+    def values(self, table: str) -> Tensor:
+        """The current values [rows, d] of a whole table, to be read only; no later step changes by it."""
+        return self.optimizers[table].values() if table in self.optimizers else self.tables[table].detach()
 
     def push(self, table: str, rows: Tensor, gradients: Tensor) -> None:
         """One optimizer step of a table with an optimizer, with the gradients [U, d] of rows that were pulled; all

@@ -16,6 +16,7 @@ from deep_components.arguments import hyper_parameters, recorded_arguments
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.log import Log, zone_of
+from deep_components.errors import InputError
 from deep_components.files import as_json
 from deep_components.models import model_classes
 from deep_components.runs.code import training_code
@@ -29,11 +30,15 @@ def run_config(
     log: Log,
     train_days: Sequence[str],
     opened: Sequence[DayCache],
+    validation_day: DayCache | None = None,
 ) -> dict[str, Any]:
     """All that makes a training this one (runs/identity.py), as config.json holds it.
 
-    InputError when --init_from lacks a model."""
+    InputError when --init_from lacks a model, or the validation day is one of the ``opened`` training days."""
     of_log = {"seq_len": args.seq_len or log.history_length, "time_zone": zone_of(log, args.time_zone)}
+    held_out = [] if validation_day is None else [validation_day]
+    for day in held_out:
+        _check_no_copy(day, opened)
     parents = cascade.stage_names if args.init_from is not None else ()
     return as_json(
         {
@@ -47,10 +52,21 @@ def run_config(
             "loss": hyper_parameters(loss),
             "init_from_checksums": {stage: model_checksum(args.init_from, stage) for stage in parents},
             "train_days": list(train_days),
-            "data_checksums": {day.day: day.checksum for day in opened},
-            "code": training_code(args.loss_type, map(type, loss.modules()), model_classes(cascade)),
+            "data_checksums": {day.day: day.checksum for day in (*opened, *held_out)},
+            "code": training_code(args.loss_type, map(type, loss.modules()), model_classes(cascade), bool(held_out)),
         }
+        | ({"validation_day": validation_day.day} if validation_day is not None else {})
     )
+
+
+def _check_no_copy(validation_day: DayCache, opened: Sequence[DayCache]) -> None:
+    """InputError when the validation day is a training day under another name."""
+    for day in opened:
+        if day.checksum == validation_day.checksum:
+            raise InputError(
+                f"day {validation_day.day}, which validates, has the same requests as day {day.day}, which trains; "
+                "leave one of them out with --train_days"
+            )
 
 
 def environment(device: torch.device, compiled: bool) -> dict[str, Any]:

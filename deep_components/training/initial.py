@@ -29,6 +29,7 @@ def initial_cascade(
     days: Sequence[DayCache],
     history_length: int,
     device: torch.device,
+    validation_day: DayCache | None = None,
 ) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], int | None]:
     """Models and tables before the first step, on their devices, and the seed of the initial values of ids that the
     tables lack. InputError when the memory does not suffice."""
@@ -50,7 +51,14 @@ def initial_cascade(
         step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
         needed = {device: stages * in_dense + step + 4 * itemsize * parameters}  # gradients, and Adam's moments
         home = torch.device("cpu") if args.table_memory == "host" else device
-        memory.check_memory(needed | {home: needed.get(home, 0) + stages * in_pulled})
+        needed[home] = needed.get(home, 0) + stages * in_pulled
+        if validation_day is not None:
+            copied = {name: rows[name] for name in rows if name in ids or name in pulled}
+            looked_up = {name: len(validation_day.ids(name)) for name in copied}
+            of_day, of_best = memory.validation_bytes(copied, looked_up, args.emb_dim, stages, itemsize)
+            needed[device] += of_day
+            needed[home] += of_best if args.keep == "best" else 0
+        memory.check_memory(needed)
     seed: int | None = None if args.init_from is not None else args.seed
     models = build_models(cascade, schema, args.emb_dim, args.nn_units, seed)
     stores = build_stores(cascade, schema, args.emb_dim, seed, ids)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from deep_components.arguments import AUTOCAST, DTYPES, choose_device
+from deep_components.arguments import AUTOCAST, DTYPES, check_validation, choose_device
 from deep_components.cascade import Cascade
 from deep_components.checkpoint import as_array, save_trained
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.days import training_days
+from deep_components.dataset.days import hold_out_last, training_days
 from deep_components.dataset.loader import batches, steps_of, training_order
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
@@ -39,21 +39,26 @@ from deep_components.runs.folder import (
     LOCK_FILE,
     STATE_FILE,
     STEP_LOG_FILE,
+    best_folder,
+    model_file,
     only_user,
     read_json,
     read_training,
+    remove_best,
     remove_leftovers,
     remove_results,
+    remove_state,
     write_json,
 )
 from deep_components.runs.identity import first_difference
-from deep_components.runs.state import check_same_run, load_state, run_note, save_state
+from deep_components.runs.state import check_same_run, load_model, load_state, run_note, save_models, save_state
 from deep_components.training.config import environment, run_config
 from deep_components.training.initial import initial_cascade
 from deep_components.training.signals import stop_signals
 from deep_components.training.step import Trainer
 from deep_components.training.step_log import StepLog
 from deep_components.training.tensorboard import ScalarLog, check_installed, scalar_log
+from deep_components.training.validation import Best, Validation
 
 FEW_STEPS = 50
 SKIPPED_SHARE = 0.01  # of the steps that --on_nonfinite=skip leaves out at most, but always one
@@ -84,19 +89,40 @@ class Run:
     steps: Sequence[int]  # of each day
     device: torch.device
     initial_seed: int | None  # of ids that the tables lack
+    validation: Validation | None = None
+    best: Best = field(default_factory=Best)  # of the validations so far
+    saved_best: int = 0  # the step of those that the saved state names
 
     @property
     def folder(self) -> Path:
         return Path(self.args.output_dir)
 
+    @property
+    def keeps_best(self) -> bool:
+        return self.validation is not None and self.args.keep == "best"
+
+    @property
+    def is_exhausted(self) -> bool:
+        """So many validations have not been better that training stops."""
+        return self.validation is not None and 0 < self.args.patience <= self.best.waited
+
+    def note(self) -> dict[str, Any]:
+        """What the models' files note beside their values."""
+        about = {"data": self.config["data"], "loss_type": self.args.loss_type, "initial_seed": self.initial_seed}
+        return about | run_note(self.config) | ({"step": self.best.step} if self.keeps_best else {})
+
     def save(self, position: Position) -> None:
         arrays = {name: as_array(values) for name, values in self.trainer.state().items()}
+        arrays |= self.best.state() if self.validation is not None else {}
         save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
+        self.saved_best = self.best.step
+        remove_best(self.folder, {self.saved_best})
 
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
     """Train ``cascade`` with ``loss`` as ``args`` (training_parser) say; write the run's files to args.output_dir."""
     check_installed(args.tensorboard)
+    check_validation(args)
     if args.init_from is not None and args.init_from.resolve() == args.output_dir.resolve():
         raise InputError(
             f"--init_from={args.init_from} is --output_dir, where the training would remove the models that it starts "
@@ -128,20 +154,28 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     kernels = load_kernels(dtype) if args.compile else None
     keep_freed_memory()
     log = open_log(args.data_dir)
-    names = training_days(log, args.train_days)
-    opened = names if args.epochs else []
-    days = [log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len) for name in opened]
+    names, held_out = training_days(log, args.train_days), None
+    if args.validate_every and args.epochs:
+        names, held_out = hold_out_last(log, names, "--validate_every")
+
+    def opened(name: str) -> DayCache:
+        return log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len)
+
+    days = [opened(name) for name in names] if args.epochs else []
+    validation_day = opened(held_out) if held_out is not None else None
     steps = [steps_of(day, args.batch_size) for day in days]
-    config = run_config(cascade, args, loss, log, names, days) | environment(device, kernels is not None)
+    config = run_config(cascade, args, loss, log, names, days, validation_day)
+    config |= environment(device, kernels is not None)
     _check_start(args, config)
     length = config["arguments"]["seq_len"]
-    models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device)
+    models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device, validation_day)
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
         models, stores, loss, args.lr, args.optimizer, kernels=kernels, autocast=AUTOCAST[args.autocast],
         skip_nonfinite=args.on_nonfinite == "skip",
     )  # fmt: skip
-    return Run(args, config, trainer, days, steps, device, initial_seed)
+    validation = None if validation_day is None else Validation(cascade, validation_day, device, initial_seed)
+    return Run(args, config, trainer, days, steps, device, initial_seed, validation)
 
 
 def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
@@ -170,12 +204,17 @@ def _start(run: Run) -> Position:
         arrays, saved = load_state(folder / STATE_FILE)
         run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
         position = Position(**saved)
+        if run.validation is not None:
+            run.best = Best.restored(arrays, position.step)
+            run.saved_best = run.best.step
         before = read_training(folder)
         run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
         _check_position(run, position)
+        _check_best(run)
     remove_results(folder, stages)  # they must not stand beside this training's
     if not resumes:
-        (folder / STATE_FILE).unlink(missing_ok=True)  # first: an old state never stands beside a new config.json
+        remove_state(folder)  # first: an old state never stands beside a new config.json
+    remove_best(folder, {run.saved_best})
     remove_leftovers(folder, stages)
     checksum = run.config["encoding_checksum"]
     if checksum is not None:
@@ -194,6 +233,15 @@ def _check_position(run: Run, position: Position) -> None:
             f"{run.folder / STATE_FILE}: its position, {position}, is none of this training; train again without "
             "--resume"
         )
+
+
+def _check_best(run: Run) -> None:
+    """InputError when the best models that the state names are missing, damaged, or of another run."""
+    if run.keeps_best and run.best.step:
+        for stage in run.trainer.models:
+            folder = best_folder(run.folder, run.best.step)
+            check_same_run(folder / model_file(stage), run.config)
+            load_model(folder, stage)
 
 
 def _can_resume(run: Run) -> bool:
@@ -251,10 +299,12 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
         disable=not sys.stderr.isatty(),
     )  # fmt: skip
     with stop_signals() as stops, progress as bar:
-        for epoch in range(position.epoch, args.epochs):
-            for index in range(position.day if epoch == position.epoch else 0, len(run.days)):
-                position = _train_day(run, replace(position, epoch=epoch, day=index), log, bar, stops)
-            position = replace(position, epoch=epoch, day=len(run.days))
+        while not run.is_exhausted:
+            if position.day == len(run.days):
+                if position.epoch + 1 >= args.epochs:
+                    break
+                position = replace(position, epoch=position.epoch + 1, day=0)
+            position = _train_day(run, position, log, bar, stops)
     if position.skipped:
         logger.warning("%d of %d steps were left out, because they were not finite", position.skipped, position.step)
     return position, log.seconds
@@ -272,6 +322,8 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
         log.add(position.step, day.day, ended - began, terms)
         bar.update(args.batch_size)
+        if _is_due(run, position):
+            _validate(run, position, log)
         if position.step % args.print_freq == 0:
             bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
         if stops:
@@ -282,22 +334,51 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
                 "same command and --resume",
                 stops[0],
             )
+        if run.is_exhausted:
+            break
         began = time.perf_counter()
         if args.save_minutes and began - saved > 60 * args.save_minutes:
             log.flush()
             run.save(replace(position, skipped=log.skipped))
             saved = began = time.perf_counter()
     log.flush()
-    position = replace(position, day=position.day + 1, batch=0, skipped=log.skipped)
+    position = replace(position, skipped=log.skipped)
+    if position.batch == run.steps[position.day]:
+        position = replace(position, day=position.day + 1, batch=0)
     run.save(position)
     return position
 
 
+def _is_due(run: Run, position: Position) -> bool:
+    """Whether a validation follows the step: each --validate_every steps, and after the last of a pass, so that it does
+    not matter whether another pass follows."""
+    after_pass = position.day == len(run.days) - 1 and position.batch == run.steps[position.day]
+    return run.validation is not None and (after_pass or position.step % run.args.validate_every == 0)
+
+
+def _validate(run: Run, position: Position, log: StepLog) -> None:
+    """Measure on the validation day; with --keep=best, models that are the best so far are written beside those that
+    the saved state names, which stay until the next one is saved."""
+    assert run.validation is not None
+    models, stores = run.trainer.models, run.trainer.stores
+    recall, metrics = run.validation.measure(models, stores)
+    log.validated(position.step, metrics)
+    run.best = run.best.after(recall, position.step)
+    if run.keeps_best and run.best.step == position.step:
+        save_trained(best_folder(run.folder, position.step), models, stores, run.note())
+        remove_best(run.folder, {run.saved_best, position.step})
+
+
 def _finish(run: Run, position: Position, seconds: float) -> None:
     """Write the models, and at last what the training took."""
-    run.trainer.flush()
-    note = {"data": run.config["data"], "loss_type": run.args.loss_type, "initial_seed": run.initial_seed}
-    save_trained(run.folder, run.trainer.models, run.trainer.stores, note | run_note(run.config))
+    models, stores = run.trainer.models, run.trainer.stores
+    if run.keeps_best:
+        for stage in models:
+            kept = load_model(best_folder(run.folder, run.best.step), stage)
+            save_models(run.folder, {stage: kept.arrays}, run.note(), kept.ids)
+    else:
+        run.trainer.flush()  # in place: nothing follows
+        save_trained(run.folder, models, stores, run.note())
     cost = {
         "steps": position.step,
         "skipped_steps": position.skipped,
@@ -307,4 +388,16 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
     }
+    if run.validation is not None:
+        cost["validation"] = {
+            "day": run.validation.day.day,
+            "best_joint_recall": run.best.recall,
+            "best_step": run.best.step,
+            "kept_step": run.best.step if run.keeps_best else position.step,
+            "stopped_early": run.is_exhausted,
+        }
+        logger.info(
+            "validation day %s: best joint recall %.4f, after step %d of %d; kept are the models of step %d",
+            run.validation.day.day, run.best.recall, run.best.step, position.step, cost["validation"]["kept_step"],
+        )  # fmt: skip
     write_json(run.folder / COST_FILE, cost)  # last: where it is, all is complete

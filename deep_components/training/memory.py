@@ -38,6 +38,14 @@ def step_bytes(batch_size: int, num_items: int, length: int, nn_units: int, stag
     return batch_size * num_items * per_item * itemsize
 
 
+def validation_bytes(
+    rows: Mapping[str, int], looked_up: Mapping[str, int], dim: int, stages: int, itemsize: int
+) -> tuple[int, int]:
+    """Bytes of a validation: (of the rows that are ``looked_up`` in each table, of all stages at once; of one stage's
+    tables of so many ``rows``, copied while the best models are written)."""
+    return stages * sum(looked_up.values()) * dim * itemsize, sum(rows.values()) * dim * itemsize
+
+
 def check_memory(needed: Mapping[torch.device, int]) -> None:
     """Say what is needed of each device's memory. InputError, with advice, where there is less."""
     for device, size in needed.items():

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deep_components.errors import InputError
 from deep_components.files import read_bytes, write_atomically
-from deep_components.training.tensorboard import ScalarLog
+from deep_components.training.tensorboard import VALIDATION, ScalarLog
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,15 @@ class StepLog:
         self.seconds = sum((seconds for _, seconds in kept.values()), start=0.0)
         write_atomically(path, lambda file: file.write(b"".join(line for line, _ in kept.values())))
         self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
+        self._validated: dict[int, Mapping[str, float]] = {}
 
     def add(self, step: int, day: str, seconds: float, terms: dict[str, Tensor]) -> None:
         """Note a step, its time and the detached terms of its loss."""
         self._waiting.append((step, day, seconds, terms))
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the metrics of the validation after a step that still waits."""
+        self._validated[step] = metrics
 
     def flush(self) -> float:
         """Write what waits and return the last loss. InputError when more steps than may be left out are not finite."""
@@ -59,6 +65,7 @@ class StepLog:
                     self._not_finite(f"{what}, and not finite are {', '.join(broken)}")
                     record["skipped"] = True
                 self.seconds += round(seconds, 6)
+                record |= {f"{VALIDATION}.{name}": value for name, value in self._validated.pop(step, {}).items()}
                 record |= {"seconds": round(seconds, 6), "data": self.origin}
                 file.write(json.dumps(record) + "\n")
                 if self.scalars is not None:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 FOLDER = "tensorboard"
 GRADIENT_NORM = "gradient_norm"
+VALIDATION = "validation"  # begins the names of a validation's metrics
 
 _NO_TERMS = ("step", "day", "data", "seconds", "loss", "skipped")
-_GROUPS = ("weight", GRADIENT_NORM)
+_GROUPS = ("weight", GRADIENT_NORM, VALIDATION)
 
 
 class ScalarLog:
-    """The loss, its terms, weights, gradient norms and speed as scalars over steps."""
+    """The loss, its terms, weights, gradient norms, speed and the metrics of validations as scalars over steps."""
 
     def __init__(self, writer: "SummaryWriter", batch_size: int) -> None:
         self._writer, self._batch_size = writer, batch_size

@@ -1,12 +1,16 @@
 """Curves over time: every step counts once, skipped ones not at all, damaged logs are named."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from deep_components.reporting import curves
-from deep_components.reporting.curves import learning_curves, streaming_curves
+from deep_components.reporting.curves import learning_curves, streaming_curves, validation_curves
+from deep_components.reporting.figures import charts_of
 from deep_components.reporting.frame import label_rows, read_runs
+from deep_components.reporting.page import render
+from deep_components.reporting.results import build_results
 from tests.reporting.fake_runs import write_run, write_steps, write_streaming
 
 JOINT = "joint_recall@10@20"
@@ -60,6 +64,31 @@ def test_a_damaged_log_is_named_and_left_out(content: str, tmp_path: Path) -> No
     problems: list[str] = []
     assert learned(tmp_path, problems)["loss"] == [(1, 1, 1, 1), (2, 2, 2, 2)]
     assert len(problems) == 1 and str(tmp_path / "b") in problems[0]
+
+
+def test_the_validation_day(tmp_path: Path) -> None:
+    """A seed that was stopped early ends the curve; a run without validations has none."""
+    for seed, recalls in ((30, {2: 0.5, 4: 0.7, 6: 0.6}), (31, {2: 0.6, 4: 0.9})):
+        run = write_steps(
+            write_run(tmp_path / str(seed), seed=seed, arguments={"batch_size": 10}), [1.0] * max(recalls)
+        )
+        records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+        for step, recall in recalls.items():
+            records[step - 1][f"validation.{JOINT}"] = recall
+        (run / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_steps(write_run(tmp_path / "other", name="other"), [1, 2])
+    runs, problems = label_rows(read_runs([tmp_path]).runs), list[str]()
+    (curve,) = validation_curves(runs, JOINT, problems).values()
+    assert [tuple(point) for point in curve.itertuples()] == [
+        pytest.approx((20, 0.55, 0.5, 0.6)), pytest.approx((40, 0.8, 0.7, 0.9))
+    ]  # fmt: skip
+    assert list(learned(tmp_path / "30")) == ["loss"]
+    results = build_results(read_runs([tmp_path]))
+    (chart,) = [chart for chart in charts_of(results, []) if chart.kind == "validation"]
+    assert "on the validation day" in render(results, [chart], [])
+    (tmp_path / "31/train.jsonl").write_text(f'{{"step": "x", "loss": 1, "validation.{JOINT}": 0.5}}\n')
+    validation_curves(runs, JOINT, problems)
+    assert len(problems) == 1 and str(tmp_path / "31") in problems[0]
 
 
 def test_a_stream_has_the_days_that_all_seeds_have(tmp_path: Path) -> None:

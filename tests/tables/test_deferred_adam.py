@@ -47,6 +47,23 @@ class Pair:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+def test_who_only_looks_changes_nothing(compiled: bool) -> None:
+    looked, alone = Pair(torch.float32, compiled), Pair(torch.float32, compiled)
+    for rows, values in gradients(60, torch.float32):
+        looked.step(rows, values)
+        alone.step(rows, values)
+        some = rows.unique().flip(0)
+        seen, whole = looked.deferred.peek(some), looked.deferred.values(rows_at_a_time=64)
+        assert torch.equal(seen, whole[some])
+    for name, values in alone.deferred.state().items():
+        assert torch.equal(looked.deferred.state()[name], values), name
+    assert torch.equal(looked.table, alone.table) and not torch.equal(whole, looked.table)
+    alone.deferred.flush()
+    assert torch.equal(whole, alone.table)
+    assert alone.deferred.values().data_ptr() == alone.table.data_ptr()  # up to date: no copy
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_parameters_are_those_of_dense_adam(dtype: torch.dtype, compiled: bool) -> None:
     pair = Pair(dtype, compiled)

@@ -603,8 +603,11 @@ TESTED_BELOW = {
 }
 
 
+OF_VALIDATION = {"validate_every", "keep", "patience"}  # test_validation.py
+
+
 def test_every_flag_is_tested() -> None:
-    shared = {action.dest for action in training_parser("")._actions} - {"help"}
+    shared = {action.dest for action in training_parser("")._actions} - {"help", *OF_VALIDATION}
     assert shared | set(METHOD_OPTIONS) == CHANGES_PARAMETERS.keys() | TESTED_BELOW.keys()
     assert all(test in globals() for test in TESTED_BELOW.values())
 

@@ -44,6 +44,14 @@ def held_bytes(trainer: Trainer, stage: str, pulled: bool) -> int:
     return total
 
 
+def test_a_validation_takes_the_day_s_rows_and_a_copy_of_a_stage() -> None:
+    """8 bytes a number: of two stages 3 rows of 4 numbers, and of one the whole table."""
+    assert memory.validation_bytes({"video": 10}, {"video": 3}, dim=4, stages=2, itemsize=8) == (
+        2 * 3 * 4 * 8,
+        10 * 4 * 8,
+    )
+
+
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
     dim=st.sampled_from([1, 3, 8]),

@@ -46,6 +46,12 @@ def test_the_scalars_are_those_of_the_step_log(log: Path, tmp_path: Path) -> Non
     assert speeds == pytest.approx([BATCH_SIZE / second for second in seconds], rel=1e-5)
 
 
+def test_the_metrics_of_a_validation(log: Path, tmp_path: Path) -> None:
+    run = train(log, tmp_path, "--tensorboard", "--validate_every=1")
+    name = "joint_recall@10@20"
+    assert curves(run)[f"validation/{name}"] == logged(run, f"validation.{name}") != []
+
+
 @pytest.mark.parametrize("stopped_in", [3, 4])
 def test_a_resumed_training_continues_its_curves(
     stopped_in: int, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

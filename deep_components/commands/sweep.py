@@ -1,0 +1,194 @@
+"""Choose hyper-parameters: train every method with as many settings of a grid, compare them on the validation day.
+
+    lcron sweep --cascade=two_stage --data_dir=LOG --output_dir=D --methods=lcron,arf_v2 \\
+        --grid=lr=0.005,0.01,0.02 --grid=lcron:tau=20,50 --grid=arf_v2:tau=100,200 --budget=6
+
+The validation day is the last training day, which is not trained on (--validation of `lcron experiments`); the test day
+is never read. Trainings are kept in D as those of `lcron experiments` are, whose arguments this command takes too: the
+same command goes on where it was stopped. It writes D/sweep.json, and prints the table of all settings and the command
+that tests each method's best one.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deep_components import run_experiments
+from deep_components.arguments import positive_int
+from deep_components.cli import Parser, run_command, write_out
+from deep_components.errors import InputError
+from deep_components.experiments.execution import Outcome
+from deep_components.experiments.plan import Method, Run, make_plan, parse_training
+from deep_components.experiments.sweep import Trial, axis_of, trials_of
+from deep_components.files import write_json
+from deep_components.reporting.sweep import sweep_document
+from deep_components.reporting.tables import text
+from deep_components.runs.records import read_folder
+
+SWEEP_FILE = "sweep.json"
+SEED = "--seeds=30"
+
+_NO_PLACE = {
+    "streaming": "the validation day alone counts",
+    "test_day": "the test day is not read",
+    "run_list": "sweep.json lists the runs",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other arguments are those of `lcron experiments`, --output_dir among them, which must be given.",
+    )
+    parser.add_argument("--grid", action="append", required=True, metavar="[METHOD:]OPTION=V,V",
+                        help="values of a training's option to try, with all values of the others; of all methods, or "
+                        "of one; once for each option")  # fmt: skip
+    parser.add_argument("--budget", type=positive_int, required=True, metavar="N",
+                        help="trainings of each method at most; of a larger grid a random part is tried")  # fmt: skip
+    parser.add_argument("--sample_seed", type=int, default=0, help="which part that is (default 0)")
+    return parser
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace, list[Method], list[str]]:
+    """The sweep's own arguments; and those of run_experiments, the methods, and the user's for the training."""
+    ours, users = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    first = next((index for index, word in enumerate(ours) if word.startswith("--method=")), len(ours))
+    own, others = _parser().parse_known_args([*ours[:first], *users])
+    runner = ["--validation", "--no-untrained", SEED, *others, *ours[first:]]
+    args, methods, training = run_experiments.parse_args(runner)
+    for name, why in _NO_PLACE.items():
+        if getattr(args, name):
+            raise InputError(f"--{name} has no place in a sweep, where {why}; leave it out")
+    if args.output_dir is None:
+        raise InputError("--output_dir is missing; name a folder for the sweep's runs")
+    args.several = True  # each setting has a folder of its own
+    own.axes = [axis_of(grid) for grid in own.grid]
+    given = {word.partition("=")[0] for word in training}
+    for axis in own.axes:
+        if f"--{axis.name}" in given:
+            raise InputError(f"--{axis.name} would take the place of the values of {axis}; leave out one of them")
+    return own, args, methods, training
+
+
+def _check_different(trials: Sequence[Trial], runs: Sequence[Run]) -> None:
+    """InputError when two settings of a method are the same, as 0.01 and 0.010 are: the budget would not be equal."""
+    seen: dict[tuple[str, str], Trial] = {}
+    for trial, run in zip(trials, runs, strict=False):  # the first seed's
+        key = run.name, str(run.config["arguments"])
+        if key in seen:
+            one, other = (" ".join(f"--{n}={v}" for n, v in t.setting.items()) for t in (seen[key], trial))
+            raise InputError(f"--grid: {one} and {other} of {run.name} are the same; leave one of them out")
+        seen[key] = trial
+
+
+def _trial(trial: Trial, outcomes: Sequence[Outcome], folder: Path) -> dict[str, Any]:
+    """What sweep.json says of a trial."""
+    found = {outcome.run.seed: read_folder(outcome.run.folder).metrics for outcome in outcomes if outcome.done}
+    values = {str(seed): metrics[_metric(metrics)] for seed, metrics in found.items()}
+    complete = len(values) == len(outcomes) and None not in values.values()
+    recalls = list(values.values()) if complete else []
+    errors = dict.fromkeys(f"{outcome.run.title}: {outcome.error}" for outcome in outcomes if not outcome.done)
+    return {
+        "method": trial.method.name,
+        "arguments": dict(trial.setting),
+        "values": values,
+        "mean": float(np.mean(recalls)) if recalls else None,
+        "std": float(np.std(recalls, ddof=1)) if len(recalls) > 1 else None,
+        "folders": [str(outcome.run.folder.relative_to(folder)) for outcome in outcomes],
+        "error": "; ".join(errors),
+        "chosen": False,
+    }
+
+
+def _metric(metrics: Mapping[str, Any]) -> str:
+    return next(name for name in metrics if name.startswith("joint_recall@"))
+
+
+def _choose(trials: Sequence[dict[str, Any]]) -> None:
+    """Mark the best trial of each method; of equal ones the first."""
+    for name in dict.fromkeys(trial["method"] for trial in trials):
+        complete = [trial for trial in trials if trial["method"] == name and trial["mean"] is not None]
+        if complete:
+            max(complete, key=lambda trial: trial["mean"])["chosen"] = True
+
+
+def _command(
+    args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str], trials: Sequence[Mapping[str, Any]]
+) -> str:
+    """The command that trains the chosen settings on all training days and tests them; "" where there is none."""
+    stated = len(args.cascade_words) + 1 if args.cascade_words else 0  # run_experiments says these words itself
+    words = list[str]()
+    for method in methods:
+        for trial in trials:
+            if trial["chosen"] and trial["method"] == method.name:
+                setting = [f"--{name}={value}" for name, value in trial["arguments"].items()]
+                words += [f"--method={method.name}", *method.arguments[stated:], *setting]
+    commands = (f"--setting={args.setting}", f"--train={args.train}", f"--evaluate={args.evaluate}")
+    user = [f"--data_dir={args.data_dir.absolute()}", f"--output_dir={args.output_dir.absolute()}_test"]
+    user += [f"--batch_divisor={args.batch_divisor}"] if args.batch_divisor > 1 else []
+    named = args.cascade_words or commands
+    return shlex.join(["lcron", "experiments", *named, *words, "--", *user, *training]) if words else ""
+
+
+def _content(
+    own: argparse.Namespace, args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str],
+    trials: Sequence[Trial], outcomes: Sequence[Outcome],
+) -> dict[str, Any]:  # fmt: skip
+    """sweep.json."""
+    of_trial = [outcomes[index :: len(trials)] for index in range(len(trials))]
+    folder = args.output_dir.absolute()
+    made = [_trial(trial, found, folder) for trial, found in zip(trials, of_trial, strict=True)]
+    _choose(made)
+    done = [read_folder(outcome.run.folder).metrics for outcome in outcomes if outcome.done]
+    part = outcomes[0].run.parts[0]
+    return {
+        "setting": args.setting,
+        "data": outcomes[0].run.config["data"],
+        "data_dir": str(args.data_dir.absolute()),
+        "train_days": list(part.train_days),
+        "validation_day": part.test_day,
+        "metric": _metric(done[0]) if done else "joint recall",
+        "budget": own.budget,
+        "sample_seed": own.sample_seed,
+        "grid": [str(axis).removeprefix("--grid=") for axis in own.axes],
+        "seeds": args.seeds,
+        "warnings": sorted({str(metrics["warning"]) for metrics in done if "warning" in metrics}),
+        "trials": made,
+        "command": _command(args, methods, training, made),
+    }
+
+
+def main(argv: list[str]) -> None:
+    own, args, methods, training = parse_args(argv)
+    trials = trials_of(methods, own.axes, own.budget, len(args.seeds), own.sample_seed)
+    planned = [trial.planned() for trial in trials]
+    parse_training(args, planned, training)
+    if args.check:
+        return
+    runs = make_plan(args, planned, training)
+    _check_different(trials, runs)
+    logger.info(
+        "%d settings of each of %d methods, %d seeds each: %d trainings",
+        len(trials) // len(methods), len(methods), len(args.seeds), len(runs),
+    )  # fmt: skip
+    outcomes = run_experiments.make_runs(args, runs)
+    content = _content(own, args, methods, training, trials, outcomes)
+    write_json(args.output_dir / SWEEP_FILE, content)
+    write_out(text(partial(sweep_document, content)))
+    code = run_experiments.report_failures(outcomes)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
