@@ -170,7 +170,7 @@ def test_a_wrong_request_leaves_the_output_as_it_was(bundle: Path, requests: Pat
 
 def test_a_file_without_rows_is_refused(bundle: Path, requests: Path, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"customer": pa.array([], pa.string())}), requests)
-    with pytest.raises(InputError, match="r.parquet: holds no row"):
+    with pytest.raises(InputError, match=r"r\.parquet: holds no row"):
         run(bundle, requests, tmp_path / "o.parquet")
     assert not (tmp_path / "o.parquet").exists()
 
