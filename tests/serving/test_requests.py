@@ -250,7 +250,9 @@ def test_lists_of_the_logs_own(listed: RequestEncoder) -> None:
     assert [rows.tolist() for rows in top.seen] == [[0, 3]]
     filled = encoded(listed, {"clicks": ["p1", "p4"]})
     same(filled, encoded(listed, {"clicks": ["p1", "p4"], "click_brands": [7, 7]}))
-    assert not encoded(listed, {"clicks": ""}).history["mask"].any()
+    empty: list[dict[str, Any]] = [{"clicks": ""}, {"clicks": [], "click_brands": []}, {"clicks": None, "history": []}]
+    for nothing in empty:
+        assert not encoded(listed, nothing).history["mask"].any()
 
 
 def test_a_log_without_histories_still_knows_what_was_seen() -> None:
