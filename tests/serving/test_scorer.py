@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from deep_components.dataset.log import open_log
@@ -38,6 +39,21 @@ def _items(fields: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """The items of each request."""
     count = len(next(iter(fields.values())))
     return [{name: values[row].numpy() for name, values in fields.items()} for row in range(count)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_scores_on_a_gpu(recflow: Trained, recflow_bundle: Path) -> None:
+    on_cpu, on_gpu = (Bundle.load(recflow_bundle, device=device) for device in ("cpu", "cuda"))
+    log = open_log(recflow.log)
+    features = (
+        log.open_day(log.days()[-1], on_cpu.cascade, None, on_cpu.manifest["zone"], 5).batch(np.arange(40)).features
+    )
+    for stage in on_cpu.cascade.stage_names:
+        np.testing.assert_allclose(
+            on_gpu.scorer.scores(stage, features), on_cpu.scorer.scores(stage, features), atol=1e-5
+        )
+    users = on_cpu.scorer.user_vectors_of(features)
+    np.testing.assert_allclose(on_gpu.index.search(users, 9)[0], on_cpu.index.search(users, 9)[0], atol=1e-4)
 
 
 def test_the_test_day_has_ids_that_were_never_trained(recflow: Trained, recflow_bundle: Path) -> None:
