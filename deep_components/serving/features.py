@@ -328,7 +328,7 @@ redis.call('ZADD', KEYS[2], 0, ARGV[2])
 
 
 class RedisFeatures:
-    """A :class:`FeatureStore` in a Redis 5 or later: a key a user, and a sorted set of all users.
+    """A :class:`FeatureStore` in a Redis 6 or later: a key a user, and a sorted set of all users.
 
     Each method is one round trip. Nothing is tried twice: an append whose answer was lost may have taken place."""
 

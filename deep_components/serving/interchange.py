@@ -1,8 +1,8 @@
 """A cascade's stages for other programs: ONNX graphs and torch.export programs, embedding tables included.
 
 A graph takes what an encoding makes of raw values, with a table's rows for indices where the table is compacted, and
-gives scores [B, N]; B, N and L are free. Of a stage that scores by vectors there are graphs for those of users and of
-items besides. Every file is compared with the models before it is put where a user finds it.
+gives scores [B, N]; B, N and L are free, from 1. Of a first stage that scores by vectors there are graphs for those of
+users and of items besides. Every file is compared with the models before it is put where a user finds it.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -189,9 +189,10 @@ def export_graphs(
 
 
 def _targets(scorer: Scorer) -> Iterator[_Target]:
+    first = scorer.cascade.stages[0].name  # the one that an index searches for
     for stage, model in scorer.models.items():
         yield _Target(stage, stage, "scores")
-        if hasattr(model, "user_vectors") and hasattr(model, "item_vectors"):
+        if stage == first and hasattr(model, "user_vectors") and hasattr(model, "item_vectors"):
             yield _Target(f"{stage}.user", stage, "users")
             yield _Target(f"{stage}.item", stage, "items")
 
@@ -228,20 +229,28 @@ def _export(scorer: Scorer, target: _Target, folder: Path, checks: Sequence["_Ch
     return {"stage": target.stage, "inputs": listed, "output": target.output, "largest_difference": found}
 
 
+_QUIET = {
+    "torch.onnx._internal.exporter._registration": logging.ERROR,  # that there is no torchvision
+    "onnx_ir": logging.WARNING,  # each step of the graph's simplification
+    "onnxscript": logging.WARNING,
+}
+
+
 @contextmanager
 def _known_warnings() -> Iterator[None]:
-    """Without what torch's own exporter is told by torch's own code, by the absence of torchvision, and because inputs
-    share an axis, whose name is one."""
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry.level
-    registry.setLevel(logging.ERROR)
+    """Without what the exporter always says: of itself, of torch's own code, and that inputs share an axis, whose name
+    is one."""
+    before = {name: logging.getLogger(name).level for name in _QUIET}
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             warnings.filterwarnings("ignore", r"# The axis name: (\w+) will not be used, .* another axis: \1\.")
             yield
     finally:
-        registry.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager
@@ -356,9 +365,10 @@ def _checks(scorer: Scorer, target: _Target, samples: Sequence[Features]) -> lis
     give for them."""
     made = []
     for sample in samples:
+        sample = _with_position(sample, scorer.schema)
         batch, items = next(iter(sample.item.values())).shape[:2]
         length = sample.history_mask.shape[1]
-        sizes = [(batch, items, length), (1, items, min(length, 1)), (min(batch, 2), 1, length)]
+        sizes = [(batch, items, length), (1, items, 1), (min(batch, 2), 1, length)]
         for size in sorted(set(sizes)):
             features = _piece(_with_rows(scorer, sample), *size)
             made.append(_Check(_rows(scorer, features, target.output), _expected(scorer, target, features)))
@@ -374,6 +384,18 @@ def _piece(features: Features, batch: int, items: int, length: int) -> Features:
         {name: values[:batch, :items] for name, values in features.item.items()},
         features.history_mask[:batch, first:],
     )
+
+
+def _with_position(features: Features, schema: Schema) -> Features:
+    """The same, for models of empty histories with a position that is padding: graphs need one."""
+    mask = features.history_mask
+    if mask.shape[1]:
+        return features
+    history = {
+        field.name: (values := features.history[field.name]).new_full((len(mask), 1, *values.shape[2:]), field.padding)
+        for field in schema.side("history")
+    }
+    return replace(features, history=history, history_mask=mask.new_zeros(len(mask), 1))
 
 
 def _with_rows(scorer: Scorer, features: Features) -> Features:
@@ -426,8 +448,10 @@ def _onnx_function(path: Path) -> Any:
         except errors as error:
             raise RuntimeError(f"onnxruntime: {error}") from error
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it writes to stderr is in its errors too
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except errors as error:
         raise RuntimeError(f"onnxruntime: {error}") from error
     names = [entry.name for entry in session.get_inputs()]

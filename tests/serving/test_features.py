@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -194,6 +195,14 @@ def test_a_request_s_own_fields_win() -> None:
     assert merged({"age": 4}, None) == {"age": 4}
     assert merged({"clicks": [7]}, stored, ["clicks"]) == {"age": 3, "city": "Ulm", "clicks": [7]}
     assert merged({"clicks": None}, stored, ["clicks"])["history"] == events(1)
+
+
+def test_the_page_s_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "docs/serving.md").read_text().split("\n## User histories\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(block, {})
+    assert f"```\n{capsys.readouterr().out}```" in section
 
 
 # ---- SQLite ----------------------------------------------------------------------------------------------------------

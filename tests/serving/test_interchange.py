@@ -1,6 +1,9 @@
 """ONNX graphs and torch.export programs: equal to the models, for any sizes, and made of standard operators."""
 
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,7 @@ SCHEMA = Schema(
         Field("tags", "item", size=9, length=3),
     )
 )
+ROOT = Path(__file__).parents[2]
 GROUPS = (Group("shown", 2), Group("rest", 3))
 ROWS = np.array([0, 1, 3, 5, 7])  # of the compacted table product, whose unknown row is 1
 
@@ -100,7 +104,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     (folder / "old.onnx").touch()  # all is replaced
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interchange, "_LARGE", 4096)  # bytes
-        export_graphs(made, folder, samples(), {"version": "v1"})
+        without_history = random_batch(SCHEMA, 2, 3, length=0).features
+        export_graphs(made, folder, [*samples(), without_history], {"version": "v1"})
     return Exported(folder, made, read_json(folder / "manifest.json", must_have_checksum=True))
 
 
@@ -108,7 +113,14 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 def recflow_graphs(recflow: Trained, recflow_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A bundle's, by the command; the tables are compacted, without rows for unknown ids."""
     copy = Path(shutil.copytree(recflow_bundle, tmp_path_factory.mktemp("onnx") / "bundle"))
-    assert commands.main(["export", "onnx", f"--bundle={copy}", f"--data_dir={recflow.log}"]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "deep_components", "export", "onnx", f"--bundle={copy}", f"--data_dir={recflow.log}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    differences = [line.split(": differs from the model by at most ") for line in done.stderr.splitlines()]
+    assert sorted(path for path, _ in differences) == sorted(
+        map(str, [*copy.glob("onnx/*.onnx"), *copy.glob("onnx/*.pt2")])
+    )
     manifest = read_json(copy / "onnx/manifest.json", must_have_checksum=True)
     return Exported(copy / "onnx", Bundle.load(copy).scorer, manifest)
 
@@ -239,7 +251,7 @@ def test_graphs_are_of_standard_operators_and_know_no_machine(exported: Exported
         assert {node.domain for node in model.graph.node} == {""} and not model.functions
         assert not [node.name for node in model.graph.node if node.metadata_props]
     for path in exported.folder.iterdir():
-        assert str(Path(interchange.__file__).parents[2]).encode() not in path.read_bytes()
+        assert str(ROOT).encode() not in path.read_bytes()
 
 
 def test_large_tables_lie_in_a_file_beside(own: Exported) -> None:
@@ -298,3 +310,18 @@ def test_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_another_log(recflow_bundle: Path, shop: Trained) -> None:
     with pytest.raises(InputError, match="its fields or id counts differ from those of the bundle"):
         export_bundle(recflow_bundle, data_dir=shop.log)
+
+
+def test_the_page_s_code(
+    recflow: Trained, recflow_graphs: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    shutil.copytree(recflow_graphs.folder.parent, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(["features", "--bundle=bundle", f"--data_dir={recflow.log}"]) == 0
+    capsys.readouterr()
+    section = (ROOT / "docs/serving.md").read_text().split("\n## ONNX and torch.export\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 1)[0] for line in lines] == ["retrieval (1, 100)", "rank (1, 100)"]
