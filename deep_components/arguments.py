@@ -23,6 +23,8 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
+LOGGED_ITEMS = ""  # what --corpus alone says
+INDEXES = ("flat", "ivf", "hnsw")
 # The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
 SCRIPT_OPTIONS = (
     *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),
@@ -66,6 +68,14 @@ def folder(text: str) -> Path:
 
 def _quotas(text: str) -> list[int]:
     return [_positive_int(part) for part in text.split(",")]
+
+
+def _indexes(text: str) -> list[str]:
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind not in INDEXES:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(kind)} is none of {', '.join(INDEXES)}")
+    return kinds
 
 
 def _days(text: str) -> list[str]:
@@ -124,6 +134,16 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
+    corpus = parser.add_argument_group("over a whole corpus (docs/serving.md)")
+    corpus.add_argument("--corpus", nargs="?", const=LOGGED_ITEMS, metavar="ITEMS",
+                        help="also evaluate on all items of this file or folder; alone: of the log")  # fmt: skip
+    corpus.add_argument("--item", metavar="COLUMN", help="what names an item (default: as the log was imported)")
+    corpus.add_argument(
+        "--quotas", type=_quotas, metavar="Q1,Q2", help="items that the stages keep (default: the run's)"
+    )
+    corpus.add_argument("--filter_seen", action="store_true", help="leave out the items of a request's own history")
+    corpus.add_argument("--index", type=_indexes, default=[], metavar="ivf,hnsw",
+                        help=f"also measure what these indexes lose: {', '.join(INDEXES)}")  # fmt: skip
     return parser
 
 
