@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from deep_components.cascade import Cascade
 from deep_components.errors import InputError
-from deep_components.models import parameter_shapes
+from deep_components.models import build_models, parameter_shapes
 from deep_components.runs.folder import CONFIG_FILE, model_file
-from deep_components.runs.state import TABLE, SavedModel, load_model, save_models, saved_shapes
+from deep_components.runs.state import TABLE, SavedModel, load_model, save_models, saved_ids, saved_shapes
 from deep_components.schema import Schema
-from deep_components.tables.store import EmbeddingStore
+from deep_components.tables.id_set import IdSet
+from deep_components.tables.store import EmbeddingStore, build_stores
 
 
 def as_array(values: Tensor) -> np.ndarray:
@@ -36,6 +37,33 @@ def save_trained(
     }
     ids = next(iter(stores.values())).ids
     save_models(run, arrays, note, {table: known.ids() for table, known in ids.items()})
+
+
+def trained_models(
+    run: Path,
+    cascade: Cascade,
+    schema: Schema,
+    emb_dim: int,
+    nn_units: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: Mapping[str, IdSet],
+) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], int | None]:
+    """The models and tables in a folder, to score with: their tables have rows for ``ids`` (other tables for all), and
+    the seed is that of :func:`load_trained`. Give sizes that :func:`check_sizes`
+    has seen. InputError when a file is missing or damaged."""
+    models = build_models(cascade, schema, emb_dim, nn_units, None)
+    stores = build_stores(cascade, schema, emb_dim, None, ids)
+    for stage, model in models.items():
+        model.to(device=device, dtype=dtype).eval()
+        stores[stage].to(device, dtype)
+    return models, stores, load_trained(run, models, stores)
+
+
+def trained_ids(run: Path, cascade: Cascade, schema: Schema) -> dict[str, IdSet]:
+    """The ids that the training has seen, of the tables that its files have rows of such ids only for."""
+    seen = saved_ids(run, cascade.stage_names[0])[0]
+    return {name: IdSet.of([seen[name]], table.size) for name, table in schema.tables.items() if name in seen}
 
 
 @torch.no_grad()

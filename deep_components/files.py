@@ -63,6 +63,35 @@ def npy_header(beginning: bytes, size: int) -> tuple[np.dtype, tuple[int, ...], 
     return dtype, shape, header.end()
 
 
+class NpyWriter:
+    """Writes a .npy file of a known shape piece by piece, as np.save would; a context."""
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self._left = path, dtype, shape[0]
+        self._file = path.open("xb")
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, values: np.ndarray) -> None:
+        """Append rows."""
+        self._left -= len(values)
+        self._file.write(np.ascontiguousarray(values, self.dtype).data)
+
+    def __enter__(self) -> "NpyWriter":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        assert kind is not None or self._left == 0
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array in a .npy file, mapped read-only; ValueError or OSError when it is none that np.save writes."""
+    with open(path, "rb", opener=regular) as file:
+        dtype, shape, start = npy_header(file.read(1 << 10), os.fstat(file.fileno()).st_size)
+    return np.memmap(path, dtype, "r", start, shape).view(np.ndarray)
+
+
 def make_folder(path: Path) -> None:
     """Make ``path`` and its parents unless they are there. InputError when that cannot be done."""
     try:

@@ -25,6 +25,8 @@ COMMANDS = {
     "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
     "import movielens": ("dataset.importers.movielens", "make a log from MovieLens-1M"),
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
+    "export": ("commands.export", "make a bundle that serves a run: its models, corpus and index (docs/serving.md)"),
+    "index": ("commands.index", "give a bundle another corpus, without training"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),
 }
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0
     for words in (2, 1):
-        wrong = words == 1 and argv[:1] == ["import"] and argv[1:] and not argv[1].startswith("-")
+        wrong = words == 1 and argv[:1] in (["import"], ["export"]) and argv[1:] and not argv[1].startswith("-")
         if (name := " ".join(argv[:words])) in COMMANDS and not wrong:  # import movieles: no argument, but misspelt
             os.environ.update(short_waits())
             module = importlib.import_module(f"deep_components.{COMMANDS[name][0]}")

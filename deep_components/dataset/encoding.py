@@ -1,7 +1,8 @@
 """From raw values, as a company's tables and requests have them, to what models take: indices and scaled numbers.
 
 An :class:`Encoding` is learnt by an importer from the training days, saved beside the data and with every run, and
-knows no training: a service encodes raw values with it just as the importer did.
+knows no training: a service encodes raw values with it just as the importer did. Logs that have none are encoded by an
+:class:`IndexEncoding`, or importers/recflow.py's, which have the same interface, :class:`RawEncoding`.
 
 An id is known by a 64-bit key of its value in the field's type: SplitMix64's finalizer of an integer, and of a text's
 SipHash-2-4 (of its UTF-8 bytes, under the key ``0123456789123456``); pandas calls this ``hash_array``. Integers do not
@@ -11,11 +12,12 @@ in the training days, or not there.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +75,15 @@ class FieldEncoding:
         return (self.name, f"{self.name}_missing") if self.has_missing and self.edges is None else (self.name,)
 
     @property
+    def csv_type(self) -> pa.DataType:
+        """What a column of CSV is read as."""
+        if self.kind == "id":
+            return pa.int64() if self.type == "integer" and not self.length else pa.string()
+        if self.kind == "number":
+            return pa.float64()
+        return {None: pa.string(), "s": pa.float64()}.get(self.time_unit, pa.int64())
+
+    @property
     def dtype(self) -> np.dtype:
         """Of its raw values: keys, numbers, or microseconds since 1970."""
         return np.dtype({"id": np.uint64, "number": np.float64, "time": np.int64}[self.kind])
@@ -83,14 +94,47 @@ class FieldEncoding:
         return {"id": NO_VALUE, "number": np.nan, "time": NO_TIME}[self.kind]
 
 
+class RawEncoding(Protocol):
+    """What turns raw columns into the fields of a schema.
+
+    ``item``, ``user`` and ``time`` are the raw columns that name an item, a user, and a request's time; "" where none
+    does. ``history_length`` is L: of an event list the latest so many count.
+    """
+
+    history_length: int
+    item: str
+    user: str
+    time: str
+
+    @property
+    def schema(self) -> Schema:
+        """The fields that models see."""
+
+    def columns(self, side: str) -> dict[str, pa.DataType | None]:
+        """The raw columns of a side, each once, and the type that CSV files are read with; None: any."""
+
+    def encode(self, side: str, columns: Mapping[str, pa.Array]) -> dict[str, np.ndarray]:
+        """The fields of a side from raw columns of n values each: [n], lists [n, G], ids and times integers below
+        their table's size, numbers float32.
+
+        Columns of side "history" hold a list of events a value, the latest last: [n, L], and under "mask" where there
+        is an event; elsewhere stands 0. An id that no table has a row for becomes the unknown row, or padding where the
+        table has none. InputError for a column that is missing or holds what its field cannot.
+        """
+
+    def save(self, folder: Path) -> None:
+        """Write the encoding to a folder. InputError when that cannot be done."""
+
+
 class Encoding:
-    """How a log's raw values become indices and numbers.
+    """How a log's raw values become indices and numbers, learnt from a table (:class:`RawEncoding`).
 
     Args:
         entries: the log's fields.
         vocabularies: table -> its sorted uint64 keys, for tables of ids.
         zone: the log's time zone.
         history_length: L, events of a history.
+        item, user, time: columns, see :class:`RawEncoding`.
     """
 
     def __init__(
@@ -99,12 +143,24 @@ class Encoding:
         vocabularies: Mapping[str, np.ndarray],
         zone: str = "UTC",
         history_length: int = 0,
+        item: str = "",
+        user: str = "",
+        time: str = "",
     ) -> None:
         self.entries, self.vocabularies = tuple(entries), dict(vocabularies)
         self.zone, self.history_length = zone, history_length
+        self.item, self.user, self.time = item, user, time
 
     def side(self, side: str) -> tuple[FieldEncoding, ...]:
         return tuple(entry for entry in self.entries if entry.side == side)
+
+    def columns(self, side: str) -> dict[str, pa.DataType | None]:
+        """See :class:`RawEncoding`."""
+        types: dict[str, pa.DataType | None] = {}
+        for entry in self.side(side):
+            kind = entry.csv_type
+            types[entry.column] = kind if types.get(entry.column, kind) == kind else pa.string()
+        return types
 
     @cached_property
     def schema(self) -> Schema:
@@ -123,25 +179,20 @@ class Encoding:
         return Field(name, entry.side, kind, FIRST + known, PADDING, UNKNOWN, table, length=entry.length)
 
     def encode(self, side: str, columns: Mapping[str, pa.Array]) -> dict[str, np.ndarray]:
-        """The fields of a side from the log's columns, n values each: [n], lists [n, G].
-
-        Columns of side "history" hold a list of events a value, the latest last: [n, L], and under "mask" where there
-        is an event. InputError for a column that is missing or holds what its field cannot.
-        """
+        """See :class:`RawEncoding`."""
         made: dict[str, np.ndarray] = {}
         for entry in self.side(side):
-            if entry.column not in columns:
-                raise InputError(f"column {entry.column}: missing; field {entry.name} of side {side} needs it")
-            try:
-                column = combined(columns[entry.column])
+            with column_of(columns, entry.column, entry.name, side) as column:
                 if side == "history":
                     raw, counts = raw_history(entry, column, self.history_length, self.zone)
-                    made["mask"] = np.arange(self.history_length, 0, -1) <= counts[:, None]
                 else:
                     raw = raw_values(entry, column, self.zone)
-            except (ValueError, pa.ArrowException) as error:
-                raise InputError(f"column {entry.column}: {first_line(error)}; give what the log has") from error
-            made |= self.finished(entry, raw)
+            fields = self.finished(entry, raw)
+            if side == "history":
+                made["mask"] = np.arange(self.history_length, 0, -1) <= counts[:, None]
+                for values in fields.values():  # as the importer leaves it: what is no event is 0, not unknown
+                    values[~made["mask"]] = 0
+            made |= fields
         return made
 
     def finished(self, entry: FieldEncoding, raw: np.ndarray) -> dict[str, np.ndarray]:
@@ -172,7 +223,8 @@ class Encoding:
                 tables[table] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror}); name another folder") from error
-        content = {"version": _VERSION, "time_zone": self.zone, "history_length": self.history_length}
+        content: dict[str, Any] = {"version": _VERSION, "time_zone": self.zone, "history_length": self.history_length}
+        content |= {"item": self.item, "user": self.user, "time": self.time}
         content |= {"fields": [asdict(entry) for entry in self.entries], "tables": tables}
         write_json(folder / ENCODING_FILE, content)
 
@@ -188,13 +240,16 @@ class Encoding:
             entries = [_entry(listed) for listed in content["fields"]]
             tables = {table: (entry["size"], entry["sha256"]) for table, entry in content["tables"].items()}
             length = content["history_length"]
+            named = {name: content.get(name, "") for name in ("item", "user", "time")}  # files of 0.2.0 name none
+            if not all(isinstance(column, str) for column in named.values()):
+                raise ValueError("item, user or time is no column's name")
             if type(length) is not int or not all(table.isidentifier() for table in tables):
                 raise ValueError("history_length is no number, or a table no identifier")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = first_line(error)
             raise InputError(f"{path}: not a readable encoding ({reason}); import the log again") from error
         vocabularies = {table: _vocabulary(folder / f"{table}.npy", *sums) for table, sums in tables.items()}
-        encoding = cls(entries, vocabularies, content["time_zone"], length)
+        encoding = cls(entries, vocabularies, content["time_zone"], length, **named)
         try:
             encoding.schema  # noqa: B018  that the fields fit together
         except (KeyError, ValueError) as error:
@@ -233,7 +288,116 @@ def _vocabulary(path: Path, size: int, sha256: str) -> np.ndarray:
     return keys
 
 
+class IndexEncoding:
+    """The encoding of days that were written as indices (docs/format.md): a raw column is a field of the schema, and
+    holds its indices or numbers (:class:`RawEncoding`).
+
+    Args:
+        schema: the fields.
+        history_length: L.
+        item: the field that names an item; by default the one of kind id with the largest table.
+    """
+
+    time = ""
+
+    def __init__(self, schema: Schema, history_length: int = 0, item: str | None = None) -> None:
+        self.schema, self.history_length = schema, history_length
+        self.item = _largest(schema, "item") if item is None else item
+        self.user = _largest(schema, "request")
+
+    def columns(self, side: str) -> dict[str, pa.DataType | None]:
+        """See :class:`RawEncoding`."""
+        return {f.name: pa.int64() if f.table else pa.float64() for f in self.schema.side(side)}
+
+    def encode(self, side: str, columns: Mapping[str, pa.Array]) -> dict[str, np.ndarray]:
+        """See :class:`RawEncoding`."""
+        made: dict[str, np.ndarray] = {}
+        for field in self.schema.side(side):
+            with column_of(columns, field.name, field.name, side) as column:
+                if side == "history":
+                    flat, counts = flattened(column)
+                    values = aligned(_indices(field, flat), counts, self.history_length, 0, latest=True)
+                    made["mask"] = np.arange(self.history_length, 0, -1) <= counts[:, None]
+                else:
+                    values = _indices(field, column)
+            made[field.name] = values
+        return made
+
+    def save(self, folder: Path) -> None:
+        """See :class:`RawEncoding`."""
+        content = {"version": _VERSION, "kind": "index", "schema": self.schema.to_json()}
+        write_json(folder / ENCODING_FILE, content | {"history_length": self.history_length, "item": self.item})
+
+    @classmethod
+    def load(cls, folder: Path) -> "IndexEncoding":
+        """What :meth:`save` wrote. InputError when it is damaged."""
+        content, schema = plain_encoding(folder, "index", item=str, history_length=int)
+        return cls(schema, content["history_length"], content["item"])
+
+
+def plain_encoding(folder: Path, kind: str, **fields: type) -> tuple[dict[str, Any], Schema]:
+    """The content of an encoding.json of this kind that has a schema and these fields. InputError when it has not."""
+    path = folder / ENCODING_FILE
+    try:
+        content = read_json(path, must_have_checksum=True)
+        if (content["version"], content["kind"]) != (_VERSION, kind):
+            raise ValueError(f"version {content['version']!r} of kind {content['kind']!r}")
+        for name, wanted in fields.items():
+            if type(content[name]) is not wanted:
+                raise ValueError(f"{name} is {content[name]!r}")
+        return content, Schema.from_json(content["schema"], str(path))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable encoding ({first_line(error)}); export the run again") from error
+
+
+def encoding_kind(folder: Path) -> str:
+    """The kind of encoding that a folder holds: "learnt", or what plain_encoding's file says. InputError when it is not
+    readable."""
+    path = folder / ENCODING_FILE
+    try:
+        return str(read_json(path, must_have_checksum=True).get("kind", "learnt"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable encoding ({first_line(error)}); make it again") from error
+
+
+def _largest(schema: Schema, side: str) -> str:
+    """The field of kind id with the largest table; "" where the side has none."""
+    ids = [field for field in schema.side(side) if field.kind == "id" and not field.length]
+    return max(ids, key=lambda field: field.size).name if ids else ""
+
+
+def _indices(field: Field, column: pa.Array) -> np.ndarray:
+    """A column of indices or numbers: [n], of a list field [n, G]."""
+    if not field.table:
+        numbers = numbers_of(column)
+        return np.where(np.isnan(numbers), 0, numbers).astype(np.float32)
+    if field.length:
+        flat, counts = flattened(column)
+        return aligned(in_table(field, *integers_of(flat)), counts, field.length, field.padding)
+    return in_table(field, *integers_of(column))
+
+
+def in_table(field: Field, ids: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """Indices, int64: those that are missing or beyond the field's table become the unknown one, or padding."""
+    other = field.padding if field.unknown is None else field.unknown
+    return np.where(missing | (ids < 0) | (ids >= field.size), other, ids)
+
+
 # ---- raw columns -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def column_of(columns: Mapping[str, pa.Array], name: str, field: str, side: str) -> Iterator[pa.Array]:
+    """One of the raw columns, as one array. InputError when it is missing, or the block finds values that its field
+    cannot hold."""
+    if name not in columns:
+        raise InputError(f"column {name}: missing; field {field} of side {side} needs it")
+    try:
+        yield combined(columns[name])
+    except (ValueError, pa.ArrowException) as error:
+        raise InputError(f"column {name}: {first_line(error)}; give what the log has") from error
 
 
 def raw_values(entry: FieldEncoding, column: pa.Array, zone: str) -> np.ndarray:

@@ -21,7 +21,8 @@ from typing import Any
 from deep_components.cascade import Cascade
 from deep_components.dataset.clock import DEFAULT_TIME_ZONE, is_date, time_zone
 from deep_components.dataset.columnar import META_FILE, DayCache, checksum_of, history_length_of, read_day, schema_of
-from deep_components.dataset.importers.recflow import RecFlowLog, open_recflow
+from deep_components.dataset.encoding import Encoding, IndexEncoding, RawEncoding, encoding_kind
+from deep_components.dataset.importers.recflow import RecFlowEncoding, RecFlowLog, open_recflow
 from deep_components.dataset.importers.recflow_files import origin_in
 from deep_components.errors import InputError
 from deep_components.files import folder_checksum, write_atomically
@@ -133,6 +134,52 @@ def zone_of(log: Log, wanted: str) -> str:
     if wanted not in (DEFAULT_TIME_ZONE, log.time_zone):
         raise InputError(f"--time_zone={wanted}: the days of {log.folder} were made in {log.time_zone}; leave it out")
     return log.time_zone
+
+
+def encoding_of(log: Log, zone: str, history_length: int, item: str | None = None) -> RawEncoding:
+    """What turns raw values into the log's indices: its own encoding; RecFlow's for a log in its layout, whose times
+    are those of ``zone``; else one by which a raw value is the index itself.
+
+    ``item``: the raw column that names an item, where the log does not say. InputError when the log has another one, or
+    says none.
+    """
+    made: RawEncoding
+    if isinstance(log, RecFlowLog):
+        made = RecFlowEncoding(log.schema, zone, history_length)
+    elif log.encoding_checksum is not None:
+        made = Encoding.load(log.folder / ENCODING_FOLDER)
+    else:
+        made = IndexEncoding(log.schema, history_length, item)
+    return with_item(made, history_length, item)
+
+
+def with_item(encoding: RawEncoding, history_length: int, item: str | None) -> RawEncoding:
+    """The encoding, changed: the latest ``history_length`` events count, and the column ``item`` names an item, where
+    it does not say so itself. InputError as :func:`encoding_of`."""
+    encoding.history_length = history_length
+    if item is not None and isinstance(encoding, Encoding) and not encoding.item:
+        encoding.item = item
+    if item not in (None, encoding.item):
+        raise InputError(f"--item={item}: the column that names an item is {encoding.item}; leave the option out")
+    if not encoding.item:
+        raise InputError("no column is known to name an item; give it with --item")
+    if isinstance(encoding, IndexEncoding) and encoding.item not in {
+        field.name for field in encoding.schema.side("item")
+    }:
+        raise InputError(f"--item={encoding.item}: no field of the items; see meta.json of a day")
+    return encoding
+
+
+def load_encoding(folder: Path) -> RawEncoding:
+    """The encoding of any kind in a folder. InputError when it is missing or damaged."""
+    kinds: dict[str, Callable[[Path], RawEncoding]]
+    kinds = {"learnt": Encoding.load, "recflow": RecFlowEncoding.load, "index": IndexEncoding.load}
+    kind = encoding_kind(folder)
+    if kind not in kinds:
+        raise InputError(
+            f"{folder}: an encoding of the unknown kind {reprlib.repr(kind)}; use the version that made it"
+        )
+    return kinds[kind](folder)
 
 
 def write_log_file(folder: Path, origin: str, **about: Any) -> None:

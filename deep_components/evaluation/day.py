@@ -15,21 +15,25 @@ from tqdm import tqdm
 
 from deep_components.arguments import COMPACT_FROM, DTYPES, choose_device
 from deep_components.cascade import Cascade
-from deep_components.checkpoint import check_sizes, load_trained
+from deep_components.checkpoint import check_sizes, trained_ids, trained_models
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import missing_days, test_day
 from deep_components.dataset.loader import batches
-from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
-from deep_components.dataset.log import Log, open_log
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
-from deep_components.files import folder_checksum, write_atomically
+from deep_components.evaluation.checks import (
+    check_cascade,
+    check_encoding,
+    check_log,
+    check_same_log,
+    checked_code,
+    time_zone_of,
+)
+from deep_components.files import write_atomically
 from deep_components.kernels import load_kernels, use_kernels
 from deep_components.metrics import cascade_metrics
-from deep_components.models import MODELS, build_models, model_classes
-from deep_components.runs import code
 from deep_components.runs.folder import (
     COST_FILE,
-    ENCODING_FOLDER,
     METRICS_FILE,
     PER_REQUEST_FILE,
     SCORES_FILE,
@@ -39,11 +43,11 @@ from deep_components.runs.folder import (
     read_training,
     write_json,
 )
-from deep_components.runs.state import check_same_run, saved_ids
+from deep_components.runs.state import check_same_run
 from deep_components.schema import Schema
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
-from deep_components.tables.store import EmbeddingStore, build_stores
+from deep_components.tables.store import EmbeddingStore
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +92,14 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     run: Path = args.output_dir
     config, log = read_training(run), open_log(args.data_dir)
     own = cascade_of(run, config)
-    _check(run, config, log, own, cascade)
+    check_cascade(run, own, cascade)
+    check_log(run, config, log)
+    check_encoding(run, config)
     trained = argparse.Namespace(**config["arguments"])
-    ran = _code(run, config, own, args.any_code)
-    zone = _time_zone(run, config, args.time_zone)
+    ran = checked_code(run, config, own, args.any_code)
+    zone = time_zone_of(run, config, args.time_zone)
     name = test_day(log, args.test_day)
-    _check_same_log(run, config, log, own, args.cache_dir, zone)
+    check_same_log(run, config, log, own, args.cache_dir, zone)
     day = log.open_day(name, own, args.cache_dir, zone, trained.seq_len)
     _check_new_requests(run, config, name, day)
     scored = _scores(run, config, own, log.schema, args, day)
@@ -117,73 +123,6 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
         _write_arrays(run / SCORES_FILE, whole_day(scored), data=np.array(log.origin))
     write_json(run / METRICS_FILE, results)
     return results
-
-
-def _check(run: Path, config: Mapping[str, Any], log: Log, own: Cascade, wanted: Cascade | None) -> None:
-    """InputError unless the run is of the ``wanted`` cascade and can be evaluated on the log."""
-    if wanted is not None and own != wanted:
-        what = f"a run of {own.name}" if own.name != wanted.name else f"a run of another cascade than {wanted.name}"
-        raise InputError(f"{run}: {what}; evaluate it with the command or the --cascade that it was trained with")
-    foreign = [stage.model for stage in own.stages if stage.model not in MODELS]
-    if wanted is None and foreign:  # a run's folder is data: it does not say which code is executed
-        raise InputError(
-            f"{run}: its cascade names {foreign[0]!r}, which is none of this project's models; to import that code, "
-            "give the cascade's file with --cascade"
-        )
-    encoding, same = config.get("encoding_checksum", log.encoding_checksum), "evaluate on the same log"
-    if config.get("schema_checksum", log.schema.checksum) != log.schema.checksum:
-        raise InputError(f"{log.folder}: its fields or id counts differ from those of the run's data; {same}")
-    if encoding != log.encoding_checksum:
-        raise InputError(f"{log.folder / ENCODING_OF_LOG}: maps values to other ids than the run's data did; {same}")
-    if "encoding_checksum" in config and folder_checksum(run / ENCODING_FOLDER) != encoding:
-        raise InputError(f"{run / ENCODING_FOLDER}: missing or damaged; copy it again, or train again")
-    if config["data"] not in (log.origin, "unknown"):  # unknown: imported models
-        raise InputError(f"{run}: trained on {config['data']} data, but {log.folder} is {log.origin}; {same}")
-
-
-def _code(run: Path, config: Mapping[str, Any], cascade: Cascade, any_code: bool) -> dict[str, Any]:
-    """What metrics.json says of the evaluation's code. InputError when the models were trained by other code, as far as
-    it takes part in scoring, unless ``any_code`` will do."""
-    ran = code.evaluation_code(config.get("code"), model_classes(cascade))
-    changed = code.changed_since_training(ran)
-    if changed and not any_code:
-        raise InputError(
-            f"{run}: was trained by other code: {code.named(changed)}; train it again, or evaluate it all the same "
-            "with --any_code"
-        )
-    return ran
-
-
-def _time_zone(run: Path, config: Mapping[str, Any], wanted: str | None) -> str:
-    """The time zone of the training, which another ``wanted`` one must not replace; imported models know none."""
-    own = str(config["arguments"]["time_zone"])
-    if wanted not in (None, own) and config["data"] != "unknown":
-        raise InputError(f"--time_zone={wanted}: {run} was trained with {own}; leave the option out, or train again")
-    return wanted or own
-
-
-def _check_same_log(
-    run: Path, config: Mapping[str, Any], log: Log, cascade: Cascade, cache_dir: Path | None, zone: str
-) -> None:
-    """InputError unless the days that the run was trained on, as far as the log has them, are the same there.
-
-    Days of the cache are compared by what it says of itself; where it has none of them, the last one is encoded."""
-    known = config.get("data_checksums") or {}  # none: an untrained cascade, imported models, an earlier version
-    there = sorted(known.keys() & set(log.days(named=True)))
-    if known and not there:
-        raise InputError(
-            f"{log.folder}: has none of the days that {run} was trained on ({', '.join(sorted(known))}), so nothing "
-            "tells that it is the same log; put one of them there"
-        )
-    found = {day: log.checksum(day, cascade, cache_dir, zone) for day in there}
-    if there and not any(found.values()):
-        found[there[-1]] = log.open_day(there[-1], cascade, cache_dir, zone).checksum
-    for day, checksum in found.items():
-        if checksum is not None and checksum != known[day]:
-            raise InputError(
-                f"{log.folder}: its day {day} is not the one that {run} was trained on; evaluate on the same log, "
-                "encoded by the same version"
-            )
 
 
 def _check_new_requests(run: Path, config: Mapping[str, Any], name: str, day: DayCache) -> None:
@@ -211,12 +150,7 @@ def _scores(
     for stage in cascade.stage_names:
         check_same_run(run / model_file(stage), config)
     ids = _needed_ids(run, cascade, schema, day)
-    models = build_models(cascade, schema, trained.emb_dim, trained.nn_units, None)
-    stores = build_stores(cascade, schema, trained.emb_dim, None, ids)
-    for stage, model in models.items():
-        model.to(device=device, dtype=dtype).eval()
-        stores[stage].to(device, dtype)
-    load_trained(run, models, stores)
+    models, stores, _ = trained_models(run, cascade, schema, trained.emb_dim, trained.nn_units, dtype, device, ids)
     use_kernels(
         [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
     )
@@ -227,11 +161,11 @@ def _needed_ids(run: Path, cascade: Cascade, schema: Schema, day: DayCache) -> d
     """The ids that large tables need rows for, those of the day. Of a table with a row for unknown ids, only those that
     the training has seen; other tables give such ids their initial rows."""
     with_unknown = any(table.unknown is not None for table in schema.tables.values())
-    seen = saved_ids(run, cascade.stage_names[0])[0] if with_unknown else {}
+    seen = trained_ids(run, cascade, schema) if with_unknown else {}
     ids = {}
     for name, table in schema.tables.items():
         if table.unknown is not None and name in seen:
-            ids[name] = IdSet.of([seen[name]], table.size) & day.ids(name)
+            ids[name] = seen[name] & day.ids(name)
         elif table.size >= COMPACT_FROM:
             ids[name] = day.ids(name)
     return ids

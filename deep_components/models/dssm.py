@@ -25,7 +25,13 @@ class DSSM(nn.Module):
 
     def forward(self, features: EmbeddedFeatures) -> Tensor:
         """Scores [B, N]."""
+        return torch.einsum("bu,bnu->bn", self.user_vectors(features), self.item_vectors(features.item))
+
+    def user_vectors(self, features: EmbeddedFeatures) -> Tensor:
+        """The requests' vectors [B, u/4]; items take no part."""
         history = mean_history(features.history, features.history_mask)
-        user = run_tower(self.user_tower, torch.cat([features.request, history], dim=-1), self.kernels)  # [B, u/4]
-        items = run_tower(self.item_tower, features.item, self.kernels)  # [B, N, u/4]
-        return torch.einsum("bu,bnu->bn", user, items)
+        return run_tower(self.user_tower, torch.cat([features.request, history], dim=-1), self.kernels)
+
+    def item_vectors(self, item: Tensor) -> Tensor:
+        """The vectors [B, N, u/4] of embedded items [B, N, W]."""
+        return run_tower(self.item_tower, item, self.kernels)

@@ -46,7 +46,7 @@ def test_every_command_has_help(
     [
         (["tabel", "runs"], "did you mean table?"),
         (["import", "movilens"], "did you mean import movielens?"),
-        (["export"], "did you mean export checkpoint?"),
+        (["export", "checkpont"], "did you mean export checkpoint?"),
         (["xyz"], "choose one of train, test"),
         ([], "choose one of train, test"),
     ],

@@ -14,17 +14,29 @@ from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
+import pyarrow as pa
 
 from deep_components.cascade import Cascade
 from deep_components.cli import progress
 from deep_components.dataset import clock
 from deep_components.dataset.cache import cached_day, day_folder, default_cache_dir
 from deep_components.dataset.columnar import FORMAT_VERSION, ColumnFiles, DayCache, checksum_of, read_day, write_day
+from deep_components.dataset.encoding import (
+    ENCODING_FILE,
+    NO_TIME,
+    aligned,
+    column_of,
+    flattened,
+    integers_of,
+    plain_encoding,
+    times_of,
+)
 from deep_components.dataset.importers import recflow_files as recflow
 from deep_components.dataset.importers.safe_pickle import PickledArray
 from deep_components.dataset.manifest import read_manifest, verify
 from deep_components.errors import InputError
-from deep_components.schema import Schema, recflow_schema
+from deep_components.files import write_json
+from deep_components.schema import Field, Schema, recflow_schema
 
 # our field -> the column of RecFlow's files and of id_cnt.pkl
 LOG_COLUMN = {
@@ -198,6 +210,87 @@ def check_groups(cascade: Cascade) -> None:
             raise InputError(f"{what} has neither position nor index_field; give one of them")
         if group.position is not None and not 0 <= group.position <= _MAX_POSITION:
             raise InputError(f"{what}: position is {group.position}, outside the 0 .. {_MAX_POSITION} that it can be")
+
+
+# ---- raw values ------------------------------------------------------------------------------------------------------
+
+
+class RecFlowEncoding:
+    """How raw values of RecFlow's files become its days' indices (a RawEncoding, see dataset/encoding.py).
+
+    Raw columns have RecFlow's names: request_timestamp is in ms, upload_timestamp in s, as the files have them.
+    """
+
+    item, user, time = "video_id", "user_id", "request_timestamp"
+
+    def __init__(self, schema: Schema, zone: str, history_length: int = recflow.HISTORY_LENGTH) -> None:
+        self.schema, self.zone, self.history_length = schema, zone, history_length
+
+    def columns(self, side: str) -> dict[str, pa.DataType | None]:
+        """See RawEncoding."""
+        names = [LOG_COLUMN[field.name] for field in self.schema.side(side) if field.name in LOG_COLUMN]
+        return dict.fromkeys([*names, *([_FIRST_TIMES[side][0]] if side in _FIRST_TIMES else [])], pa.int64())
+
+    def encode(self, side: str, columns: Mapping[str, pa.Array]) -> dict[str, np.ndarray]:
+        """See RawEncoding."""
+        made: dict[str, np.ndarray] = {}
+        for field in self.schema.side(side):
+            if field.kind == "time":
+                continue
+            with column_of(columns, LOG_COLUMN[field.name], field.name, side) as column:
+                if side == "history":
+                    flat, counts = flattened(column)
+                    made[field.name] = aligned(self._indices(field, flat), counts, self.history_length, 0, latest=True)
+                    made["mask"] = np.arange(self.history_length, 0, -1) <= counts[:, None]
+                else:
+                    made[field.name] = self._indices(field, column)
+        return made | (self._times(side, columns) if side in _FIRST_TIMES else {})
+
+    def _indices(self, field: Field, column: pa.Array) -> np.ndarray:
+        ids, missing = integers_of(column)
+        known = ~missing & (ids >= 0) & (ids <= field.size - 2)  # as others/id_cnt.pkl allows
+        return np.where(known, ids if field.name in UNSHIFTED else ids + 1, field.padding)
+
+    def _times(self, side: str, columns: Mapping[str, pa.Array]) -> dict[str, np.ndarray]:
+        name = _FIRST_TIMES[side][0]
+        with column_of(columns, name, "weekday", side) as column:
+            unit = {"request": "ms", "item": "s"}[side] if not pa.types.is_timestamp(column.type) else None
+            times = times_of(column, unit, self.zone)
+        there = times != NO_TIME
+        parts = clock.wall_clock(np.where(there, times // 1_000_000, 0), clock.time_zone(self.zone))
+        return {field: np.where(there, values, 0) for field, values in zip(_TIMES, parts, strict=True)}
+
+    def save(self, folder: Path) -> None:
+        """See RawEncoding."""
+        content = {"version": 1, "kind": "recflow", "schema": self.schema.to_json(), "time_zone": self.zone}
+        write_json(folder / ENCODING_FILE, content | {"history_length": self.history_length})
+
+    @classmethod
+    def load(cls, folder: Path) -> "RecFlowEncoding":
+        """What :meth:`save` wrote. InputError when it is damaged."""
+        content, schema = plain_encoding(folder, "recflow", time_zone=str, history_length=int)
+        if {field.name for field in schema.fields} != {*LOG_COLUMN, *_TIMES}:
+            raise InputError(f"{folder / ENCODING_FILE}: its fields are not RecFlow's; export the run again")
+        clock.time_zone(content["time_zone"])
+        return cls(schema, content["time_zone"], content["history_length"])
+
+
+def item_rows(log: RecFlowLog) -> Iterator[pa.RecordBatch]:
+    """The items of all days as the files have them, columns of ITEM_COLUMNS but effective_view, which belongs to a
+    request; a few thousand requests at a time, each item once a piece."""
+    names = recflow.ITEM_COLUMNS[:_ITEM_WIDTH]
+    for day in log.days(named=True):
+        path = recflow.request_path(log.folder, day)
+        verify(log.folder, [path])
+        for piece in recflow.read_request_dict(path):
+            arrays = [(key, rows) for key, groups in piece for rows in groups.values() if rows.shape[:1] != (0,)]
+            longest = max((rows.shape[0] for _, rows in arrays if rows.shape), default=0)
+            ids, groups = [key for key, _ in arrays], [rows for _, rows in arrays]
+            values, mask = _stack(path, "its items", ids, groups, longest, _ITEM_WIDTH)
+            values = values[mask]
+            last = len(values) - 1 - np.unique(values[::-1, 0], return_index=True)[1]
+            kept = values[np.sort(last)]
+            yield pa.record_batch({name: kept[:, number] for number, name in enumerate(names)})
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------

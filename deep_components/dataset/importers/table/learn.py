@@ -26,7 +26,8 @@ def learn(plan: Plan, sample: "Sample", days: list[str]) -> Encoding:
         else _scaled(plan, entry, sample)
         for entry in plan.entries
     ]  # fmt: skip
-    return Encoding(entries, vocabularies, plan.mapping.rows.time_zone, plan.length)
+    rows = plan.mapping.rows
+    return Encoding(entries, vocabularies, rows.time_zone, plan.length, rows.item, rows.user or "", rows.time or "")
 
 
 # ---- vocabularies ----------------------------------------------------------------------------------------------------

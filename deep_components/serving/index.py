@@ -1,0 +1,204 @@
+"""Search of the items with the largest dot products: exactly, or by faiss's inverted lists (IVF) or graph (HNSW).
+
+What the approximate ones lose is measured when they are built: on real user vectors, recall@k against the exact search
+must reach a target, else they look at more (nprobe lists, efSearch nodes).
+"""
+
+import importlib
+import logging
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from deep_components.errors import InputError
+
+KINDS = ("auto", "flat", "ivf", "hnsw")
+FLAT_UP_TO = 100_000  # items that "auto" searches one by one: some 2 ms a request on one core
+RECALL = 0.99
+
+_LINKS = 32  # of a node of the graph
+_BREADTH = 128  # candidates while the graph is built
+_POINTS_PER_LIST = 64  # that IVF's centroids are learnt from
+_BLOCK = 1 << 16  # vectors added at a time
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexChoice:
+    """What the manifest says of an index."""
+
+    kind: str  # "flat", "ivf" or "hnsw"
+    asked: str = "auto"  # the kind that was asked for
+    lists: int = 0  # of IVF
+    effort: int = 0  # IVF: lists that a search looks into (nprobe); HNSW: nodes that it keeps (efSearch)
+    at: int = 0  # k of recall
+    recall: float = 1.0  # of recall@k against the exact search
+    queries: int = 0  # user vectors that it was measured on
+    target: float = RECALL
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class VectorIndex:
+    """Vectors [M, d] and how they are searched; may be used by several threads."""
+
+    def __init__(self, vectors: np.ndarray, choice: IndexChoice, index: Any = None) -> None:
+        self.vectors, self.choice, self._index = vectors, choice, index
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest dot products with queries [B, d]: (scores [B, k] float32, falling, rows [B, k] int64). Where
+        less than k are found stand -1 and -inf."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        found = min(k, len(self))
+        if self._index is None:
+            faiss = load_faiss()
+            scores, rows = faiss.knn(queries, self.vectors, found, metric=faiss.METRIC_INNER_PRODUCT)
+        else:
+            scores, rows = self._index.search(queries, found, params=self._parameters(found))
+        whole = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        whole[0][:, :found], whole[1][:, :found] = np.where(rows < 0, -np.inf, scores), rows
+        return whole
+
+    def exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same by comparing with every vector."""
+        return VectorIndex(self.vectors, self.choice).search(queries, k)
+
+    def with_effort(self, effort: int) -> "VectorIndex":
+        """The same index that looks at more or less."""
+        return VectorIndex(self.vectors, IndexChoice(**self.choice.to_json() | {"effort": effort}), self._index)
+
+    def _parameters(self, k: int) -> Any:
+        faiss = load_faiss()
+        if self.choice.kind == "ivf":
+            return faiss.SearchParametersIVF(nprobe=self.choice.effort)
+        return faiss.SearchParametersHNSW(efSearch=max(self.choice.effort, k))
+
+
+def build_index(
+    vectors: np.ndarray,
+    kind: str = "auto",
+    queries: np.ndarray | None = None,
+    k: int = 100,
+    target: float = RECALL,
+    path: Path | None = None,
+) -> VectorIndex:
+    """An index of vectors [M, d] float32, which may be mapped.
+
+    Args:
+        kind: one of KINDS; "auto" is flat up to FLAT_UP_TO items, then IVF.
+        queries: [Q, d], on which recall@k is measured; the vectors themselves where there are none.
+        k: items that a search will ask for.
+        target: recall that it must have against the exact search.
+        path: file that an approximate index is written to.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"--index={kind}: is one of {', '.join(KINDS)}")
+    chosen = kind if kind != "auto" else "flat" if len(vectors) <= FLAT_UP_TO else "ivf"
+    k = min(k, len(vectors))
+    if chosen == "flat":
+        return VectorIndex(vectors, IndexChoice("flat", kind, at=k, target=target))
+    lists = max(1, min(round(4 * math.sqrt(len(vectors))), len(vectors) // 39))
+    index = _ivf(vectors, lists) if chosen == "ivf" else _hnsw(vectors)
+    choice = IndexChoice(chosen, kind, lists if chosen == "ivf" else 0, 1, k, target=target)
+    queries = _sample(vectors, 256) if queries is None or not len(queries) else queries
+    made = _calibrated(VectorIndex(vectors, choice, index), queries, k, target)
+    if path is not None:
+        load_faiss().write_index(index, str(path))
+    return made
+
+
+def open_index(vectors: np.ndarray, choice: IndexChoice, path: Path, gpu: bool = False) -> VectorIndex:
+    """The index of a manifest's choice over its vectors. InputError when its file is none of them."""
+    if choice.kind == "flat":
+        return VectorIndex(vectors, choice)
+    faiss = load_faiss()
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a readable index; export the run again") from error
+    if (index.ntotal, index.d) != vectors.shape or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise InputError(f"{path}: is an index of other vectors than those beside it; export the run again")
+    if gpu and choice.kind == "ivf" and faiss.get_num_gpus():  # HNSW has no form on a GPU
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+    return VectorIndex(vectors, choice, index)
+
+
+def recall_at(index: VectorIndex, queries: np.ndarray, k: int, exact: np.ndarray) -> float:
+    """The mean share of the exact rows [Q, k] that the index finds."""
+    _, rows = index.search(queries, k)
+    found = [len(np.intersect1d(ours, theirs)) for ours, theirs in zip(rows, exact, strict=True)]
+    return float(np.mean(found)) / k
+
+
+def _calibrated(index: VectorIndex, queries: np.ndarray, k: int, target: float) -> VectorIndex:
+    """The index with the least effort, of powers of two, that reaches the target."""
+    _, exact = index.exact(queries, k)
+    effort, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, len(index))
+    while True:
+        tried = index.with_effort(effort)
+        recall = recall_at(tried, queries, k, exact)
+        if recall >= target or effort >= most:
+            break
+        effort = min(2 * effort, most)
+    measured = {"effort": effort, "recall": recall, "queries": len(queries)}
+    logger.info("%s index: recall@%d %.4f of the exact search", index.choice.kind, k, recall)
+    return VectorIndex(index.vectors, IndexChoice(**index.choice.to_json() | measured), index._index)
+
+
+def _ivf(vectors: np.ndarray, lists: int) -> Any:
+    faiss = load_faiss()
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # a small corpus is no reason to warn
+    index.train(_sample(vectors, lists * _POINTS_PER_LIST))
+    _add(index, vectors)
+    return index
+
+
+def _hnsw(vectors: np.ndarray) -> Any:
+    faiss = load_faiss()
+    index = faiss.IndexHNSWFlat(vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = _BREADTH
+    _add(index, vectors)
+    return index
+
+
+def _add(index: Any, vectors: np.ndarray) -> None:
+    for first in range(0, len(vectors), _BLOCK):
+        index.add(np.ascontiguousarray(vectors[first : first + _BLOCK]))
+
+
+def _sample(vectors: np.ndarray, count: int) -> np.ndarray:
+    """That many vectors, spread evenly."""
+    rows = np.unique(np.linspace(0, len(vectors) - 1, min(count, len(vectors))).astype(np.int64))
+    return np.ascontiguousarray(vectors[rows])
+
+
+def load_faiss() -> ModuleType:
+    """The package, whose import logs and warns of its own affairs. InputError when it is not installed."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("faiss")
+    except ImportError as error:
+        raise missing("faiss", error) from error
+
+
+def missing(package: str, error: ImportError) -> InputError:
+    """The sentence for a package of requirements-serve.txt that is not there."""
+    return InputError(
+        f"the package {package} is missing ({error}); pip install 'lcron[serve]', or -r requirements-serve.txt"
+    )
