@@ -1,5 +1,9 @@
 """Search of the items with the largest dot products: exactly, or by faiss's inverted lists (IVF) or graph (HNSW).
 
+Neither lists nor a graph can be built on dot products themselves: an item with a long vector is near to every user and
+to no other item. So vectors get one more number, which makes all of them equally long; a user's is 0 there. Dot
+products stay what they are, and the nearest item is the one with the largest (Bachrach et al., RecSys 2014).
+
 What the approximate ones lose is measured when they are built: on real user vectors, recall@k against the exact search
 must reach a target, else they look at more (nprobe lists, efSearch nodes).
 """
@@ -8,6 +12,7 @@ import importlib
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +29,7 @@ RECALL = 0.99
 _LINKS = 32  # of a node of the graph
 _BREADTH = 128  # candidates while the graph is built
 _POINTS_PER_LIST = 64  # that IVF's centroids are learnt from
+_MOST_KEPT = 16  # times k, the nodes that a search of the graph keeps at most
 _BLOCK = 1 << 16  # vectors added at a time
 
 logger = logging.getLogger(__name__)
@@ -64,7 +70,12 @@ class VectorIndex:
             faiss = load_faiss()
             scores, rows = faiss.knn(queries, self.vectors, found, metric=faiss.METRIC_INNER_PRODUCT)
         else:
-            scores, rows = self._index.search(queries, found, params=self._parameters(found))
+            scores, rows = self._index.search(_lengthened(queries), found, params=self._parameters(found))
+        if self._index is not None and self.choice.kind == "hnsw":  # its graph measures distances
+            scores = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(rows, 0)])
+            scores = np.where(rows < 0, -np.inf, scores)
+            order = np.argsort(-scores, axis=1, kind="stable")
+            scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
         whole = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         whole[0][:, :found], whole[1][:, :found] = np.where(rows < 0, -np.inf, scores), rows
         return whole
@@ -129,7 +140,8 @@ def open_index(vectors: np.ndarray, choice: IndexChoice, path: Path, gpu: bool =
         index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise InputError(f"{path}: not a readable index; export the run again") from error
-    if (index.ntotal, index.d) != vectors.shape or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    metric = faiss.METRIC_INNER_PRODUCT if choice.kind == "ivf" else faiss.METRIC_L2
+    if (index.ntotal, index.d, index.metric_type) != (len(vectors), vectors.shape[1] + 1, metric):
         raise InputError(f"{path}: is an index of other vectors than those beside it; export the run again")
     if gpu and choice.kind == "ivf" and faiss.get_num_gpus():  # HNSW has no form on a GPU
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
@@ -146,7 +158,7 @@ def recall_at(index: VectorIndex, queries: np.ndarray, k: int, exact: np.ndarray
 def _calibrated(index: VectorIndex, queries: np.ndarray, k: int, target: float) -> VectorIndex:
     """The index with the least effort, of powers of two, that reaches the target."""
     _, exact = index.exact(queries, k)
-    effort, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, len(index))
+    effort, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, _MOST_KEPT * k)
     while True:
         tried = index.with_effort(effort)
         recall = recall_at(tried, queries, k, exact)
@@ -159,25 +171,40 @@ def _calibrated(index: VectorIndex, queries: np.ndarray, k: int, target: float) 
 
 
 def _ivf(vectors: np.ndarray, lists: int) -> Any:
-    faiss = load_faiss()
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
+    faiss, width, longest = load_faiss(), vectors.shape[1] + 1, _longest(vectors)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # a small corpus is no reason to warn
-    index.train(_sample(vectors, lists * _POINTS_PER_LIST))
-    _add(index, vectors)
+    index.train(_lengthened(_sample(vectors, lists * _POINTS_PER_LIST), longest))
+    _add(index, vectors, longest)
     return index
 
 
 def _hnsw(vectors: np.ndarray) -> Any:
-    faiss = load_faiss()
-    index = faiss.IndexHNSWFlat(vectors.shape[1], _LINKS, faiss.METRIC_INNER_PRODUCT)
+    faiss, longest = load_faiss(), _longest(vectors)
+    index = faiss.IndexHNSWFlat(vectors.shape[1] + 1, _LINKS, faiss.METRIC_L2)
     index.hnsw.efConstruction = _BREADTH
-    _add(index, vectors)
+    _add(index, vectors, longest)
     return index
 
 
-def _add(index: Any, vectors: np.ndarray) -> None:
-    for first in range(0, len(vectors), _BLOCK):
-        index.add(np.ascontiguousarray(vectors[first : first + _BLOCK]))
+def _add(index: Any, vectors: np.ndarray, longest: float) -> None:
+    for block in _blocks(vectors):
+        index.add(_lengthened(block, longest))
+
+
+def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
+    return (vectors[first : first + _BLOCK] for first in range(0, len(vectors), _BLOCK))
+
+
+def _longest(vectors: np.ndarray) -> float:
+    """The square of the longest vector's length."""
+    return max(float(np.square(block).sum(axis=1).max()) for block in _blocks(vectors))
+
+
+def _lengthened(vectors: np.ndarray, longest: float | None = None) -> np.ndarray:
+    """Vectors [n, d + 1] whose squared lengths are ``longest``; None: with a 0 more, as users' are."""
+    more = np.zeros(len(vectors)) if longest is None else np.sqrt((longest - np.square(vectors).sum(axis=1)).clip(0))
+    return np.column_stack([vectors, more]).astype(np.float32)
 
 
 def _sample(vectors: np.ndarray, count: int) -> np.ndarray:
