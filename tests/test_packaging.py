@@ -23,7 +23,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     shutil.copytree(PROJECT / "deep_components", source / "deep_components", ignore=shutil.ignore_patterns("__pyc*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "requirements.txt", "requirements-ray.txt"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "requirements.txt",
+        "requirements-ray.txt",
+        "requirements-serve.txt",
+    ):
         shutil.copy(PROJECT / name, source)
     (source / "tests").mkdir()
     (source / "tests/__init__.py").touch()

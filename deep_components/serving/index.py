@@ -13,8 +13,10 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +31,7 @@ RECALL = 0.99
 _LINKS = 32  # of a node of the graph
 _BREADTH = 128  # candidates while the graph is built
 _POINTS_PER_LIST = 64  # that IVF's centroids are learnt from
+_GPU_LISTS = 2048  # that a search on a GPU can look into
 _MOST_KEPT = 16  # times k, the nodes that a search of the graph keeps at most
 _BLOCK = 1 << 16  # vectors added at a time
 
@@ -53,29 +56,26 @@ class IndexChoice:
 
 
 class VectorIndex:
-    """Vectors [M, d] and how they are searched; may be used by several threads."""
+    """Vectors [M, d] and how they are searched; may be used by several threads.
 
-    def __init__(self, vectors: np.ndarray, choice: IndexChoice, index: Any = None) -> None:
+    ``index``: faiss's, None for the exact search over the vectors as they lie; ``alone``: it bears no
+    two threads at a time, as on a GPU.
+    """
+
+    def __init__(self, vectors: np.ndarray, choice: IndexChoice, index: Any = None, alone: bool = False) -> None:
         self.vectors, self.choice, self._index = vectors, choice, index
+        self._lock: AbstractContextManager[Any] = Lock() if alone else nullcontext()
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k largest dot products with queries [B, d]: (scores [B, k] float32, falling, rows [B, k] int64). Where
-        less than k are found stand -1 and -inf."""
+        less than k are found stand -inf and -1."""
         queries = np.ascontiguousarray(queries, np.float32)
         found = min(k, len(self))
-        if self._index is None:
-            faiss = load_faiss()
-            scores, rows = faiss.knn(queries, self.vectors, found, metric=faiss.METRIC_INNER_PRODUCT)
-        else:
-            scores, rows = self._index.search(_lengthened(queries), found, params=self._parameters(found))
-        if self._index is not None and self.choice.kind == "hnsw":  # its graph measures distances
-            scores = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(rows, 0)])
-            scores = np.where(rows < 0, -np.inf, scores)
-            order = np.argsort(-scores, axis=1, kind="stable")
-            scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        with self._lock:
+            scores, rows = self._search(queries, found)
         whole = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         whole[0][:, :found], whole[1][:, :found] = np.where(rows < 0, -np.inf, scores), rows
         return whole
@@ -84,12 +84,30 @@ class VectorIndex:
         """The same by comparing with every vector."""
         return VectorIndex(self.vectors, self.choice).search(queries, k)
 
+    def with_choice(self, choice: IndexChoice) -> "VectorIndex":
+        """The same index, searched otherwise."""
+        return VectorIndex(self.vectors, choice, self._index)
+
     def with_effort(self, effort: int) -> "VectorIndex":
         """The same index that looks at more or less."""
-        return VectorIndex(self.vectors, IndexChoice(**self.choice.to_json() | {"effort": effort}), self._index)
+        return self.with_choice(replace(self.choice, effort=effort))
 
-    def _parameters(self, k: int) -> Any:
+    def _search(self, queries: np.ndarray, k: int) -> Any:
         faiss = load_faiss()
+        if self._index is None:
+            return faiss.knn(queries, self.vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+        if self.choice.kind == "flat":
+            return self._index.search(queries, k)
+        scores, rows = self._index.search(_lengthened(queries), k, params=self._parameters(faiss, k))
+        return (scores, rows) if self.choice.kind == "ivf" else self._by_product(queries, rows)
+
+    def _by_product(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that were found by distance, with their dot products and in their order."""
+        scores = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(rows, 0)])
+        order = np.argsort(np.where(rows < 0, np.inf, -scores), axis=1, kind="stable")
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+    def _parameters(self, faiss: ModuleType, k: int) -> Any:
         if self.choice.kind == "ivf":
             return faiss.SearchParametersIVF(nprobe=self.choice.effort)
         return faiss.SearchParametersHNSW(efSearch=max(self.choice.effort, k))
@@ -132,20 +150,33 @@ def build_index(
 
 
 def open_index(vectors: np.ndarray, choice: IndexChoice, path: Path, gpu: bool = False) -> VectorIndex:
-    """The index of a manifest's choice over its vectors. InputError when its file is none of them."""
-    if choice.kind == "flat":
-        return VectorIndex(vectors, choice)
+    """The index of a manifest's choice over its vectors; with ``gpu`` on the first GPU, where faiss sees one.
+    InputError when its file is none of them."""
+    index = None if choice.kind == "flat" else _read(path, vectors, choice.kind)
+    if not gpu or choice.kind == "hnsw" or not load_faiss().get_num_gpus():  # HNSW has no form on a GPU
+        return VectorIndex(vectors, choice, index)
+    return _on_gpu(vectors, choice, index)
+
+
+def _read(path: Path, vectors: np.ndarray, kind: str) -> Any:
     faiss = load_faiss()
     try:
         index = faiss.read_index(str(path))
     except RuntimeError as error:
         raise InputError(f"{path}: not a readable index; export the run again") from error
-    metric = faiss.METRIC_INNER_PRODUCT if choice.kind == "ivf" else faiss.METRIC_L2
+    metric = faiss.METRIC_INNER_PRODUCT if kind == "ivf" else faiss.METRIC_L2
     if (index.ntotal, index.d, index.metric_type) != (len(vectors), vectors.shape[1] + 1, metric):
         raise InputError(f"{path}: is an index of other vectors than those beside it; export the run again")
-    if gpu and choice.kind == "ivf" and faiss.get_num_gpus():  # HNSW has no form on a GPU
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    return VectorIndex(vectors, choice, index)
+    return index
+
+
+def _on_gpu(vectors: np.ndarray, choice: IndexChoice, index: Any) -> VectorIndex:
+    faiss = load_faiss()
+    if index is None:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(np.ascontiguousarray(vectors))
+    choice = replace(choice, effort=min(choice.effort, _GPU_LISTS))
+    return VectorIndex(vectors, choice, faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), alone=True)
 
 
 def recall_at(index: VectorIndex, queries: np.ndarray, k: int, exact: np.ndarray) -> float:
@@ -158,16 +189,22 @@ def recall_at(index: VectorIndex, queries: np.ndarray, k: int, exact: np.ndarray
 def _calibrated(index: VectorIndex, queries: np.ndarray, k: int, target: float) -> VectorIndex:
     """The index with the least effort, of powers of two, that reaches the target."""
     _, exact = index.exact(queries, k)
-    effort, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, _MOST_KEPT * k)
-    while True:
-        tried = index.with_effort(effort)
-        recall = recall_at(tried, queries, k, exact)
-        if recall >= target or effort >= most:
-            break
+    least, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, _MOST_KEPT * k)
+
+    def recall(effort: int) -> float:
+        return recall_at(index.with_effort(effort), queries, k, exact)
+
+    effort = least
+    while recall(effort) < target and effort < most:
         effort = min(2 * effort, most)
-    measured = {"effort": effort, "recall": recall, "queries": len(queries)}
-    logger.info("%s index: recall@%d %.4f of the exact search", index.choice.kind, k, recall)
-    return VectorIndex(index.vectors, IndexChoice(**index.choice.to_json() | measured), index._index)
+    low = effort // 2  # too little, unless it is the least
+    while effort - low > max(1, low // 8) and effort > least:
+        middle = (low + effort) // 2
+        low, effort = (low, middle) if recall(middle) >= target else (middle, effort)
+    measured = {"effort": effort, "recall": recall(effort), "queries": len(queries)}
+    choice = IndexChoice(**index.choice.to_json() | measured)
+    logger.info("%s index: recall@%d %.4f of the exact search", choice.kind, k, choice.recall)
+    return index.with_choice(choice)
 
 
 def _ivf(vectors: np.ndarray, lists: int) -> Any:
