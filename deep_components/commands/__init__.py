@@ -20,6 +20,7 @@ COMMANDS = {
     "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
     "report": ("commands.report", "one page with charts about many runs"),
+    "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
     "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),

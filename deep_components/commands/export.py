@@ -8,17 +8,17 @@ from deep_components.arguments import folder
 from deep_components.cascade import named_cascade
 from deep_components.cli import Parser
 from deep_components.errors import InputError
-from deep_components.serving.export import IndexOptions, export_run
+from deep_components.serving.export import export_run
 from deep_components.serving.index import KINDS, RECALL
 
 logger = logging.getLogger(__name__)
 
 
-def add_index_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a corpus is searched, and what stays of earlier versions."""
-    parser.add_argument("--index", choices=KINDS, help="how items are searched (default: auto, by their number)")
+def add_index_arguments(parser: argparse.ArgumentParser, kind: str, recall: str) -> None:
+    """How a corpus is searched, ``kind`` and ``recall`` being the defaults, and what stays of earlier versions."""
+    parser.add_argument("--index", choices=KINDS, help=f"how items are searched (default: {kind})")
     parser.add_argument("--recall", type=float, metavar="SHARE", help="of the exact search's items that an approximate "
-                        f"index must find (default {RECALL})")  # fmt: skip
+                        f"index must find (default: {recall})")  # fmt: skip
     parser.add_argument("--keep", type=int, metavar="N", help="remove all but the newest N versions (default: none)")
 
 
@@ -44,17 +44,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cascade", metavar="FILE",
                         help="what the run must be of; needed where a stage's model is your own code")  # fmt: skip
     parser.add_argument("--any_code", action="store_true", help="export a run that was trained by other code")
-    add_index_arguments(parser)
+    add_index_arguments(parser, "auto, by their number", str(RECALL))
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     check_index_arguments(args)
-    options = IndexOptions(args.index or "auto", args.recall or RECALL)
     cascade = named_cascade(args.cascade) if args.cascade is not None else None
     version = export_run(
-        args.run, args.output, args.corpus, args.data_dir, cascade, args.item, options, args.any_code, args.cache_dir,
-        args.keep,
+        args.run, args.output, args.corpus, args.data_dir, cascade, args.item, args.index or "auto",
+        args.recall or RECALL, args.any_code, args.cache_dir, args.keep,
     )  # fmt: skip
     logger.info("%s: version %s", args.output, version)

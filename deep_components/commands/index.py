@@ -7,6 +7,7 @@ from pathlib import Path
 from deep_components.arguments import folder
 from deep_components.cascade import named_cascade
 from deep_components.cli import Parser
+from deep_components.commands.export import add_index_arguments, check_index_arguments
 from deep_components.serving.export import index_corpus
 
 logger = logging.getLogger(__name__)
@@ -18,11 +19,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True,
                         help="all items: Parquet, CSV or Feather, a file or a folder of them")  # fmt: skip
     parser.add_argument("--cascade", metavar="FILE", help="needed where a stage's model is your own code")
+    add_index_arguments(parser, "as before", "as before")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
+    check_index_arguments(args)
     cascade = named_cascade(args.cascade) if args.cascade is not None else None
-    version = index_corpus(args.bundle, args.corpus, cascade)
+    version = index_corpus(args.bundle, args.corpus, cascade, args.index, args.recall, args.keep)
     logger.info("%s: version %s", args.bundle, version)

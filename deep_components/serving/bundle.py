@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from deep_components.files import locked, make_folder, map_npy, read_json, remov
 from deep_components.runs.folder import MAX_EMB_DIM, MAX_NN_UNITS
 from deep_components.schema import Schema
 from deep_components.serving.corpus import Corpus
-from deep_components.serving.index import IndexChoice, VectorIndex, open_index
-from deep_components.serving.scorer import Scorer
+from deep_components.serving.index import KINDS, IndexChoice, VectorIndex, open_index
+from deep_components.serving.scorer import Scorer, check_retrieval
 
 FORMAT = 1
 CURRENT_FILE, VERSIONS, MANIFEST_FILE = "current.json", "versions", "manifest.json"
@@ -92,25 +92,36 @@ class Bundle:
         encoding = load_encoding(path / ENCODING)
         scorer = load_scorer(path, own, encoding.schema, manifest, device)
         corpus = Corpus.load(path, manifest["item"], manifest["id_type"], encoding.schema)
+        choice = index_choice(path, manifest)
         try:
-            vectors, choice = map_npy(path / VECTORS_FILE), IndexChoice(**manifest["index"])
+            vectors = map_npy(path / VECTORS_FILE)
             if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != len(corpus):
                 raise ValueError("vectors of other items")
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not a readable version ({error}); export the run again") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path / VECTORS_FILE}: not readable ({error}); export the run again") from error
         index = open_index(vectors, choice, path / INDEX_FILE, torch.device(device).type == "cuda")
         return cls(folder, version, manifest, own, encoding, corpus, index, scorer)
 
 
 def load_scorer(path: Path, cascade: Cascade, schema: Schema, manifest: Mapping[str, Any], device: str) -> Scorer:
-    """The models in a version's folder."""
+    """The models in a version's folder. InputError when one is damaged, or the first has no vectors to search by."""
     sizes = {"emb_dim": manifest["emb_dim"], "nn_units": manifest["nn_units"]}
     check_sizes(path, cascade, schema, **sizes)
     models, stores, seed = trained_models(
         path, cascade, schema, **sizes, dtype=DTYPES[manifest["dtype"]], device=torch.device(device),
         ids=trained_ids(path, cascade, schema),
     )  # fmt: skip
+    check_retrieval(models[cascade.stages[0].name], cascade.stages[0].name)
     return Scorer(cascade, schema, models, stores, seed)
+
+
+def index_choice(path: Path, manifest: Mapping[str, Any]) -> IndexChoice:
+    """What the manifest of a version says of its index. InputError when it is damaged."""
+    wanted = {field.name: field.type for field in fields(IndexChoice)}
+    found = {name: type(value) for name, value in manifest["index"].items()}
+    if found != wanted or manifest["index"]["kind"] not in KINDS[1:]:  # "auto" is none
+        raise InputError(f"{path / MANIFEST_FILE}: field index is damaged; export the run again")
+    return IndexChoice(**manifest["index"])
 
 
 def current_version(folder: Path) -> str:
@@ -193,7 +204,7 @@ def write_version(folder: Path, write: Callable[[Path], Mapping[str, Any]], keep
     """Add a version to the bundle in ``folder``, made if need be, and make it the current one; returns its name.
 
     ``write`` fills a temporary folder and returns what the manifest says beside format, time and files. Whatever ends
-    this early, the bundle stays as it was. ``keep``: all but so many of the newest versions are removed then.
+    this early, the bundle stays as it was. ``keep``: so many versions stay, this one and the newest of the others; None = all.
 
     Raises InputError when the folder holds something else, cannot be written, or another process is writing there.
     """
@@ -204,10 +215,9 @@ def write_version(folder: Path, write: Callable[[Path], Mapping[str, Any]], keep
         with _only_writer(folder):
             name = _written(folder / VERSIONS, write)
             write_json(folder / CURRENT_FILE, {"version": name})
-            if keep is not None:
-                for old in versions(folder)[:-keep]:
-                    if old != name:
-                        remove(folder / VERSIONS / old)
+            others = [version for version in versions(folder) if version != name]
+            for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
+                remove(folder / VERSIONS / old)
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror or error}); free the space or name another folder"

@@ -29,8 +29,8 @@ from deep_components.runs.folder import ENCODING_FOLDER, cascade_of, model_file,
 from deep_components.runs.state import check_same_run
 from deep_components.serving import bundle
 from deep_components.serving.corpus import Corpus, write_corpus
-from deep_components.serving.index import build_index
-from deep_components.serving.scorer import Scorer, check_retrieval
+from deep_components.serving.index import RECALL, build_index
+from deep_components.serving.scorer import Scorer
 
 QUERIES = 1000  # requests of the log on which the index is measured
 
@@ -38,14 +38,6 @@ _ITEMS_AT_A_TIME = 1 << 14
 _REQUESTS_AT_A_TIME = 256
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class IndexOptions:
-    """How the corpus is to be searched."""
-
-    kind: str = "auto"
-    recall: float = 0.99  # that an approximate index must reach
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,8 @@ def export_run(
     data_dir: Path | None = None,
     cascade: Cascade | None = None,
     item: str | None = None,
-    options: IndexOptions | None = None,
+    index: str = "auto",
+    recall: float = RECALL,
     any_code: bool = False,
     cache_dir: Path | None = None,
     keep: int | None = None,
@@ -84,6 +77,7 @@ def export_run(
             index is measured on its requests.
         cascade: what the run must be of; needed where a stage's model is one of your own.
         item: raw column that names an item, where the encoding does not say.
+        index, recall: ``kind`` and ``target`` of :func:`~deep_components.serving.index.build_index`.
         any_code: export a run that was trained by other code.
 
     Raises:
@@ -100,7 +94,7 @@ def export_run(
         about = _about(opened)
         scorer = bundle.load_scorer(folder, opened.cascade, opened.encoding.schema, about, "cpu")
         queries = _users(opened, scorer, cache_dir)
-        return about | _write_items(folder, rows, opened.encoding, scorer, queries, options or IndexOptions())
+        return about | _write_items(folder, rows, opened.encoding, scorer, queries, index, recall)
 
     return bundle.write_version(output, write, keep)
 
@@ -109,11 +103,12 @@ def index_corpus(
     folder: Path,
     corpus: Path,
     cascade: Cascade | None = None,
-    options: IndexOptions | None = None,
+    index: str | None = None,
+    recall: float | None = None,
     keep: int | None = None,
 ) -> str:
     """Add a version with another corpus to a bundle, with the models and the encoding of the current one, and make it
-    the current one. ``options``: None searches as the current version does. Errors as of :func:`export_run`."""
+    the current one. ``index`` and ``recall``: None as the current version was made. Errors as of :func:`export_run`."""
     before = folder / bundle.VERSIONS / bundle.current_version(folder)
     manifest = bundle.read_manifest(before)
     own = Cascade.from_json(manifest["cascade"], str(before / bundle.MANIFEST_FILE))
@@ -122,7 +117,7 @@ def index_corpus(
     encoding = load_encoding(before / bundle.ENCODING)
     encoding.item = manifest["item"]
     rows = open_rows(corpus, "--corpus", _types(encoding))
-    options = options or IndexOptions(manifest["index"]["asked"], manifest["index"]["target"])
+    choice = bundle.index_choice(before, manifest)
     kept = [f"{bundle.ENCODING}/{path.name}" for path in (before / bundle.ENCODING).iterdir()]
 
     def write(new: Path) -> dict[str, Any]:
@@ -132,7 +127,9 @@ def index_corpus(
         scorer = bundle.load_scorer(new, own, encoding.schema, manifest, "cpu")
         queries = np.array(map_npy(before / bundle.QUERIES_FILE))
         about = {name: manifest[name] for name in _ABOUT}
-        return about | _write_items(new, rows, encoding, scorer, queries, options)
+        return about | _write_items(
+            new, rows, encoding, scorer, queries, index or choice.asked, recall or choice.target
+        )
 
     return bundle.write_version(folder, write, keep)
 
@@ -188,11 +185,9 @@ def _about(run: _Run) -> dict[str, Any]:
 
 
 def _write_items(
-    folder: Path, rows: RawRows, encoding: RawEncoding, scorer: Scorer, queries: np.ndarray, options: IndexOptions
+    folder: Path, rows: RawRows, encoding: RawEncoding, scorer: Scorer, queries: np.ndarray, kind: str, target: float
 ) -> dict[str, Any]:
     """Write corpus, vectors and index; returns what the manifest says of them."""
-    stage = scorer.cascade.stages[0]
-    check_retrieval(scorer.models[stage.name], stage.name)
     about = write_corpus(folder, rows, encoding)
     logger.info("%s: %s items", rows.name, f"{about['items']:,}")
     if about["repeated"]:
@@ -201,7 +196,7 @@ def _write_items(
     _write_vectors(folder / bundle.VECTORS_FILE, corpus, scorer)
     vectors = map_npy(folder / bundle.VECTORS_FILE)
     np.save(folder / bundle.QUERIES_FILE, queries.astype(np.float32).reshape(-1, vectors.shape[1]))
-    index = build_index(vectors, options.kind, queries, stage.keep, options.recall, folder / bundle.INDEX_FILE)
+    index = build_index(vectors, kind, queries, scorer.cascade.stages[0].keep, target, folder / bundle.INDEX_FILE)
     return about | {"index": index.choice.to_json()}
 
 

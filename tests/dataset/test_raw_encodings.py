@@ -8,7 +8,7 @@ import pytest
 
 from deep_components.cascade import TWO_STAGE, Cascade
 from deep_components.dataset.columnar import DayCache
-from deep_components.dataset.encoding import Encoding, FieldEncoding, IndexEncoding
+from deep_components.dataset.encoding import Encoding, FieldEncoding, IndexEncoding, RawEncoding
 from deep_components.dataset.importers import recflow_files
 from deep_components.dataset.importers.recflow import LOG_COLUMN, RecFlowEncoding
 from deep_components.dataset.log import encoding_of, load_encoding, open_log, with_item
@@ -173,7 +173,8 @@ def test_any_kind_is_saved_and_loaded(tmp_path: Path, encoding: RecFlowEncoding)
     learnt = Encoding([FieldEncoding("a", "item", "id", "A", "string", "a")], {"a": np.arange(3, dtype=np.uint64)},
                       "UTC", 4, "A", "U", "T")  # fmt: skip
     index = IndexEncoding(OWN, 3, "shop")
-    for number, made in enumerate((encoding, learnt, index)):
+    kinds: list[RawEncoding] = [encoding, learnt, index]
+    for number, made in enumerate(kinds):
         made.save(tmp_path / str(number))
         loaded = load_encoding(tmp_path / str(number))
         assert type(loaded) is type(made) and loaded.schema == made.schema
