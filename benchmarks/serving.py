@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deep_components.serving.index import build_index
-from deep_components.serving.recommender import Recommender
 
 from benchmarks import common, load, serving_data
 from deep_components.cli import run_command
 from deep_components.dataset.simulate import World
 from deep_components.errors import InputError
+from deep_components.serving.index import build_index
+from deep_components.serving.recommender import Recommender
 
 K, RETRIEVED = 20, 400
 WARM_UP = 50
@@ -129,7 +129,7 @@ def write_queries(folder: Path, args: argparse.Namespace) -> None:
     requests = json.loads((folder / "requests.json").read_text())[:QUERIES]
     encoded = recommender.encoder.encode(recommender.encoder.rows_of(requests), 0, 0.0)
     users = bundle.scorer.user_vectors(encoded.request, encoded.history)
-    vectors = np.asarray(bundle.vectors)
+    vectors = np.asarray(bundle.index.vectors)
     best = np.stack(
         [np.argpartition(-(vectors @ user), min(RETRIEVED, len(vectors)) - 1)[:RETRIEVED] for user in users]
     )

@@ -28,8 +28,8 @@ from deep_components.files import map_npy
 from deep_components.metrics import survival
 from deep_components.schema import Field
 from deep_components.serving.bundle import QUERIES_FILE, VERSIONS, Bundle
-from deep_components.serving.export import IndexOptions, export_run
-from deep_components.serving.index import build_index
+from deep_components.serving.export import export_run
+from deep_components.serving.index import IndexChoice, VectorIndex, build_index
 from deep_components.serving.recommender import Recommender
 from deep_components.serving.requests import EncodedRequests
 
@@ -37,11 +37,11 @@ _SCORES_AT_A_TIME = 1 << 24  # of an exact search
 _CANDIDATES_AT_A_TIME = 1 << 16  # of all requests of a batch
 
 
-class ExactIndex:
-    """Searches all item vectors [M, d] by inner product, some at a time; with a VectorIndex's method."""
+class ExactIndex(VectorIndex):
+    """Searches all item vectors [M, d] by dot product, some at a time, without faiss."""
 
     def __init__(self, vectors: np.ndarray) -> None:
-        self.vectors = vectors
+        super().__init__(vectors, IndexChoice("flat"))
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best for each of the queries [B, d]: scores and rows [B, k], -inf and -1 where there are fewer."""
@@ -49,7 +49,7 @@ class ExactIndex:
         scores, rows = users.new_empty(len(users), 0), torch.empty(len(users), 0, dtype=torch.int64)
         step = max(k, _SCORES_AT_A_TIME // max(len(users), 1))
         for first in range(0, len(self.vectors), step):
-            block = users @ torch.from_numpy(np.ascontiguousarray(self.vectors[first : first + step])).T
+            block = users @ torch.from_numpy(np.array(self.vectors[first : first + step])).T
             numbers = torch.arange(first, first + block.shape[1]).expand_as(block)
             scores, rows = torch.cat([scores, block], dim=1), torch.cat([rows, numbers], dim=1)
             scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
@@ -135,8 +135,9 @@ def evaluate_run(
     """:func:`evaluate_corpus` of the run in args.output_dir (evaluation_parser), exported to a temporary bundle."""
     with tempfile.TemporaryDirectory(prefix="lcron-corpus-") as name:
         folder, corpus = Path(name) / "bundle", None if args.corpus == LOGGED_ITEMS else Path(args.corpus)
-        flat = IndexOptions("flat")
-        export_run(args.output_dir, folder, corpus, args.data_dir, cascade, args.item, flat, args.any_code, args.cache_dir)
+        where = {"corpus": corpus, "data_dir": args.data_dir, "cache_dir": args.cache_dir}
+        what = {"cascade": cascade, "item": args.item, "index": "flat", "any_code": args.any_code}
+        export_run(args.output_dir, folder, **where, **what)
         loaded = Bundle.load(folder, cascade, str(choose_device(args)))
         bundle = replace(loaded, cascade=with_quotas(loaded.cascade, args.quotas))
         vectors, keep = bundle.index.vectors, bundle.cascade.stages[0].keep
@@ -178,14 +179,15 @@ def _item_field(bundle: Bundle) -> Field:
         if field.name == name:
             return field
     raise InputError(
-        f"--corpus: no field of the items is made of their id, column {bundle.encoding.item}, so the ground truth cannot "
-        "be found among them"
+        f"--corpus: no field of the items is made of their id, column {bundle.encoding.item}, so the ground truth "
+        "cannot be found among them"
     )
 
 
 def _checksum(bundle: Bundle) -> str:
     """Of the items as the models take them."""
-    sums = {name: file["sha256"] for name, file in bundle.manifest["files"].items() if name.startswith(("item.", "key"))}
+    files = bundle.manifest["files"]
+    sums = {name: file["sha256"] for name, file in files.items() if name.startswith(("item.", "key"))}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
@@ -219,9 +221,9 @@ def evaluate_corpus(
             both = _among(kept[exact][0], kept[name][0]).sum(axis=1)
             overlaps[name].append(both / (kept[exact][0] >= 0).sum(axis=1).clip(min=1))
     names = recall_names(bundle.cascade)
-    found = {name: np.concatenate(parts) for name, parts in shares.items()}
-    means = {name: dict(zip(names, _means(values), strict=True)) for name, values in found.items()}
-    results = {"items": len(bundle.corpus), "filter_seen": filter_seen, **counts, **means[exact]}
+    whole = {name: np.concatenate(parts) for name, parts in shares.items()}
+    means = {name: dict(zip(names, _means(values), strict=True)) for name, values in whole.items()}
+    results: dict[str, Any] = {"items": len(bundle.corpus), "filter_seen": filter_seen, **counts, **means[exact]}
     if others:
         first = bundle.cascade.stages[0]
         results["index"] = {
@@ -231,7 +233,7 @@ def evaluate_corpus(
             }
             for name in others
         }
-    return {name: torch.from_numpy(found[exact][:, column]) for column, name in enumerate(names)}, results
+    return {name: torch.from_numpy(whole[exact][:, column]) for column, name in enumerate(names)}, results
 
 
 def _means(values: np.ndarray) -> list[float | None]:

@@ -38,7 +38,7 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class _Ranking:
+class Ranking:
     """What reached a stage, by its scores: [B, N]; a request's candidates are its first ``counts`` [B]."""
 
     stage: str
@@ -111,7 +111,7 @@ class Recommender:
         for start in range(0, len(rows), size):
             with _timed(timings, "encode"):
                 encoded = self.encoder.encode(rows[start : start + size], first + start, now)
-            rankings = self._rank(encoded, filter_seen, timings)
+            rankings = self.rank(encoded, filter_seen, timings)
             with _timed(timings, "answer"):
                 answers += self._answers(rankings, k, return_scores, explain)
         return answers
@@ -122,8 +122,11 @@ class Recommender:
 
     # ---- the cascade ----
 
-    def _rank(self, encoded: EncodedRequests, filter_seen: bool, timings: dict[str, float]) -> list[_Ranking]:
+    def rank(
+        self, encoded: EncodedRequests, filter_seen: bool, timings: dict[str, float] | None = None
+    ) -> list[Ranking]:
         """What each stage saw, in serving order."""
+        timings = {} if timings is None else timings
         first, *later = self.bundle.cascade.stages
         with _timed(timings, first.name):
             rankings = [self._retrieve(encoded, filter_seen)]
@@ -132,7 +135,7 @@ class Recommender:
                 rankings.append(self._stage(stage.name, encoded, *rankings[-1].best(before.keep)))
         return rankings
 
-    def _retrieve(self, encoded: EncodedRequests, filter_seen: bool) -> _Ranking:
+    def _retrieve(self, encoded: EncodedRequests, filter_seen: bool) -> Ranking:
         """The first stage's best of the corpus, without what was seen; equal scores by row."""
         stage, corpus = self.bundle.cascade.stages[0], len(self.bundle.corpus)
         vectors = self.bundle.scorer.user_vectors(encoded.request, encoded.history)
@@ -153,11 +156,11 @@ class Recommender:
                 scores[request, : len(best)] = found_scores[number, best]
         return _ranked(stage.name, rows, scores, (rows >= 0).sum(axis=1), np.lexsort((rows, -scores)))
 
-    def _stage(self, name: str, encoded: EncodedRequests, rows: np.ndarray, counts: np.ndarray) -> _Ranking:
+    def _stage(self, name: str, encoded: EncodedRequests, rows: np.ndarray, counts: np.ndarray) -> Ranking:
         """Candidates by a later stage's scores; equal ones in the order in which they came."""
         there = np.arange(rows.shape[1]) < counts[:, None]
         if not there.any():
-            return _Ranking(name, rows, np.zeros(rows.shape, np.float32), counts)
+            return Ranking(name, rows, np.zeros(rows.shape, np.float32), counts)
         items = {field: values[np.where(there, rows, 0)] for field, values in self.bundle.corpus.features.items()}
         scorer = self.bundle.scorer
         scores = scorer.scores(name, scorer.features(encoded.request, encoded.history, items))
@@ -167,9 +170,7 @@ class Recommender:
 
     # ---- answers ----
 
-    def _answers(
-        self, rankings: Sequence[_Ranking], k: int, return_scores: bool, explain: bool
-    ) -> list[Recommendation]:
+    def _answers(self, rankings: Sequence[Ranking], k: int, return_scores: bool, explain: bool) -> list[Recommendation]:
         last = rankings[-1]
         rows, counts = last.best(min(k, self.bundle.cascade.stages[-1].keep))
         items = self._ids(rows, counts)
@@ -182,11 +183,11 @@ class Recommender:
         ids = iter(self.bundle.corpus.ids(rows[np.arange(rows.shape[1]) < counts[:, None]]))
         return [list(islice(ids, count)) for count in counts.tolist()]
 
-    def _candidates(self, rankings: Sequence[_Ranking]) -> list[list[Candidate] | None]:
+    def _candidates(self, rankings: Sequence[Ranking]) -> list[list[Candidate] | None]:
         ids = self._ids(rankings[0].rows, rankings[0].counts)
         return [self._ways(rankings, request, ids[request]) for request in range(len(ids))]
 
-    def _ways(self, rankings: Sequence[_Ranking], request: int, ids: list[Any]) -> list[Candidate]:
+    def _ways(self, rankings: Sequence[Ranking], request: int, ids: list[Any]) -> list[Candidate]:
         """The ways of a request's candidates, from the one that came farthest."""
         scores: dict[int, dict[str, float]] = {}
         ranks: dict[int, dict[str, int]] = {}
@@ -213,8 +214,8 @@ def _by_depth(seen: Sequence[np.ndarray]) -> dict[int, list[int]]:
     return found
 
 
-def _ranked(stage: str, rows: np.ndarray, scores: np.ndarray, counts: np.ndarray, order: np.ndarray) -> _Ranking:
-    return _Ranking(stage, np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1), counts)
+def _ranked(stage: str, rows: np.ndarray, scores: np.ndarray, counts: np.ndarray, order: np.ndarray) -> Ranking:
+    return Ranking(stage, np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1), counts)
 
 
 def _check_finite(stage: str, numbers: np.ndarray) -> None:
