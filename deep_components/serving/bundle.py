@@ -204,7 +204,8 @@ def write_version(folder: Path, write: Callable[[Path], Mapping[str, Any]], keep
     """Add a version to the bundle in ``folder``, made if need be, and make it the current one; returns its name.
 
     ``write`` fills a temporary folder and returns what the manifest says beside format, time and files. Whatever ends
-    this early, the bundle stays as it was. ``keep``: so many versions stay, this one and the newest of the others; None = all.
+    this early, the bundle stays as it was. ``keep``: so many versions stay, this one and the newest of the rest; None:
+    all.
 
     Raises InputError when the folder holds something else, cannot be written, or another process is writing there.
     """

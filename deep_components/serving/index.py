@@ -92,25 +92,25 @@ class VectorIndex:
         """The same index that looks at more or less."""
         return self.with_choice(replace(self.choice, effort=effort))
 
-    def _search(self, queries: np.ndarray, k: int) -> Any:
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         faiss = load_faiss()
         if self._index is None:
-            return faiss.knn(queries, self.vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
-        if self.choice.kind == "flat":
-            return self._index.search(queries, k)
-        scores, rows = self._index.search(_lengthened(queries), k, params=self._parameters(faiss, k))
-        return (scores, rows) if self.choice.kind == "ivf" else self._by_product(queries, rows)
+            scores, rows = faiss.knn(queries, self.vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+            return scores, rows
+        wanted = queries if self.choice.kind == "flat" else _lengthened(queries)
+        scores, rows = self._index.search(wanted, k, params=self._parameters(faiss, k))
+        return self._by_score(queries, rows) if self.choice.kind == "hnsw" else (scores, rows)
 
-    def _by_product(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that were found by distance, with their dot products and in their order."""
+    def _by_score(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dot products of the rows found, falling, and these rows: the graph measures distances."""
         scores = np.einsum("bd,bkd->bk", queries, self.vectors[np.maximum(rows, 0)])
-        order = np.argsort(np.where(rows < 0, np.inf, -scores), axis=1, kind="stable")
+        order = np.argsort(-np.where(rows < 0, -np.inf, scores), axis=1, kind="stable")
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def _parameters(self, faiss: ModuleType, k: int) -> Any:
         if self.choice.kind == "ivf":
             return faiss.SearchParametersIVF(nprobe=self.choice.effort)
-        return faiss.SearchParametersHNSW(efSearch=max(self.choice.effort, k))
+        return faiss.SearchParametersHNSW(efSearch=max(self.choice.effort, k)) if self.choice.kind == "hnsw" else None
 
 
 def build_index(
@@ -174,7 +174,8 @@ def _on_gpu(vectors: np.ndarray, choice: IndexChoice, index: Any) -> VectorIndex
     faiss = load_faiss()
     if index is None:
         index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(np.ascontiguousarray(vectors))
+        for block in _blocks(vectors):
+            index.add(block)
     choice = replace(choice, effort=min(choice.effort, _GPU_LISTS))
     return VectorIndex(vectors, choice, faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), alone=True)
 
@@ -187,7 +188,7 @@ def recall_at(index: VectorIndex, queries: np.ndarray, k: int, exact: np.ndarray
 
 
 def _calibrated(index: VectorIndex, queries: np.ndarray, k: int, target: float) -> VectorIndex:
-    """The index with the least effort, of powers of two, that reaches the target."""
+    """The index with about the least effort that reaches the target."""
     _, exact = index.exact(queries, k)
     least, most = (1, index.choice.lists) if index.choice.kind == "ivf" else (k, _MOST_KEPT * k)
 

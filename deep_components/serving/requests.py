@@ -108,18 +108,22 @@ class RequestEncoder:
         wanted = [name for name in names if name in self.known]
         if twice := [name for name in wanted if wanted.count(name) > 1]:
             raise InputError(f"requests: column {twice[0]} is there twice; give one of them another name")
-        if isinstance(table, pd.DataFrame):
-            table = pa.table({name: _arrow(table[name], name) for name in wanted})
-        if not wanted:
-            return [{}] * table.num_rows if names else []
-        rows = table.select(wanted).to_pylist()
-        if HISTORY in wanted and pa.types.is_struct(_value_type(table.schema.field(HISTORY).type)):
-            extra = {field.name for field in _value_type(table.schema.field(HISTORY).type)} - set(self._event_keys)
-            for row in rows if extra else ():
-                for event in filter(None, row[HISTORY] or ()):
-                    for name in extra:
-                        del event[name]
+        columns = {name: _arrow(table[name], name) for name in wanted}
+        columns = {name: values for name, values in columns.items() if self._is_wanted(name, values.type)}
+        rows = pa.table(columns).to_pylist() if columns else [{} for _ in range(len(table))]
+        if HISTORY in columns and pa.types.is_struct(events := _value_type(columns[HISTORY].type)):
+            extra = {field.name for field in events} - set(self._event_keys)
+            for event in (event for row in rows for event in row[HISTORY] or () if event is not None):
+                for name in extra:
+                    del event[name]
         return rows
+
+    def _is_wanted(self, name: str, kind: pa.DataType) -> bool:
+        """Whether a column of a table is one of the request, rather than of an item that stands beside it."""
+        if name in self.history_columns and name not in {*self.request_columns, HISTORY}:
+            lists = hasattr(kind, "value_type") and not pa.types.is_dictionary(kind)
+            return lists or self._separators.get(name) is not None
+        return True
 
     # ---- dicts -> fields ----
 
@@ -349,10 +353,12 @@ def _kind(value: Any) -> str:
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    return getattr(kind, "value_type", kind)
 
 
-def _arrow(column: pd.Series, name: str) -> pa.Array:
+def _arrow(column: pd.Series | pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
+    if not isinstance(column, pd.Series):
+        return column
     try:
         return pa.Array.from_pandas(column)
     except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
