@@ -19,6 +19,7 @@ COMMANDS = {
     "test": ("run_test", "evaluate a run on a test day"),
     "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
+    "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
     "report": ("commands.report", "one page with charts about many runs"),
     "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),

@@ -212,7 +212,7 @@ class RequestEncoder:
         values = {name: [value for request in some for value in request.values(name)[-length:]] for name in given}
         raw = np.full(len(rows), True) if self._item_fields is None else rows < 0
         for listed in values.values():
-            raw |= [not _missing(value) for value in listed]
+            raw |= np.array([not _missing(value) for value in listed], bool)
         chosen = np.flatnonzero(raw)
         encoded = self._raw_events(chosen, values, ids, rows) if len(chosen) or self._item_fields is None else {}
         made = {"mask": mask}

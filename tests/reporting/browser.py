@@ -15,6 +15,39 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 _FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 _SECONDS = 60
 
+# JavaScript: what reaches beyond the screen and is not in a box that scrolls.
+WIDE = """
+[...document.querySelectorAll("main *, header *")]
+  .filter((one) => !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 0.5)
+  .map((one) => one.outerHTML)
+"""
+
+# JavaScript: text that has less contrast than 4.5 to 1 (WCAG AA).
+LOW_CONTRAST = """
+(() => {
+  const channel = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => 0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
+  const behind = (one) => {
+    for (; one; one = one.parentElement) {
+      const colour = rgb(getComputedStyle(one).backgroundColor);
+      if (colour.length === 3 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  for (const one of document.querySelectorAll("body *:not(script)")) {
+    const own = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!own || one.getAttribute("style")?.includes("--paper") || one.tagName === "title") continue;
+    const style = getComputedStyle(one);
+    const colours = [rgb(one.closest("svg") ? style.fill : style.color), behind(one)];
+    const [a, b] = colours.map(light).sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) low.push([one.outerHTML, colours]);
+  }
+  return low;
+})()
+"""
+
 
 def find_chromium() -> str | None:
     """The path of a Chromium, named by CHROMIUM or on the PATH."""
@@ -44,12 +77,17 @@ class Page:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def open(self, path: Path) -> None:
-        """Load a file and wait until it is there."""
-        self.send("Page.navigate", url=path.as_uri())
+    def open(self, where: Path | str) -> None:
+        """Load a file or an address and wait until it is there."""
+        url = where.as_uri() if isinstance(where, Path) else where
+        self.send("Page.navigate", url=url)
+        self.wait(f"document.readyState + location.href === {json.dumps('complete' + url)}")
+
+    def wait(self, script: str) -> None:
+        """Until the JavaScript expression is true."""
         limit = time.monotonic() + _SECONDS
-        while self.run("document.readyState + location.href") != f"complete{path.as_uri()}":
-            assert time.monotonic() < limit
+        while not self.run(script):
+            assert time.monotonic() < limit, script
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""

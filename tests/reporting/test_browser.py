@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deep_components.commands import report
-from tests.reporting.browser import Page, chromium, find_chromium
+from tests.reporting.browser import LOW_CONTRAST, WIDE, Page, chromium, find_chromium
 from tests.reporting.report_runs import SCRIPT, write_all
 
 PATH = find_chromium()
@@ -103,13 +103,6 @@ def test_rows_without_a_number_stand_last(page: Page) -> None:
         assert page.run(NAMES)[-1] == first
 
 
-WIDE = """
-[...document.querySelectorAll("main *, header *")]
-  .filter((one) => !one.closest(".scroll") && one.getBoundingClientRect().right > innerWidth + 0.5)
-  .map((one) => one.outerHTML)
-"""
-
-
 @pytest.mark.parametrize("width", [360, 390, 768, 1280])
 def test_nothing_but_tables_scrolls_sideways(width: int, page: Page) -> None:
     page.resize(width)
@@ -126,39 +119,13 @@ def test_text_in_charts_is_readable_on_a_phone(page: Page) -> None:
     assert min(heights) >= 8
 
 
-CONTRAST = """
-(() => {
-  const channel = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => 0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
-  const behind = (one) => {
-    for (; one; one = one.parentElement) {
-      const colour = rgb(getComputedStyle(one).backgroundColor);
-      if (colour.length === 3 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const low = [];
-  for (const one of document.querySelectorAll("body *:not(script)")) {
-    const own = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || one.getAttribute("style")?.includes("--paper") || one.tagName === "title") continue;
-    const style = getComputedStyle(one);
-    const colours = [rgb(one.closest("svg") ? style.fill : style.color), behind(one)];
-    const [a, b] = colours.map(light).sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) low.push([one.outerHTML, colours]);
-  }
-  return low;
-})()
-"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(scheme: str, page: Page) -> None:
     """WCAG AA: 4.5 to 1 for all text, in both schemes."""
     page.prefer(color_scheme=scheme)
     dark = page.run("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
-    assert page.run(CONTRAST) == []
+    assert page.run(LOW_CONTRAST) == []
     page.prefer(color_scheme="light")
 
 
