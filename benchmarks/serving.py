@@ -32,6 +32,7 @@ from deep_components.dataset.simulate import World
 from deep_components.errors import InputError
 from deep_components.serving.index import build_index
 from deep_components.serving.recommender import Recommender
+from deep_components.threads import short_waits
 
 K, RETRIEVED = 20, 400
 WARM_UP = 50
@@ -81,7 +82,7 @@ def answer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     recommender = Recommender.load(folder / "bundle")
     loaded = time.perf_counter() - started
     requests = json.loads((folder / "requests.json").read_text())
-    whole, parts = list[float](), dict[str, list[float]]()
+    whole, parts, before = list[float](), dict[str, list[float]](), time.process_time()
     for request in [*requests[:WARM_UP], *requests]:
         timings: dict[str, float] = {}
         started = time.perf_counter()
@@ -94,6 +95,7 @@ def answer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "load_seconds": loaded,
         "milliseconds": load.summary(whole[-len(requests) :]),
+        "cpu_milliseconds": 1e3 * (time.process_time() - before) / len(whole),
         "milliseconds_per_part": {name: load.summary(seconds[-len(requests) :]) for name, seconds in parts.items()},
         "index": recommender.bundle.manifest["index"],
         "memory": memory("self"),
@@ -147,9 +149,15 @@ def memory(process: int | str) -> dict[str, float]:
     return {name: int(lines[key].split()[0]) * 1024.0 for name, key in named.items()}
 
 
+def cpu_seconds(process: int) -> float:
+    """What a process has used of the cores so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def apart(args: argparse.Namespace, *words: str, threads: int | None = None) -> dict[str, Any]:
     """Do a part of the work in a process of its own, whose memory is its own; what it says."""
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    environment = {**os.environ, **short_waits(), **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     command = [sys.executable, "-m", "benchmarks.serving", f"--folder={args.folder}", f"--part={','.join(words)}"]
     said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
     result: dict[str, Any] = json.loads(said)
@@ -196,12 +204,14 @@ def over_http(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bodies.write_text("".join(json.dumps({"requests": [request], "k": K}) + "\n" for request in requests))
     results: dict[str, Any] = {}
     with served(folder) as (url, process):
-        for concurrency in args.concurrency:
+        for concurrency in map(int, args.concurrency):
+            before = cpu_seconds(process)
             flags = [f"--url={url}/recommend", f"--bodies={bodies}", f"--concurrency={concurrency}"]
             flags += [f"--requests={args.requests}", f"--warm_up={max(WARM_UP, concurrency)}"]
             command = [sys.executable, "-m", "benchmarks.load", *flags]
             said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-            results[str(concurrency)] = json.loads(said)
+            used = (cpu_seconds(process) - before) / (args.requests + max(WARM_UP, concurrency))
+            results[str(concurrency)] = json.loads(said) | {"cpu_milliseconds_of_service": 1e3 * used}
         results["memory"] = memory(process)
     return results
 
