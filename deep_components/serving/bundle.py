@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deep_components.arguments import DTYPES
+from deep_components.arguments import COMPACT_FROM, DTYPES
 from deep_components.cascade import Cascade
 from deep_components.checkpoint import check_sizes, trained_ids, trained_models
 from deep_components.dataset.encoding import RawEncoding
@@ -39,10 +39,11 @@ from deep_components.errors import InputError
 from deep_components.evaluation.checks import check_cascade
 from deep_components.files import locked, make_folder, map_npy, read_json, remove, sha256_of, temporaries, write_json
 from deep_components.runs.folder import MAX_EMB_DIM, MAX_NN_UNITS
-from deep_components.schema import Schema
+from deep_components.schema import Schema, Table
 from deep_components.serving.corpus import Corpus
 from deep_components.serving.index import KINDS, IndexChoice, VectorIndex, open_index
 from deep_components.serving.scorer import Scorer, check_retrieval
+from deep_components.tables.id_set import IdSet
 
 FORMAT = 1
 CURRENT_FILE, VERSIONS, MANIFEST_FILE = "current.json", "versions", "manifest.json"
@@ -107,12 +108,24 @@ def load_scorer(path: Path, cascade: Cascade, schema: Schema, manifest: Mapping[
     """The models in a version's folder. InputError when one is damaged, or the first has no vectors to search by."""
     sizes = {"emb_dim": manifest["emb_dim"], "nn_units": manifest["nn_units"]}
     check_sizes(path, cascade, schema, **sizes)
+    ids = trained_ids(path, cascade, schema)
+    large = {name: known for name, known in ids.items() if schema.tables[name].size >= COMPACT_FROM}
     models, stores, seed = trained_models(
-        path, cascade, schema, **sizes, dtype=DTYPES[manifest["dtype"]], device=torch.device(device),
-        ids=trained_ids(path, cascade, schema),
-    )  # fmt: skip
+        path, cascade, schema, **sizes, dtype=DTYPES[manifest["dtype"]], device=torch.device(device), ids=large
+    )
+    for name in ids.keys() - large.keys():  # a row for each id is less work for a request than to know which have one
+        _fill_unknown([store.tables[name] for store in stores.values()], ids[name], schema.tables[name])
     check_retrieval(models[cascade.stages[0].name], cascade.stages[0].name)
     return Scorer(cascade, schema, models, stores, seed)
+
+
+@torch.no_grad()
+def _fill_unknown(tables: Sequence[torch.Tensor], known: IdSet, about: Table) -> None:
+    """Give ids that were never trained the unknown one's row, where there is one."""
+    if about.unknown is not None:
+        missing = torch.from_numpy(~known.contains(np.arange(about.size)))
+        for table in tables:
+            table[missing.to(table.device)] = table[about.unknown].clone()
 
 
 def index_choice(path: Path, manifest: Mapping[str, Any]) -> IndexChoice:

@@ -98,7 +98,7 @@ def _check(
     key_rows: np.ndarray,
 ) -> None:  # fmt: skip
     """ValueError unless the parts are of one length, and all indices within their tables."""
-    table.validate()
+    table.validate(full=True)  # or offsets in it could point anywhere
     if item not in table.schema.names or id_type not in ("string", "integer"):
         raise ValueError(f"no column {item} of type {id_type}")
     if keys.dtype != np.uint64 or key_rows.dtype != np.int64 or {len(table)} != {len(keys), len(key_rows)}:

@@ -32,7 +32,7 @@ from deep_components.serving.corpus import Corpus, write_corpus
 from deep_components.serving.index import RECALL, build_index
 from deep_components.serving.scorer import Scorer
 
-QUERIES = 1000  # requests of the log on which the index is measured
+QUERIES = 256  # requests of the log on which the index is measured
 
 _ITEMS_AT_A_TIME = 1 << 14
 _REQUESTS_AT_A_TIME = 256

@@ -30,7 +30,8 @@ RECALL = 0.99
 
 _LINKS = 32  # of a node of the graph
 _BREADTH = 128  # candidates while the graph is built
-_POINTS_PER_LIST = 64  # that IVF's centroids are learnt from
+_MOST_LISTS = 8192  # of IVF: with more the corpus takes long to sort into them
+_POINTS_PER_LIST = 40  # that IVF's centroids are learnt from
 _GPU_LISTS = 2048  # that a search on a GPU can look into
 _MOST_KEPT = 16  # times k, the nodes that a search of the graph keeps at most
 _BLOCK = 1 << 16  # vectors added at a time
@@ -139,7 +140,7 @@ def build_index(
     k = min(k, len(vectors))
     if chosen == "flat":
         return VectorIndex(vectors, IndexChoice("flat", kind, at=k, target=target))
-    lists = max(1, min(round(4 * math.sqrt(len(vectors))), len(vectors) // 39))
+    lists = max(1, min(round(4 * math.sqrt(len(vectors))), len(vectors) // _POINTS_PER_LIST, _MOST_LISTS))
     index = _ivf(vectors, lists) if chosen == "ivf" else _hnsw(vectors)
     choice = IndexChoice(chosen, kind, lists if chosen == "ivf" else 0, 1, k, target=target)
     queries = _sample(vectors, 256) if queries is None or not len(queries) else queries

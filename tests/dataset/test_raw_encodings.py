@@ -14,6 +14,7 @@ from deep_components.dataset.importers.recflow import LOG_COLUMN, RecFlowEncodin
 from deep_components.dataset.log import encoding_of, load_encoding, open_log, with_item
 from deep_components.dataset.rows import items_of_log
 from deep_components.errors import InputError
+from deep_components.files import read_json, write_json
 from deep_components.schema import Field, Schema
 from tests.helpers import DAYS
 from tests.schemas import OWN
@@ -183,6 +184,20 @@ def test_any_kind_is_saved_and_loaded(tmp_path: Path, encoding: RecFlowEncoding)
         for side in ("request", "history", "item"):
             assert loaded.columns(side) == made.columns(side)
     assert {LOG_COLUMN["video"], "upload_timestamp"} <= set(encoding.columns("item"))
+
+
+def test_an_encoding_of_an_earlier_version_names_no_columns(tmp_path: Path) -> None:
+    made = Encoding(
+        [FieldEncoding("a", "item", "id", "A", "string", "a")], {"a": np.arange(3, dtype=np.uint64)}, item="A"
+    )
+    made.save(tmp_path)
+    content = read_json(tmp_path / "encoding.json")
+    write_json(tmp_path / "encoding.json", {k: v for k, v in content.items() if k not in ("item", "user", "time")})
+    loaded = Encoding.load(tmp_path)
+    assert (loaded.item, loaded.user, loaded.time) == ("", "", "") and loaded.schema == made.schema
+    write_json(tmp_path / "encoding.json", content | {"item": 3})
+    with pytest.raises(InputError, match="item, user or time is no column's name"):
+        Encoding.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["recflow", "index"])

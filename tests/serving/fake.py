@@ -103,7 +103,7 @@ def _candidate(item: int, rank: int, found: int) -> Any:
 def served(app: FastAPI, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread; it has ended when the block has."""
     config = uvicorn.Config(app, port=0, http="h11", log_config=None, access_log=False, lifespan="on", **settings)
-    server = uvicorn.Server(config)
+    app.state.server = server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -16,12 +16,13 @@ from deep_components import run_train
 from deep_components.cascade import Cascade
 from deep_components.commands import main
 from deep_components.errors import InputError
-from deep_components.files import read_json, write_json
+from deep_components.files import locked, read_json, write_json
 from deep_components.serving import export
 from deep_components.serving.bundle import FORMAT, Bundle, versions, write_version
 from deep_components.serving.export import export_run, index_corpus
 from tests.helpers import training_arguments
 from tests.serving.conftest import Trained
+from tests.test_bit_flips import flips
 from tests.test_own_cascade import arguments as shop_arguments
 from tests.test_own_cascade import write_log
 
@@ -173,6 +174,13 @@ def test_what_a_killed_process_leaves_is_removed(shop: Trained, bundle: Path, tm
     assert len(Bundle.load(tmp_path / "begun").corpus) == 3
 
 
+def test_one_writer_at_a_time(shop: Trained, bundle: Path, tmp_path: Path) -> None:
+    items, before = new_items(shop, tmp_path), content(bundle)
+    with locked(bundle / ".lock"), pytest.raises(InputError, match=r"bundle: another process is writing a version"):
+        index_corpus(bundle, items)
+    assert content(bundle) == before
+
+
 def test_no_folder_of_other_files_is_written_to(shop: Trained, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").touch()
@@ -196,6 +204,15 @@ def test_a_damaged_file(name: str, bundle: Path) -> None:
         InputError, match=f"{name}: does not match its checksum in manifest.json, so it is damaged or of"
     ):
         Bundle.load(bundle)
+
+
+def test_a_flipped_bit_anywhere(bundle: Path) -> None:
+    files = [path for path in bundle.rglob("*") if path.is_file() and path.name != ".lock"]
+    for path in flips(sorted(files), 80):
+        with pytest.raises(InputError) as error:
+            Bundle.load(bundle)
+        assert str(path.parent) in str(error.value)
+    Bundle.load(bundle)
 
 
 def edited(path: Path, **changes: Any) -> None:

@@ -5,16 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+from deep_components.arguments import COMPACT_FROM
 from deep_components.dataset.log import open_log
 from deep_components.serving.bundle import Bundle
 from tests.serving.conftest import Trained
 
 
-@pytest.fixture(params=["recflow", "shop"])
-def served(request: pytest.FixtureRequest) -> tuple[Trained, Bundle]:
-    return request.getfixturevalue(request.param), Bundle.load(request.getfixturevalue(f"{request.param}_bundle"))
+@pytest.fixture(params=[("recflow", 0), ("recflow", COMPACT_FROM), ("shop", 0), ("shop", COMPACT_FROM)])
+def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Trained, Bundle]:
+    """With tables that have rows for trained ids only, as large ones are, and with whole tables."""
+    log, compact_from = request.param
+    monkeypatch.setattr("deep_components.serving.bundle.COMPACT_FROM", compact_from)
+    return request.getfixturevalue(log), Bundle.load(request.getfixturevalue(f"{log}_bundle"))
 
 
 def test_scores_are_those_of_the_evaluation(served: tuple[Trained, Bundle]) -> None:
@@ -40,8 +45,26 @@ def _items(fields: Mapping[str, Tensor]) -> list[dict[str, np.ndarray]]:
     return [{name: values[row].numpy() for name, values in fields.items()} for row in range(count)]
 
 
-def test_the_test_day_has_ids_that_were_never_trained(recflow: Trained, recflow_bundle: Path) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_scores_on_a_gpu(recflow: Trained, recflow_bundle: Path) -> None:
+    on_cpu, on_gpu = (Bundle.load(recflow_bundle, device=device) for device in ("cpu", "cuda"))
+    log = open_log(recflow.log)
+    features = (
+        log.open_day(log.days()[-1], on_cpu.cascade, None, on_cpu.manifest["zone"], 5).batch(np.arange(40)).features
+    )
+    for stage in on_cpu.cascade.stage_names:
+        np.testing.assert_allclose(
+            on_gpu.scorer.scores(stage, features), on_cpu.scorer.scores(stage, features), atol=1e-5
+        )
+    users = on_cpu.scorer.user_vectors_of(features)
+    np.testing.assert_allclose(on_gpu.index.search(users, 9)[0], on_cpu.index.search(users, 9)[0], atol=1e-4)
+
+
+def test_the_test_day_has_ids_that_were_never_trained(
+    recflow: Trained, recflow_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the test above would not see that their initial values count."""
+    monkeypatch.setattr("deep_components.serving.bundle.COMPACT_FROM", 0)
     bundle, log = Bundle.load(recflow_bundle), open_log(recflow.log)
     day = log.open_day(log.days()[-1], bundle.cascade, None, bundle.manifest["zone"])
     known = bundle.scorer.stores["rank"].ids["user"]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,10 @@ def bundle(recflow_bundle: Path, tmp_path: Path) -> Path:
 def test_from_the_start_to_the_end(bundle: Path, tmp_path: Path) -> None:
     """Answers as in Python; new versions by SIGHUP and by the token, a damaged one is refused; SIGTERM."""
     first = current_version(bundle)
-    [expected] = Recommender.load(bundle).recommend({"user_id": 1}, k=3)
-    with running(f"--bundle={bundle}") as server:
-        answer = server.ready().ask({"user_id": 1}, k=3).json()
+    request = {"user_id": 1, "request_timestamp": 1_705_312_800_000}
+    [expected] = Recommender.load(bundle).recommend(request, k=3)
+    with running(f"--bundle={bundle}", "--timeout_s=60") as server:
+        answer = server.ready().ask(request, k=3).json()
         assert answer["version"] == first and answer["results"][0]["items"] == expected.items
         assert answer["results"][0]["scores"] == pytest.approx(expected.scores)
 
@@ -110,27 +110,6 @@ def test_from_the_start_to_the_end(bundle: Path, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         assert "Traceback" not in "".join(server.lines)
-
-
-def test_what_waits_is_answered_before_the_end(bundle: Path) -> None:
-    with (
-        running(f"--bundle={bundle}", "--timeout_s=60", "--max_waiting=1000") as server,
-        ThreadPoolExecutor(8) as threads,
-    ):
-        server.ready()
-        sent = [threads.submit(_on_its_own, server, number) for number in range(8)]
-        wait(lambda: "recommend" in "".join(server.lines))  # the first has been answered
-        server.process.send_signal(signal.SIGTERM)
-        statuses = [one.result() for one in sent]
-        assert set(statuses) <= {200, None} and 200 in statuses  # None: it came when nobody listened any more
-        assert server.process.wait(60) == 0
-
-
-def _on_its_own(server: Process, number: int) -> int | None:
-    try:
-        return httpx.post(f"{server.client.base_url}/recommend", json={"requests": [{}] * 20}, timeout=60).status_code
-    except httpx.ConnectError:
-        return None
 
 
 def test_refusals_at_the_start(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,9 +169,10 @@ def test_the_store_s_history_is_filtered(shop_server: httpx.Client, shop_bundle:
     bundle, user = recommender.bundle, recommender.bundle.encoding.user
     history = bundle.corpus.ids(np.arange(3))
     columns = bundle.corpus.table.column_names
-    body = {"requests": [{user: "u1"}], "k": 1000, "explain": True, "columns": columns}
+    asked = {user: "u1", bundle.encoding.time: "2025-03-06T12:00:00"}
+    body = {"requests": [asked], "k": 1000, "explain": True, "columns": columns}
     [found] = shop_server.post("/recommend", json=body).json()["results"]
-    [expected] = recommender.recommend({user: "u1", "history": history}, k=1000)
+    [expected] = recommender.recommend({**asked, "history": history}, k=1000)
     assert found["items"] == expected.items and not set(history) & set(found["items"])
     rows = bundle.corpus.rows_of(pa.array(found["items"]))
     assert found["columns"][bundle.encoding.item] == found["items"]
@@ -204,7 +184,11 @@ def test_the_store_s_history_is_filtered(shop_server: httpx.Client, shop_bundle:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=5,
 )

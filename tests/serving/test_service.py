@@ -408,6 +408,24 @@ def test_what_waited_too_long_is_not_computed(server: Callable[..., Server]) -> 
     assert held.users() == [[0], [2]]
 
 
+def test_what_waits_is_answered_before_the_end(server: Callable[..., Server]) -> None:
+    held = Held(server)
+    waiting = [held.send({"user_id": user}) for user in range(3)]
+    held.server.app.state.server.should_exit = True  # what SIGTERM does
+    wait(lambda: _refused(held.server))
+    assert not any(one.done() for one in waiting)
+    held.model.free.set()
+    assert [one.result().status_code for one in (held.first, *waiting)] == [200] * 4
+
+
+def _refused(server: Server) -> bool:
+    try:
+        connected(server).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 # ---- loading and reloading -------------------------------------------------------------------------------------------
 
 
