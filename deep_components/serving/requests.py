@@ -171,7 +171,7 @@ class RequestEncoder:
         if top:
             raise InputError(f"column {top[0]}: the events stand in {HISTORY} already; give them once")
         events = _list(HISTORY, history, self._separators.get(HISTORY))
-        if not any(isinstance(event, Mapping) for event in events):
+        if not any(issubclass(kind, Mapping) for kind in set(map(type, events))):
             return {self.id_column: events}
         made: dict[str, list[Any]] = {}
         for number, event in enumerate(events):

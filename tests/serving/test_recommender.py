@@ -15,6 +15,7 @@ import torch
 from deep_components.errors import InputError
 from deep_components.metrics import survival_by_stage
 from deep_components.serving.export import export_run, index_corpus
+from deep_components.serving.index import build_index
 from deep_components.serving.recommender import Recommendation, Recommender
 from tests.serving.logs import Asked, Trained, trained
 
@@ -272,6 +273,17 @@ def test_an_index_that_finds_too_few(found: int, videos: tuple[Trained, Recommen
     best = {candidate.item for candidate in exact.candidates if candidate.ranks[first] <= found}
     assert {candidate.item for candidate in answer.candidates} == best
     assert len(answer.items) == min(found, 20)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_an_approximate_index_that_finds_all(kind: str, videos: tuple[Trained, Recommender]) -> None:
+    case, recommender = videos
+    bundle = recommender.bundle
+    index = build_index(bundle.index.vectors, kind, k=len(bundle.corpus), target=1.0)
+    approximate = Recommender(replace(bundle, index=index))
+    requests = [asked.request for asked in case.asked[:10]]
+    for one, other in zip(approximate.recommend(requests), recommender.recommend(requests), strict=True):
+        same(one, other)
 
 
 def test_scores_that_are_not_finite_are_refused(videos: tuple[Trained, Recommender]) -> None:
