@@ -24,6 +24,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 MOST_SAMPLES = 1 << 12  # of the bound: memory grows with them
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
+LOGGED_ITEMS = ""  # what --corpus alone says
+INDEXES = ("flat", "ivf", "hnsw")
 # The scripts' own options (run_experiments.py): whoever misspells one is told so by the training, which gets the rest.
 SCRIPT_OPTIONS = (
     *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),
@@ -68,6 +70,14 @@ def folder(text: str) -> Path:
 
 def _quotas(text: str) -> list[int]:
     return [positive_int(part) for part in text.split(",")]
+
+
+def _indexes(text: str) -> list[str]:
+    kinds = text.split(",")
+    for kind in kinds:
+        if kind not in INDEXES:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(kind)} is none of {', '.join(INDEXES)}")
+    return kinds
 
 
 def _days(text: str) -> list[str]:
@@ -137,6 +147,16 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
                         help="samples of a cascade with noise, for the bound (default 64; 0: no bound)")  # fmt: skip
     parser.add_argument("--bound_noise", type=_positive_float, metavar="T",
                         help="the noise's scale, in the scores' unit (default: the run's --tau)")  # fmt: skip
+    corpus = parser.add_argument_group("over a whole corpus (docs/serving.md)")
+    corpus.add_argument("--corpus", nargs="?", const=LOGGED_ITEMS, metavar="ITEMS",
+                        help="also evaluate on all items of this file or folder; alone: of the log")  # fmt: skip
+    corpus.add_argument("--item", metavar="COLUMN", help="what names an item (default: as the log was imported)")
+    corpus.add_argument(
+        "--quotas", type=_quotas, metavar="Q1,Q2", help="items that the stages keep (default: the run's)"
+    )
+    corpus.add_argument("--filter_seen", action="store_true", help="leave out the items of a request's own history")
+    corpus.add_argument("--index", type=_indexes, default=[], metavar="ivf,hnsw",
+                        help=f"also measure what these indexes lose: {', '.join(INDEXES)}")  # fmt: skip
     return parser
 
 

@@ -3,18 +3,22 @@
 import importlib
 import json
 import os
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partialmethod
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import common, step
+from benchmarks import common, load, step
+from deep_components import commands
 from deep_components.errors import InputError
 from deep_components.models import din
 
@@ -118,3 +122,60 @@ def test_an_import(capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads(capsys.readouterr().out)
     assert (results["exit_code"], results["rows"]) == (0, 400)
     assert results["peak_memory_bytes"] > 0 and results["log_bytes"] > 0
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """A service that answers every other request, and says that it is full to the others."""
+
+    protocol_version, asked = "HTTP/1.1", 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        type(self).asked += 1
+        self.send_response(200 if self.asked % 2 else 503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _service(folder: Path) -> Iterator[tuple[str, int]]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", os.getpid()
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("short_rules")
+def test_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundle, recommender and indexes are real, the commands run in this process; the service is a stub."""
+    serving = importlib.import_module("benchmarks.serving")
+
+    def apart(args: Namespace, *words: str, threads: int | None = None) -> Any:
+        return json.loads(json.dumps(serving.part(Namespace(**{**vars(args), "part": words}))))
+
+    def command(*words: str) -> dict[str, float]:
+        here = ["--jobs=1"] if words[0] == "import" else []
+        assert commands.main([*words, *here]) == 0
+        return {"seconds": 1.0, "peak_bytes": 1.0}
+
+    for name, stub in {"apart": apart, "lcron": command, "served": _service}.items():
+        monkeypatch.setattr(serving, name, stub)
+    flags = ["--items=600", "--requests=4", "--log_requests=16", "--batch_size=16", f"--folder={tmp_path}"]
+    serving.main([*flags, "--compared=flat,ivf", "--concurrency=1,2", f"--output={tmp_path / 'results.json'}"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["commands"].keys() == {"import", "train", "export"}
+    inside = results["in_process"]
+    assert inside["milliseconds_per_part"].keys() == {"encode", "retrieval", "prerank", "rank", "answer"}
+    assert sum(part["mean"] for part in inside["milliseconds_per_part"].values()) <= inside["milliseconds"]["mean"]
+    assert results["index"]["flat"]["recall@400"] == 1 and results["index"]["ivf"]["recall@400"] > 0.9
+    for concurrency in "12":
+        found = results["http"][concurrency]
+        assert found["requests_per_second"] > 0 and found["p50"] <= found["p99"] and sum(found["refused"].values()) == 2
+
+
+def test_percentiles() -> None:
+    assert load.summary([i / 1000 for i in range(200, 0, -1)]) == {"mean": 100.5, "p50": 100, "p90": 180, "p99": 198}
+    assert load.summary([]) == {}

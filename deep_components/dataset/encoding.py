@@ -110,6 +110,10 @@ class RawEncoding(Protocol):
     def schema(self) -> Schema:
         """The fields that models see."""
 
+    @property
+    def item_field(self) -> str:
+        """The field of the schema that names an item; "" where none does."""
+
     def columns(self, side: str) -> dict[str, pa.DataType | None]:
         """The raw columns of a side, each once, and the type that CSV files are read with; None: any."""
 
@@ -153,6 +157,12 @@ class Encoding:
 
     def side(self, side: str) -> tuple[FieldEncoding, ...]:
         return tuple(entry for entry in self.entries if entry.side == side)
+
+    @property
+    def item_field(self) -> str:
+        """See :class:`RawEncoding`."""
+        named = (e.name for e in self.side("item") if e.column == self.item and e.kind == "id" and not e.length)
+        return next(named, "")
 
     def columns(self, side: str) -> dict[str, pa.DataType | None]:
         """See :class:`RawEncoding`."""
@@ -304,6 +314,11 @@ class IndexEncoding:
         self.schema, self.history_length = schema, history_length
         self.item = _largest(schema, "item") if item is None else item
         self.user = _largest(schema, "request")
+
+    @property
+    def item_field(self) -> str:
+        """See :class:`RawEncoding`."""
+        return self.item
 
     def columns(self, side: str) -> dict[str, pa.DataType | None]:
         """See :class:`RawEncoding`."""

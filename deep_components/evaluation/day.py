@@ -21,6 +21,7 @@ from deep_components.dataset.days import missing_days, test_day
 from deep_components.dataset.loader import batches
 from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
+from deep_components.evaluation import corpus
 from deep_components.evaluation.bound import bound_of_run, keep_some
 from deep_components.evaluation.checks import (
     check_cascade,
@@ -92,6 +93,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     """Evaluate the run in args.output_dir (evaluation_parser): writes per_request.npz, metrics.json, and if asked for
     scores.npz. Returns the content of metrics.json. ``cascade`` is what the run must be of; None takes any."""
     run: Path = args.output_dir
+    corpus.check_arguments(args)
     config, log = read_training(run), open_log(args.data_dir)
     own = cascade_of(run, config)
     check_cascade(run, own, cascade)
@@ -126,6 +128,9 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     elif trained.epochs and name == config.get("validation_day"):
         results["warning_test_day"] = f"the run followed its metrics on {name}: these are no test numbers"
         logger.warning("%s", results["warning_test_day"])
+    if args.corpus is not None:
+        served, results["corpus"] = corpus.evaluate_run(args, cascade, day)
+        metrics |= served
     (run / SCORES_FILE).unlink(missing_ok=True)  # those of an earlier evaluation
     _write_arrays(run / PER_REQUEST_FILE, metrics)
     if args.save_scores:

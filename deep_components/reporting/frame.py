@@ -48,6 +48,7 @@ BOUND = (
     *("bound_hard", "bound_violated", "bound_violated_at_quotas"),
 )
 STREAMED_CHECKSUM = "streamed_checksums."  # of a test day of a stream
+CORPUS = "corpus."  # before the names of columns of an evaluation over a whole corpus
 
 # What all runs of a table have in common, and what those of them that know it.
 _OF_A_TABLE = ("setting", "data", "test_day", "test_day_checksum", "num_requests")
@@ -87,8 +88,8 @@ def frame(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     all methods share; None where it is not known), ``run_code`` (runs/code.py); ``commit``, ``device``, ``threads``,
     ``versions``; ``warnings``; what the training took: ``steps``, ``skipped_steps``, ``requests``, ``seconds``,
     ``peak_memory_bytes``, ``peak_gpu_memory_bytes``; ``metrics`` (the names of the table's), every metric (NaN where
-    undefined); ``arguments.<name>`` for every argument of the training, ``data_checksums.<day>``, and of a stream
-    ``streamed_checksums.<day>``.
+    undefined); ``arguments.<name>`` for every argument of the training, ``data_checksums.<day>``, of a stream
+    ``streamed_checksums.<day>``, and of an evaluation over a corpus ``corpus.<name>``.
 
     Runs of different settings, data and code may stand in it: see :func:`comparable_rows`.
 
@@ -304,6 +305,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         **{f"{ARGUMENT}{name}": value for name, value in config["arguments"].items()},
         **{f"{DATA_CHECKSUM}{day}": value for day, value in checksums.items()},
         **{f"{STREAMED_CHECKSUM}{day}": value for day, value in _streamed(folder).items()},
+        **{f"{CORPUS}{name}": value for name, value in (results.get("corpus") or {}).items() if name != "index"},
     }
     return {"folder": folder} | _clean(row)
 
@@ -347,12 +349,23 @@ def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, 
     sums = [results.get("test_day_checksum"), *(checksums.values() if isinstance(checksums, dict) else ())]
     wrong += [] if all(isinstance(value, str | None) for value in sums) else ["checksum"]
     wrong += [] if any("@" in name for name in results) else ["joint_recall"]
+    wrong += [] if _is_of_a_corpus(results.get("corpus")) else ["corpus"]
     if wrong:
         raise InputError(f"{path}: field {wrong[0]} is missing or damaged; evaluate the run again")
 
 
 def _is_days(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(day, str) for day in value))
+
+
+def _is_of_a_corpus(value: Any) -> bool:
+    """Nothing, or what an evaluation over a corpus found."""
+    if value is None:
+        return True
+    about = {"items": int, "checksum": str, "filter_seen": bool}
+    known = isinstance(value, dict) and all(_is_a(value.get(name), kind) for name, kind in about.items())
+    scores = [part for name, part in value.items() if "@" in name] if known else []
+    return bool(scores) and all(part is None or _is_a_score(part) for part in scores)
 
 
 def _is_a_score(value: Any) -> bool:

@@ -11,7 +11,7 @@ import pandas as pd
 from deep_components.cli import printable
 from deep_components.errors import InputError
 from deep_components.reporting.curves import streaming_curves
-from deep_components.reporting.frame import Collected, by_table, comparable_rows, differing
+from deep_components.reporting.frame import CORPUS, Collected, by_table, comparable_rows, differing
 from deep_components.reporting.paper import paper_name
 from deep_components.reporting.remarks import Remarks, Row, remarks_of
 from deep_components.reporting.results import DECIMALS, Results, metric_title
@@ -96,6 +96,7 @@ def metrics_document(results: Results, style: Style) -> Document:
     tables = [metrics_table(results, style)]
     tables += [comparison_table(results, results.metrics[0], style)] if len(results.compared) else []
     tables += [paper_table(results, style)] if len(results.with_paper) else []
+    tables += [made] if (made := corpus_table(results.runs, style)) else []
     data = results.cells.copy()
     for index, name in enumerate(("setting", "data", "test_day", "num_requests")):
         data.insert(index, name, about[name])
@@ -184,9 +185,28 @@ def _paper_cell(cell: pd.Series) -> str:
     return f"{fixed(cell['paper_mean'])} ({difference})"
 
 
+def corpus_table(runs: pd.DataFrame, style: Style) -> Table | None:
+    """What the served cascade finds over whole corpora, a row per method and corpus; None where no run has been
+    evaluated on one."""
+    metrics = [name for name in runs if name.startswith(CORPUS) and "@" in name]
+    if not metrics:
+        return None
+    rows = []
+    about = [f"{CORPUS}{name}" for name in ("items", "checksum", "filter_seen")]
+    for (row, items, checksum, filtered), seeds in runs.groupby(["row", *about], sort=False):
+        numbers = [{"mean": seeds[name].mean(skipna=False), "std": seeds[name].std(skipna=False)} for name in metrics]
+        shown = [style.number.format(mean_and_std(cell, style.plus_minus)) for cell in numbers]
+        corpus = f"{items:,} ({checksum[:8]}){', seen ones left out' if filtered else ''}"
+        rows.append([style.name(str(row)), *shown, style.escape(corpus), str(len(seeds))])
+    header = ["method", *style.columns([name.removeprefix(CORPUS) for name in metrics])]
+    title = "Over a whole corpus: the share of the ground truth that is served, and that is left after each stage"
+    return Table(title, [*header, "items", "seeds"], rows)
+
+
 def _more(results: Results) -> dict[str, Any]:
     """What the JSON says beside the table, with the value of every run."""
-    runs = results.runs[["row", "folder", "seed", "commit", "code", "skipped_steps", *results.metrics]]
+    corpus = [name for name in results.runs if name.startswith(CORPUS)]
+    runs = results.runs[["row", "folder", "seed", "commit", "code", "skipped_steps", *results.metrics, *corpus]]
     return {
         **results.about,
         "ours": results.ours,

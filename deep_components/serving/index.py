@@ -11,6 +11,7 @@ must reach a target, else they look at more (nprobe lists, efSearch nodes).
 import importlib
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -254,6 +255,8 @@ def _sample(vectors: np.ndarray, count: int) -> np.ndarray:
 
 def load_faiss() -> ModuleType:
     """The package, whose import logs and warns of its own affairs. InputError when it is not installed."""
+    if (loaded := sys.modules.get("faiss")) is not None:  # every search asks
+        return loaded
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():

@@ -62,6 +62,13 @@ def add_requests(run: Path, recalls: Sequence[float] | np.ndarray, ids: Sequence
     return run
 
 
+def corpus(recall: float | None = 0.25, **changes: Any) -> dict[str, Any]:
+    """What metrics.json says of an evaluation over a corpus."""
+    names = ("corpus_recall@10@20", "corpus_recall_after_retrieval@10@30")
+    content = {"items": 12345, "checksum": "a" * 64, "filter_seen": False} | dict.fromkeys(names, recall)
+    return content | {"index": {"ivf": {"corpus_recall@10@20": 0.2}}} | changes
+
+
 def write_steps(run: Path, losses: Sequence[float | None], **terms: Sequence[float]) -> Path:
     """Give the run a step log."""
     records = [

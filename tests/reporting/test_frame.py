@@ -13,7 +13,7 @@ import pytest
 
 from deep_components.errors import InputError
 from deep_components.reporting.frame import comparable_rows, frame, label_rows, read_runs
-from tests.reporting.fake_runs import ARGUMENTS, add_requests, write_costs, write_run, write_runs, write_steps
+from tests.reporting.fake_runs import ARGUMENTS, add_requests, corpus, write_costs, write_run, write_runs, write_steps
 
 
 def rows_of(*folders: Path) -> dict[str, int]:
@@ -67,6 +67,9 @@ CODE: dict[str, Any] = {"code": {"total": "t", "files": {"a.py": "1"}, "method":
         ({}, {"joint_recall@10@20": 1e308}),
         ({}, {"rank_ndcg@10": -1e308}),
         ({}, {"bound_product": "0.5"}),
+        ({}, {"corpus": [1]}),
+        ({}, {"corpus": corpus(checksum=1)}),
+        ({}, {"corpus": corpus("high")}),  # type: ignore[arg-type]
     ],
     ids=str,
 )

@@ -15,13 +15,14 @@ import pytest
 
 from deep_components.cli import run_command
 from deep_components.commands import report, table
+from deep_components.files import write_json
 from deep_components.reporting import frame
 from deep_components.reporting.figures import Chart, charts_of, line_style, survival
 from deep_components.reporting.frame import read_runs
 from deep_components.reporting.page import render
 from deep_components.reporting.results import Results, build_results
 from tests.helpers import evaluate, leftovers, train
-from tests.reporting.fake_runs import write_costs, write_run, write_runs, write_steps, write_streaming
+from tests.reporting.fake_runs import corpus, write_costs, write_run, write_runs, write_steps, write_streaming
 from tests.reporting.report_runs import MARKUP, RECALLS, SCRIPT, TIGHTNESS, write_all
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
 
@@ -112,9 +113,12 @@ def test_the_embedded_data_are_the_results(page: str) -> None:
 def test_every_part_that_has_content_is_there(page: str, tmp_path: Path) -> None:
     parts = ["results", "comparison", "survival", "bound", "streaming", "learning", "weights", "cost", "configuration"]
     assert re.findall(r"<section id=\"(\w+)\"", page) == parts
-    write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run")
     alone = page_of(tmp_path)
     assert re.findall(r"<section id=\"(\w+)\"", alone) == ["results", "configuration"]
+    write_json(run / "metrics.json", json.loads((run / "metrics.json").read_text()) | {"corpus": corpus(0.125)})
+    assert re.findall(r"<section id=\"(\w+)\"", page_of(tmp_path)) == ["results", "corpus", "configuration"]
+    assert "12,345" in page_of(tmp_path) and "0.1250" in page_of(tmp_path)
     assert "significant" not in Elements(alone).text
 
 

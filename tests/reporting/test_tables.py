@@ -15,7 +15,7 @@ from deep_components.errors import InputError
 from deep_components.reporting.frame import frame, read_runs
 from deep_components.reporting.results import build_results
 from deep_components.reporting.tables import FORMATS, Style, costs_document, metrics_document, streaming_document
-from tests.reporting.fake_runs import add_requests, write_costs, write_run, write_runs, write_streaming
+from tests.reporting.fake_runs import add_requests, corpus, write_costs, write_run, write_runs, write_streaming
 from tests.reporting.test_paper import PAPER_ARGUMENTS, PAPER_CONFIG
 
 JOINT = "joint_recall@10@20"
@@ -277,3 +277,23 @@ def test_a_stream(tmp_path: Path) -> None:
     write_run(tmp_path / "alone" / "run")
     with pytest.raises(InputError, match="--streaming"):
         FORMATS["text"](partial(streaming_document, read_runs([tmp_path / "alone"])))
+
+
+def test_what_is_served_of_a_corpus(tmp_path: Path) -> None:
+    """A row per method and corpus, apart from the metrics on logged candidates; runs without one have none."""
+    write_run(tmp_path / "without", name="without")
+    for seed, recall in ((30, 0.25), (31, 0.75)):
+        write_run(tmp_path / f"with{seed}", seed=seed, name="with", results={"corpus": corpus(recall)})
+    filtered = corpus(None, checksum="b" * 64, filter_seen=True)
+    write_run(tmp_path / "other", seed=32, name="with", results={"corpus": filtered})
+    table = shown(tmp_path)
+    assert rows(table)["method"] == [JOINT, "rank_ndcg@10", "seeds"]
+    lines = rows(table[table.index("Over a whole corpus") :])
+    assert lines["method"] == ["corpus_recall@10@20", "corpus_recall_after_retrieval@10@30", "items", "seeds"]
+    assert lines["with"] == ["undefined", "undefined", "12,345 (bbbbbbbb), seen ones left out", "1"]
+    assert "with    0.5000 +- 0.3536" in table and "12,345 (aaaaaaaa)  " in table
+    assert "without" not in lines
+    found = {run["row"]: run["corpus.items"] for run in json.loads(shown(tmp_path, "json"))["runs"]}
+    assert found == {"with": 12345, "without": None}
+    for form in ("markdown", "latex", "csv"):
+        assert shown(tmp_path, form)

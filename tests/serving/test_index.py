@@ -104,3 +104,14 @@ def test_without_faiss_the_remedy_is_said(vectors: np.ndarray, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match=r"the package faiss is missing .*; pip install 'lcron\[serve\]'"):
         build_index(vectors, "flat").search(vectors[:1], 1)
+
+
+def test_vectors_of_all_lengths() -> None:
+    """As trained items have them: the popular ones' are long, and the best for everybody."""
+    rng = np.random.default_rng(0)
+    items = (rng.normal(size=(4000, WIDTH)) + 1) * rng.lognormal(sigma=0.7, size=(4000, 1))
+    users = rng.normal(size=(50, WIDTH)) + 1
+    graph = build_index(items.astype(np.float32), "hnsw", users.astype(np.float32), k=50, target=0.95)
+    assert graph.choice.recall >= 0.95
+    lists = build_index(items.astype(np.float32), "ivf", users.astype(np.float32), k=50, target=0.95)
+    assert lists.choice.recall >= 0.95 and lists.choice.effort < lists.choice.lists / 4

@@ -222,6 +222,7 @@ class RecFlowEncoding:
     """
 
     item, user, time = "video_id", "user_id", "request_timestamp"
+    item_field = "video"
 
     def __init__(self, schema: Schema, zone: str, history_length: int = recflow.HISTORY_LENGTH) -> None:
         self.schema, self.zone, self.history_length = schema, zone, history_length
