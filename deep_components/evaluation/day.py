@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from deep_components.cascade import Cascade
 from deep_components.checkpoint import check_sizes, load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import missing_days, test_day
-from deep_components.dataset.loader import batches
+from deep_components.dataset.loader import Join, batches
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
+from deep_components.dataset.random_items import with_items_of_day
 from deep_components.errors import InputError
 from deep_components.files import folder_checksum, write_atomically
 from deep_components.kernels import load_kernels, use_kernels
@@ -45,6 +47,8 @@ from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
 from deep_components.tables.store import EmbeddingStore, build_stores
 
+_ITEMS_AT_A_TIME = 1 << 17
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,14 +59,15 @@ def score_day(
     day: DayCache,
     batch_size: int,
     device: torch.device,
+    join: Join | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Scores of every stage over every request of the day, in file order and batch by batch: stage -> [B, N] on the
-    CPU, and "request_id" [B], "labels", "mask" and "group" [B, N]."""
+    CPU, and "request_id" [B], "labels", "mask" and "group" [B, N]. ``join`` adds items to a batch before."""
     first = next(iter(stores.values()))
     lookup = TableLookup(first.schema, first.ids, {})
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(day), unit="req", desc=f"scoring {day.day}", disable=hidden, leave=False) as bar:
-        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
+        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup, join=join):
             columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, **vars(batch.targets)}
             bar.update(len(batch.request_id))
@@ -103,6 +108,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
     results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
     results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
     results |= {"test_day_checksum": day.checksum, "time_zone": zone, "code": ran}
+    results |= {"test_random_items": args.test_random_items} if args.test_random_items else {}
     results |= _skipped_steps(run)
     if log.origin == "simulated":
         results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
@@ -220,7 +226,14 @@ def _scores(
     use_kernels(
         [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
     )
-    return score_day(models, stores, day, args.batch_size, device)
+    count = args.test_random_items
+    join = partial(with_items_of_day, count=count, group=len(cascade.groups)) if count else None
+    return score_day(models, stores, day, _requests_at_a_time(args.batch_size, day, count or 0), device, join)
+
+
+def _requests_at_a_time(batch_size: int, day: DayCache, random_items: int) -> int:
+    """The batch size, or less where requests have so many items that their activations would fill the memory."""
+    return max(1, min(batch_size, _ITEMS_AT_A_TIME // (day.num_items + random_items)))
 
 
 def _needed_ids(run: Path, cascade: Cascade, schema: Schema, day: DayCache) -> dict[str, IdSet]:

@@ -46,6 +46,7 @@ def initial_cascade(
     else:
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         longest = max((day.num_items for day in days), default=cascade.num_items)
+        longest += min(args.num_random_items or 0, (args.batch_size - 1) * longest)
         units = max(stage.nn_units or args.nn_units for stage in cascade.stages)
         step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
         needed = {device: stages * in_dense + step + 4 * itemsize * parameters}  # gradients, and Adam's moments

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from deep_components.cascade import Cascade
 from deep_components.checkpoint import as_array, save_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import training_days
-from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.dataset.loader import Join, batches, steps_of, training_order
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
+from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
@@ -262,11 +264,11 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
 
 def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", stops: Sequence[int]) -> Position:
     """The rest of a day's steps."""
-    args, day = run.args, run.days[position.day]
+    args, day, join = run.args, run.days[position.day], _random_items(run, position.epoch)
     order = training_order(day, args.seed, position.epoch, args.shuffle)
     order = order[position.batch * args.batch_size : run.steps[position.day] * args.batch_size]
     began = saved = time.perf_counter()
-    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device):
+    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join):
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
@@ -291,6 +293,12 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
     position = replace(position, day=position.day + 1, batch=0, skipped=log.skipped)
     run.save(position)
     return position
+
+
+def _random_items(run: Run, epoch: int) -> Join | None:
+    """What adds --num_random_items to the batches of a pass."""
+    count, group = run.args.num_random_items, len(run.config["cascade"]["groups"])
+    return partial(with_items_of_batch, count=count, group=group, seed=run.args.seed, epoch=epoch) if count else None
 
 
 def _finish(run: Run, position: Position, seconds: float) -> None:
