@@ -41,6 +41,9 @@ _ARGUMENTS = {
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_ALLOCATION = 1 << 30
+# Tensors of the paper's batches are smaller; the matrices of lists of thousands are larger, and would tear the memory
+# to pieces if they were kept.
+_KEPT_BELOW = 60_000_000
 _ROWS_PER_SUM = 512  # rows whose gradients are summed in one piece, whatever the number of threads
 _SECONDS_TO_COMPILE = 120
 _DIGEST = hashlib.sha256().digest_size  # bytes after a library, which the loader does not look at
@@ -231,7 +234,7 @@ def keep_freed_memory() -> None:
     step would spend a tenth of its time on fetching it again. Does nothing with another C library."""
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_ALLOCATION)
+        library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BELOW)
         library.mallopt(_M_TRIM_THRESHOLD, _LARGE_ALLOCATION)
 
 

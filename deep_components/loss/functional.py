@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-MATRIX_NUMBERS = 1 << 24  # of the matrices N x N that exist at a time; batches of the paper's settings stay below
+# A batch whose matrices N x N have at most so many numbers is computed at once, as those of the paper's settings are;
+# a larger one in blocks.
+MATRIX_NUMBERS, NUMBERS_PER_BLOCK = 1 << 24, 1 << 22
 
 
 class Targets(Protocol):
@@ -82,9 +84,9 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> t
         inputs: [B, N] each.
     """
     requests, items = inputs[0].shape
-    size = max(1, MATRIX_NUMBERS // max(items, 1) ** 2)
-    if requests <= size:
+    if requests * items**2 <= MATRIX_NUMBERS:
         return function(*inputs)
+    size = max(1, NUMBERS_PER_BLOCK // items**2)
     blocks = zip(*(values.split(size) for values in inputs), strict=True)
     parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
     return tuple(

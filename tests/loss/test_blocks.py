@@ -33,7 +33,8 @@ def test_blocks_give_the_same_loss_and_gradients(flags: str, monkeypatch: pytest
     for batch in batches():
         whole = step(loss, batch)
         with monkeypatch.context() as patch:
-            patch.setattr(functional, "MATRIX_NUMBERS", 2 * batch.targets.mask.shape[1] ** 2)
+            patch.setattr(functional, "MATRIX_NUMBERS", 0)
+            patch.setattr(functional, "NUMBERS_PER_BLOCK", 2 * batch.targets.mask.shape[1] ** 2)
             blocks = step(loss, batch)
         for ours, theirs in (
             (blocks.terms, whole.terms),
@@ -47,7 +48,8 @@ def test_blocks_give_the_same_loss_and_gradients(flags: str, monkeypatch: pytest
 def test_no_matrix_of_the_whole_batch_is_kept(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what autograd saves nothing is larger than a few numbers an item, also while a block is made again."""
     batch, sizes = make_batch("three_stage", num_requests=6, num_items=60), list[int]()
-    monkeypatch.setattr(functional, "MATRIX_NUMBERS", 2 * 60**2)
+    monkeypatch.setattr(functional, "MATRIX_NUMBERS", 6 * 60**2 - 1)
+    monkeypatch.setattr(functional, "NUMBERS_PER_BLOCK", 2 * 60**2)
 
     def pack(tensor: Tensor) -> Tensor:
         sizes.append(tensor.numel())
@@ -71,8 +73,9 @@ def test_matrices_of_few_numbers_are_made_at_once(monkeypatch: pytest.MonkeyPatc
         asked.append(len(scores))
         return scores, scores.sum()
 
-    for requests, expected in ((9, [9]), (10, [9, 1]), (20, [9, 9, 2])):
-        monkeypatch.setattr(functional, "MATRIX_NUMBERS", 9 * 5**2 + 24)
+    monkeypatch.setattr(functional, "MATRIX_NUMBERS", 9 * 5**2)
+    monkeypatch.setattr(functional, "NUMBERS_PER_BLOCK", 4 * 5**2 + 24)
+    for requests, expected in ((9, [9]), (10, [4, 4, 2]), (12, [4, 4, 4])):
         asked.clear()
         scores = torch.arange(5.0 * requests).view(requests, 5)
         joined, total = in_blocks(rows, scores)
