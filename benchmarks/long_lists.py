@@ -21,6 +21,7 @@ from deep_components.cascade import SETTINGS
 from deep_components.cli import run_command
 from deep_components.dataset.random_items import with_items_of_day
 from deep_components.errors import InputError
+from deep_components.kernels import keep_freed_memory
 from deep_components.loss.selection import SELECTION_OPERATORS
 from deep_components.training.loop import prepare
 
@@ -39,6 +40,7 @@ def measure(method: str, items: int, args: argparse.Namespace, data_dir: Path) -
     batch = day.batch(requests)
     if more:
         batch = with_items_of_day(batch, day, requests, more, len(cascade.groups))
+    keep_freed_memory(args.batch_size * items**2)  # as for a log with such lists
     prepared = run.trainer.prepare(batch).to(run.device)
     for _ in range(args.steps):
         started = time.perf_counter()

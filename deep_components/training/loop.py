@@ -51,7 +51,7 @@ from deep_components.runs.folder import (
 from deep_components.runs.identity import first_difference
 from deep_components.runs.state import check_same_run, load_state, run_note, save_state
 from deep_components.training.config import environment, run_config
-from deep_components.training.initial import initial_cascade
+from deep_components.training.initial import initial_cascade, longest_list
 from deep_components.training.signals import stop_signals
 from deep_components.training.step import Trainer
 from deep_components.training.step_log import StepLog
@@ -128,12 +128,12 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
-    keep_freed_memory()
     log = open_log(args.data_dir)
     names = training_days(log, args.train_days)
     opened = names if args.epochs else []
     days = [log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len) for name in opened]
     steps = [steps_of(day, args.batch_size) for day in days]
+    keep_freed_memory(args.batch_size * longest_list(args, days) ** 2)
     config = run_config(cascade, args, loss, log, names, days) | environment(device, kernels is not None)
     _check_start(args, config)
     length = config["arguments"]["seq_len"]
