@@ -143,7 +143,7 @@ def compete(
         for _ in range(1 + args.repeats):
             for name in names:
                 turns[name].append(pools[name].submit(_turn, name, SHORTEST_TURN).result())
-        peaks = {name: pools[name].submit(_peak_bytes).result() for name in names}
+        peaks = {name: pools[name].submit(peak_bytes).result() for name in names}
         parts = {name: pools[name].submit(_seconds_per_part, name, profiled).result() for name in names}
     return {
         name: Measured(
@@ -186,7 +186,8 @@ def _turn(name: str, shortest: float) -> tuple[float, float, float | None]:
     return (ends[-1] - started) / len(ends), ends[0] - started, None if first is None else float(first)
 
 
-def _peak_bytes() -> dict[str, int]:
+def peak_bytes() -> dict[str, int]:
+    """Of this process at the most so far: its memory, and the GPU's."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu": gpu}
 

@@ -30,7 +30,7 @@ INDEXES = ("flat", "ivf", "hnsw")
 SCRIPT_OPTIONS = (
     *("--data_dir", "--output_dir", "--seeds", "--seed", "--methods", "--test_day", "--validation", "--streaming"),
     *("--batch_divisor", "--save_scores", "--resume", "--force", "--discard_state", "--jobs", "--threads", "--engine"),
-    *("--any_code", "--cascade"),
+    *("--any_code", "--cascade", "--test_random_items"),
 )
 
 
@@ -80,6 +80,11 @@ def _indexes(text: str) -> list[str]:
     return kinds
 
 
+def random_items(text: str) -> int | None:
+    """A number of random items a request; None for 0, as for the option that is not given."""
+    return _non_negative_int(text) or None
+
+
 def _days(text: str) -> list[str]:
     return [day.strip() for day in text.split(",") if day.strip()]
 
@@ -110,6 +115,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="write scalars for TensorBoard to OUTPUT_DIR/tensorboard, gradient norms too")  # fmt: skip
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True,
                         help="shuffle the requests of a day (default) or keep file order")  # fmt: skip
+    parser.add_argument("--num_random_items", type=random_items, metavar="N", help="up to N items of a batch's other "
+                        "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
@@ -141,6 +148,8 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
     parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests scored at a time")
+    parser.add_argument("--test_random_items", type=random_items, metavar="N", help="up to N items of the day's other "
+                        "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     parser.add_argument("--any_code", action="store_true", help="evaluate a run that was trained by other code")
     parser.add_argument("--bound_samples", type=_samples, default=64, metavar="M",

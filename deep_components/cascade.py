@@ -112,6 +112,19 @@ class Cascade:
         """Stage -> the number of groups, from the best, whose items it saw when it served."""
         return {stage.name: stage.exposed_groups or len(self.groups) for stage in self.stages}
 
+    def seen_groups(self, random_items: int | None) -> dict[str, int]:
+        """:attr:`exposed_groups`; the group of ``random_items``, which comes after the last, is seen by the first stage
+        alone, as nothing chose them. InputError when the first stage did not see all groups."""
+        first, seen = self.stages[0].name, self.exposed_groups
+        if not random_items:
+            return seen
+        if seen[first] < len(self.groups):
+            raise InputError(
+                f"cascade {self.name}: its first stage, {first}, has exposed_groups={seen[first]}, so that no stage "
+                "would see the items of --num_random_items; leave that key out of the stage"
+            )
+        return seen | {first: len(self.groups) + 1}
+
     @property
     def icc_cuts(self) -> dict[str, int]:
         """Stage -> where ICC cuts it: at its quota, but the last stage at the quota of the one before it, as the

@@ -13,7 +13,7 @@ from torch import Tensor
 
 EXACT_ITEMS, EXACT_OUTCOMES = 64, 4096  # of a request, up to which ties at several stages' cuts are followed exactly
 
-_REQUESTS_PER_CHUNK, _PAIRS_PER_CHUNK = 1024, 1 << 22  # bound the [R, N, N] pairs of Kendall's tau
+_REQUESTS_PER_CHUNK, _PAIRS_PER_CHUNK = 1024, 1 << 22  # bound the pairs of Kendall's tau that exist at a time
 _TIED_REQUESTS_PER_CHUNK = 128
 
 
@@ -116,14 +116,15 @@ def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     NaN where all scores, or all labels, of a request are equal.
     """
     _check(mask, scores=scores, labels=labels)
-    parts, most = [], min(_REQUESTS_PER_CHUNK, max(1, _PAIRS_PER_CHUNK // max(scores.shape[-1], 1) ** 2))
+    parts, items = [], max(scores.shape[-1], 1)
+    most, rows = min(_REQUESTS_PER_CHUNK, max(1, _PAIRS_PER_CHUNK // items**2)), max(1, _PAIRS_PER_CHUNK // items)
     for first in range(0, len(scores), most):
         chunk = slice(first, first + most)
-        present = mask[chunk].float()
-        by_score, by_label = (_signs(values[chunk], mask[chunk]) for values in (scores, labels))
-        agreement = _sum_of_pairs(by_score * by_label, present)
-        untied = _sum_of_pairs(by_score.abs_(), present) * _sum_of_pairs(by_label.abs_(), present)
-        parts.append(agreement / untied.sqrt())  # each unordered pair counts twice in all three sums
+        sums = scores.new_zeros(3, len(scores[chunk]), dtype=torch.float64)
+        for row in range(0, items, rows):
+            sums += _agreements(scores[chunk], labels[chunk], mask[chunk], slice(row, row + rows))
+        agreement, untied_scores, untied_labels = sums  # each unordered pair counts twice in all three
+        parts.append(agreement / (untied_scores * untied_labels).sqrt())
     return torch.cat(parts) if parts else scores.new_zeros(0, dtype=torch.float64)
 
 
@@ -196,17 +197,23 @@ def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
     return starts.long().cumsum(dim=-1) - 1
 
 
-def _signs(values: Tensor, mask: Tensor) -> Tensor:
-    """sign(v_m - v_n) for all pairs, [R, N, N] float32; anything for a missing item. By comparisons: a difference of
-    infinite or of large whole numbers would be wrong."""
+def _agreements(scores: Tensor, labels: Tensor, mask: Tensor, rows: slice) -> Tensor:
+    """Of the pairs of an item m in ``rows`` with any item n, both present: how many more scores and labels order alike
+    than differently, how many are untied in scores, and in labels. [3, R] float64, exact: all are whole numbers."""
+    present, one = mask.float(), mask[:, rows].float()
+    by_score, by_label = (_signs(values, mask, rows) for values in (scores, labels))
+    sums = []
+    for pairs in (by_score * by_label, by_score.abs_(), by_label.abs_()):
+        sums.append(((pairs @ present.unsqueeze(-1)).squeeze(-1) * one).double().sum(dim=-1))
+    return torch.stack(sums)
+
+
+def _signs(values: Tensor, mask: Tensor, rows: slice) -> Tensor:
+    """sign(v_m - v_n) for the items m in ``rows`` and all n, [R, M, N] float32; anything for a missing item. By
+    comparisons: a difference of infinite or of large whole numbers would be wrong."""
     known = torch.where(mask, values, 0)
-    one, other = known.unsqueeze(-1), known.unsqueeze(-2)
+    one, other = known[:, rows].unsqueeze(-1), known.unsqueeze(-2)
     return (one > other).float().sub_((one < other).float())
-
-
-def _sum_of_pairs(pairs: Tensor, present: Tensor) -> Tensor:
-    """Sum over the pairs of two present items, [R] float64: exact, as the numbers are small and whole."""
-    return ((pairs @ present.unsqueeze(-1)).squeeze(-1) * present).double().sum(dim=-1)
 
 
 # ---- ties at the cuts of several stages ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deep_components.arguments import folder, method_names
+from deep_components.arguments import folder, method_names, random_items
 from deep_components.cascade import SETTINGS, named_cascade
 from deep_components.cli import Parser, nearest, printable, run_command, write_out
 from deep_components.errors import InputError
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--validation", action="store_true", help="for tuning: the last training day is the test day")
     user.add_argument("--streaming", action="store_true", help="each day tests what was trained on all days before it")
     user.add_argument("--batch_divisor", type=_at_least_one, default=1, help="of the scripts' batch sizes (default 1)")
+    user.add_argument("--test_random_items", type=random_items, metavar="N", help="of the day, with each test request")
     user.add_argument("--save_scores", action="store_true", help="also write scores.npz")
     user.add_argument("--resume", action="store_true", help="let a run of fewer days or passes go on")
     user.add_argument("--force", action="store_true", help="make again what is finished, or replace another run")
@@ -215,7 +216,8 @@ def make_runs(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
     """Make what is not finished of the plan's runs; how each ended, in their order. InputError, before anything starts,
     when a folder holds another run."""
     for run in [] if args.force else runs:  # better said now than after hours
-        check_same_run(read_folder(run.folder), run.config, run.streaming, args.resume, args.any_code)
+        held = read_folder(run.folder)
+        check_same_run(held, run.config, run.streaming, args.resume, args.any_code, run.test_random_items)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.batch_divisor > 1:
         logger.info("the scripts' batch sizes are divided by %d, for a small log", args.batch_divisor)

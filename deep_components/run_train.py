@@ -53,7 +53,7 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
     cascade: Cascade = args.cascade
     two_stages = len(cascade.stages) == 2
     if args.loss_type == "bce":
-        return BCE(cascade.exposed_groups, **method_options(args))
+        return BCE(cascade.seen_groups(args.num_random_items), **method_options(args))
     elif args.loss_type == "icc":
         weights = dict.fromkeys(cascade.stage_names, 1.0) if two_stages else None
         return ICC(cascade.icc_cuts, weights, **method_options(args))

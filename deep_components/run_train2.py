@@ -38,7 +38,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def build_loss(args: argparse.Namespace) -> nn.Module:
     """The loss of ``args.loss_type``: loss(scores, targets) -> {"loss": ..., named terms}."""
     if args.loss_type == "bce":
-        return BCE(CASCADE.exposed_groups, **method_options(args))
+        return BCE(CASCADE.seen_groups(args.num_random_items), **method_options(args))
     elif args.loss_type == "icc":
         return ICC(CASCADE.icc_cuts, dict.fromkeys(CASCADE.stage_names, 1.0), **method_options(args))
     elif args.loss_type == "rankflow":

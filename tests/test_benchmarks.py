@@ -105,6 +105,16 @@ def test_memory(tmp_path: Path) -> None:
     assert results["distinct_ids"]["video"] <= 202
 
 
+def test_long_lists(tmp_path: Path) -> None:
+    results = run("long_lists", tmp_path, "--items=40,55", "--methods=lcron_lml,fs_ranknet")["results"]
+    for method in ("lcron_lml", "fs_ranknet"):
+        for items in (40, 55):
+            assert results[method][str(items)]["items"] == items
+            assert results[method][str(items)]["process"] > 0
+    with pytest.raises(InputError, match="--methods are of"):
+        run("long_lists", tmp_path, "--methods=none")
+
+
 def test_other_losses_are_refused() -> None:
     measured = {
         name: common.Measured(seconds=1.0, first_result=result, first_seconds=1.0, peak_bytes={}, parts={})

@@ -129,6 +129,8 @@ def test_kendall_tau_over_several_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     actual = kendall_tau(scores, labels, torch.ones(7, 9, dtype=torch.bool))
     expected = [kendalltau(scores[row], labels[row]).statistic for row in range(7)]
     np.testing.assert_allclose(actual, expected, atol=1e-12)
+    monkeypatch.setattr("deep_components.metrics._PAIRS_PER_CHUNK", 4 * 9 + 3)  # four items of a request
+    assert torch.equal(kendall_tau(scores, labels, torch.ones(7, 9, dtype=torch.bool)), actual)
     assert kendall_tau(scores[:0], labels[:0], torch.ones(0, 9, dtype=torch.bool)).shape == (0,)
 
 

@@ -140,6 +140,22 @@ def test_lists_of_one_length_give_the_numbers_of_a_rectangular_log(tmp_path: Pat
             np.testing.assert_array_equal(values, found[0][1][name], err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["bce", "fs_ranknet", "lcron"])
+def test_random_items_join_lists_of_any_length(shop: Path, tmp_path: Path, counts: np.ndarray, method: str) -> None:
+    runs = {}
+    for name, flags in (("streamed", ()), ("resident", ("--day_on_device",))):
+        run_on(shop, tmp_path / name, f"--loss_type={method}", "--num_random_items=9", *flags)
+        runs[name] = logged_steps(tmp_path / name)
+    assert runs["resident"] == runs["streamed"]
+    assert all(np.isfinite(value) for step in runs["streamed"] for value in step.values() if isinstance(value, float))
+    data = (f"--data_dir={shop}", f"--output_dir={tmp_path / 'streamed'}", "--device=cpu", "--save_scores")
+    run_test.main([*data, "--test_random_items=15"])
+    scores = arrays_of(tmp_path / "streamed" / "scores.npz")
+    assert scores["mask"].sum(axis=1).tolist() == (counts + 15).tolist()
+    assert ((scores["group"] == 3) & scores["mask"]).sum(axis=1).tolist() == [15] * REQUESTS
+    assert np.isfinite(scores["recall"][scores["mask"]]).all()
+
+
 def test_a_day_on_the_device_and_the_plain_look_up_give_the_same_run(shop: Path, tmp_path: Path) -> None:
     """In float64: Adam makes whole steps of what float32 leaves of gradients that are zero."""
     streamed, resident, plain = (

@@ -130,17 +130,19 @@ def test_the_default_folders(log: Path) -> None:
 def test_what_goes_to_which_command(log: Path, tmp_path: Path) -> None:
     both = [f"--cache_dir={tmp_path}", "--time_zone=UTC", "--device=cpu", "--no-compile"]
     untrained, run = plan(
-        log, "--seeds=30", f"--test_day={DAYS[1]}", "--save_scores", "--tau", "20", "--lr=0.02", *both
-    )
+        log, "--seeds=30", f"--test_day={DAYS[1]}", "--save_scores", "--tau", "20", "--lr=0.02", *both,
+        "--num_random_items=3", "--test_random_items=4",
+    )  # fmt: skip
     train, test = run.train_command(run.parts[0], resume=False), run.test_command(run.parts[0])
     assert (train[0], test[0]) == (TRAIN, EVALUATE)
     for command in (train, test):
         assert {*both, f"--data_dir={log}", f"--output_dir={run.folder}"} <= set(command)
     assert train.index("--tau") > train.index("--tau=50")
     assert {"--lr=0.02", "--seed=30"} <= set(train)
-    assert {f"--test_day={DAYS[1]}", "--save_scores"} <= set(test)
-    assert not {f"--test_day={DAYS[1]}", "--save_scores"} & set(train)
-    assert not any(word.startswith(("--lr", "--tau", "--seed")) for word in test)
+    of_test = {f"--test_day={DAYS[1]}", "--save_scores", "--test_random_items=4"}
+    assert of_test <= set(test) and not of_test & set(train)
+    assert "--num_random_items=3" in train
+    assert not any(word.startswith(("--lr", "--tau", "--seed", "--num_random")) for word in test)
     assert "--epochs=0" in untrained.train_command(untrained.parts[0], resume=False)
     assert not any(word.startswith("--train_days") for word in train)  # the log's usual days
     (named,) = plan(log, "--no-untrained", "--", "--seeds=30", f"--train_days={DAYS[0]}")

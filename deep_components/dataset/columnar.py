@@ -35,6 +35,7 @@ VERIFIED = "LCRON_VERIFIED_DAYS"  # environment variable: the days that this pro
 _ID_SETS = "ids."
 _LABEL, _OPTIONAL, _OFFSET = "item.label", "item.group", "item.offset"
 REPEATED = "items that equal another of their request in every field, kept"  # in ``repairs``
+ABSENT = np.uint64((1 << 64) - 1)  # the digest of a missing item
 _MAX_SIZE = 1 << 32  # rows of a table
 _MAX_LABEL = 1 << 24  # float32, in which losses take labels for gains, has all whole numbers up to it
 _ROWS_PER_PIECE = 1 << 13
@@ -139,6 +140,37 @@ class DayCache:
         features = Features(**sides, history_mask=self._values("history.mask", requests))
         return CascadeBatch(self._values("request_id", requests), features, Targets(labels, mask, group))
 
+    @property
+    def num_item_rows(self) -> int:
+        """Of the items of all requests, missing ones included, one request after another."""
+        return len(self._item_column(_LABEL))
+
+    def item_digests(self, requests: np.ndarray) -> np.ndarray:
+        """:meth:`row_digests` of the items of the requests. [B, N] uint64."""
+        slots = np.arange(self.longest(requests))
+        if _OFFSET not in self.columns:
+            return self.row_digests(requests[:, None] * len(slots) + slots)
+        offset = self.columns[_OFFSET]
+        rows = np.minimum(offset[requests][:, None] + slots, self.num_item_rows - 1)
+        return np.where(slots < _counts(offset, requests)[:, None], self.row_digests(rows), ABSENT)
+
+    def row_digests(self, rows: np.ndarray) -> np.ndarray:
+        """64 bits for each of these item rows, the same for items that are equal in every field, ``ABSENT`` for missing
+        ones. uint64, of the shape of ``rows``."""
+        columns = {name: self._item_column(name) for name in self.columns if name.startswith("item.")}
+        digest, _ = _item_digests(self.schema, columns, rows)
+        return np.where(columns["item.mask"][rows], digest, ABSENT) if "item.mask" in columns else digest
+
+    def items(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Field -> its values of these item rows, of the shape of ``rows``; of a list field with one more axis."""
+        names = [entry.name for entry in self.schema.side("item")]
+        return {name: _as_tensor(self._item_column(f"item.{name}")[rows]) for name in names}
+
+    def _item_column(self, name: str) -> np.ndarray:
+        """A column of the items with a row an item."""
+        column = self.columns[name]
+        return column if _OFFSET in self.columns else column.reshape(-1, *column.shape[2:])
+
     def _lists(self, requests: np.ndarray, num_items: int | None) -> tuple[np.ndarray, torch.Tensor]:
         """Of a ragged day, the rows of the requests' items, one request after another, and the mask [B, N]."""
         offset = self.columns[_OFFSET]
@@ -153,8 +185,13 @@ class DayCache:
         values = column[rows]
         if name.startswith("history."):
             values = values[:, column.shape[1] - self.history_length :]
-        kept = column.dtype if column.dtype in (np.bool_, np.float32) else np.int64
-        return torch.from_numpy(np.ascontiguousarray(values, kept))
+        return _as_tensor(values)
+
+
+def _as_tensor(values: np.ndarray) -> torch.Tensor:
+    """Truth values and numbers as they are, all else as int64."""
+    kept = values.dtype if values.dtype in (np.bool_, np.float32) else np.int64
+    return torch.from_numpy(np.ascontiguousarray(values, kept))
 
 
 def _counts(offset: np.ndarray, requests: np.ndarray) -> np.ndarray:
@@ -208,7 +245,9 @@ def repeated_items(schema: Schema, columns: Mapping[str, np.ndarray]) -> int:
     return total
 
 
-def _item_digests(schema: Schema, columns: Mapping[str, np.ndarray], rows: slice) -> tuple[np.ndarray, np.ndarray]:
+def _item_digests(
+    schema: Schema, columns: Mapping[str, np.ndarray], rows: slice | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """A 64-bit digest of all fields of each item in the rows, and whether none of its ids stands for unknown ones."""
     shape = columns[_LABEL][rows].shape
     digest, known = np.zeros(shape, np.uint64), np.ones(shape, bool)

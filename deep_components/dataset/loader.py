@@ -1,8 +1,8 @@
 """Batches of a day, in a seeded order, assembled one ahead of their use."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from deep_components.errors import InputError
 
 _REQUESTS_PER_COPY = 8192
 _SHORT = (torch.int8, torch.int16, torch.int32)
+
+# (batch, day, its requests) -> the batch with more items (dataset/random_items.py)
+Join = Callable[[CascadeBatch[Any], DayCache, np.ndarray], CascadeBatch[Any]]
 
 
 class Prepare(Protocol):
@@ -56,22 +59,24 @@ def batches(
     device: torch.device,
     prepare: Prepare,
     day_on_device: bool = False,
+    join: Join | None = None,
 ) -> Iterator[CascadeBatch[SlotFeatures]]:
     """The day's requests in the given order, ``batch_size`` at a time (the last batch may be smaller), on ``device``.
 
     The next batch is assembled and prepared by a thread while the current one is used; for a GPU in pinned memory, so
     that its copy does not hold up the computation. With ``day_on_device`` the whole day is copied to the device first
-    and batches are taken from there.
+    and batches are taken from there. ``join`` adds items to a batch before it is prepared.
     """
     if not len(order):
         return
     if day_on_device:
-        yield from _resident_batches(day, order, batch_size, device, prepare)
+        yield from _resident_batches(day, order, batch_size, device, prepare, join)
         return
     pieces = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
     def assemble(requests: np.ndarray) -> CascadeBatch[SlotFeatures]:
-        batch = prepare(day.batch(requests))
+        read = day.batch(requests)
+        batch = prepare(join(read, day, requests) if join is not None else read)
         return batch.pin_memory() if device.type == "cuda" else batch  # no views of a row
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -84,7 +89,7 @@ def batches(
 
 
 def _resident_batches(
-    day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: Prepare
+    day: DayCache, order: np.ndarray, batch_size: int, device: torch.device, prepare: Prepare, join: Join | None
 ) -> Iterator[CascadeBatch[SlotFeatures]]:
     """Batches of a day that lies on the device, in the smallest types that hold its values, lists of varying length
     padded to the day's longest."""
@@ -96,9 +101,10 @@ def _resident_batches(
     chunks.clear()
     positions = torch.from_numpy(order).to(device)
     for first in range(0, len(order), batch_size):
-        chosen, longest = positions[first : first + batch_size], day.longest(order[first : first + batch_size])
-        columns = iter(whole)
-        yield prepare.slots(batch.apply(lambda _: _long(next(columns)[chosen])).first_items(longest))  # noqa: B023
+        requests, columns = order[first : first + batch_size], iter(whole)
+        chosen = positions[first : first + batch_size]
+        taken = batch.apply(lambda _: _long(next(columns)[chosen])).first_items(day.longest(requests))  # noqa: B023
+        yield prepare.slots(join(taken, day, requests) if join is not None else taken)
 
 
 def _short(values: torch.Tensor) -> torch.Tensor:

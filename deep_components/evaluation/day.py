@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from deep_components.cascade import Cascade
 from deep_components.checkpoint import check_sizes, trained_ids, trained_models
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import missing_days, test_day
-from deep_components.dataset.loader import batches
-from deep_components.dataset.log import open_log
+from deep_components.dataset.loader import Join, batches
+from deep_components.dataset.log import Log, open_log
+from deep_components.dataset.random_items import with_items_of_day
 from deep_components.errors import InputError
 from deep_components.evaluation import corpus
 from deep_components.evaluation.bound import bound_of_run, keep_some
@@ -52,6 +54,8 @@ from deep_components.tables.id_set import IdSet
 from deep_components.tables.lookup import TableLookup
 from deep_components.tables.store import EmbeddingStore
 
+_ITEMS_AT_A_TIME = 1 << 17
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,14 +66,15 @@ def score_day(
     day: DayCache,
     batch_size: int,
     device: torch.device,
+    join: Join | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Scores of every stage over every request of the day, in file order and batch by batch: stage -> [B, N] on the
-    CPU, and "request_id" [B], "labels", "mask" and "group" [B, N]."""
+    CPU, and "request_id" [B], "labels", "mask" and "group" [B, N]. ``join`` adds items to a batch before."""
     first = next(iter(stores.values()))
     lookup = TableLookup(first.schema, first.ids, {})
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(day), unit="req", desc=f"scoring {day.day}", disable=hidden, leave=False) as bar:
-        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup):
+        for batch in batches(day, np.arange(len(day)), batch_size, device, lookup, join=join):
             columns = {stage: model(stores[stage].embed(batch.features)) for stage, model in models.items()}
             columns |= {"request_id": batch.request_id, **vars(batch.targets)}
             bar.update(len(batch.request_id))
@@ -114,20 +119,7 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
         scored = list(scored)
     metrics, results = summary(own, scored)
     results |= bound.measure(whole_day(kept)) if bound else {}
-    results |= {"test_day": name, "setting": own.name, "loss_type": trained.loss_type, "seed": trained.seed}
-    results |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
-    results |= {"test_day_checksum": day.checksum, "time_zone": zone, "code": ran}
-    results |= _skipped_steps(run)
-    if log.origin == "simulated":
-        results["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
-    if absent := missing_days(log):
-        results["warning_days"] = f"the log lacks {', '.join(absent)} of RecFlow's Period 1, which the paper trained on"
-    if trained.epochs and name in config["train_days"]:
-        results["warning_test_day"] = f"the models were trained on {name}: these are not test numbers"
-        logger.warning("%s", results["warning_test_day"])
-    elif trained.epochs and name == config.get("validation_day"):
-        results["warning_test_day"] = f"the run followed its metrics on {name}: these are no test numbers"
-        logger.warning("%s", results["warning_test_day"])
+    results |= _about(run, config, own, log, args, day) | {"time_zone": zone, "code": ran}
     if args.corpus is not None:
         served, results["corpus"] = corpus.evaluate_run(args, cascade, day)
         metrics |= served
@@ -137,6 +129,29 @@ def evaluate_cascade(args: argparse.Namespace, cascade: Cascade | None = None) -
         _write_arrays(run / SCORES_FILE, whole_day(scored), data=np.array(log.origin))
     write_json(run / METRICS_FILE, results)
     return results
+
+
+def _about(
+    run: Path, config: Mapping[str, Any], cascade: Cascade, log: Log, args: argparse.Namespace, day: DayCache
+) -> dict[str, Any]:
+    """What metrics.json says of the run and the day beside the metrics, with a word on what they are not."""
+    trained = argparse.Namespace(**config["arguments"])
+    about = {"test_day": day.day, "setting": cascade.name, "loss_type": trained.loss_type, "seed": trained.seed}
+    about |= {"epochs": trained.epochs, "commit": config.get("commit"), "data": log.origin}
+    about |= {"test_day_checksum": day.checksum}
+    about |= {"test_random_items": args.test_random_items} if args.test_random_items else {}
+    about |= _skipped_steps(run)
+    if log.origin == "simulated":
+        about["warning"] = "SIMULATED DATA: these numbers say nothing about a real log"
+    if absent := missing_days(log):
+        about["warning_days"] = f"the log lacks {', '.join(absent)} of RecFlow's Period 1, which the paper trained on"
+    if trained.epochs and day.day in config["train_days"]:
+        about["warning_test_day"] = f"the models were trained on {day.day}: these are not test numbers"
+    elif trained.epochs and day.day == config.get("validation_day"):
+        about["warning_test_day"] = f"the run followed its metrics on {day.day}: these are no test numbers"
+    if "warning_test_day" in about:
+        logger.warning("%s", about["warning_test_day"])
+    return about
 
 
 def _check_new_requests(run: Path, config: Mapping[str, Any], name: str, day: DayCache) -> None:
@@ -168,7 +183,14 @@ def _scores(
     use_kernels(
         [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
     )
-    return score_day(models, stores, day, args.batch_size, device)
+    count = args.test_random_items
+    join = partial(with_items_of_day, count=count, group=len(cascade.groups)) if count else None
+    return score_day(models, stores, day, _requests_at_a_time(args.batch_size, day, count or 0), device, join)
+
+
+def _requests_at_a_time(batch_size: int, day: DayCache, random_items: int) -> int:
+    """The batch size, or less where requests have so many items that their activations would fill the memory."""
+    return max(1, min(batch_size, _ITEMS_AT_A_TIME // (day.num_items + random_items)))
 
 
 def _needed_ids(run: Path, cascade: Cascade, schema: Schema, day: DayCache) -> dict[str, IdSet]:

@@ -155,7 +155,7 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
         if options.force:
             remove_run(run.folder, [])
         held = read_folder(run.folder)
-        check_same_run(held, run.config, run.streaming, options.extend, options.any_code)
+        check_same_run(held, run.config, run.streaming, options.extend, options.any_code, run.test_random_items)
         left = [part for part in run.parts if not _done(held, run, part, options.any_code)]
         if not left and held.record.get("status") == "finished":
             return "kept"
@@ -177,13 +177,13 @@ def _make(run: Run, slot: Slot, options: Options, commands: Commands) -> str:
 
 def _done(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
     if run.streaming:
-        return held.streamed_day(part.test_day, run.checksums[part.test_day])
+        return held.streamed_day(part.test_day, run.checksums[part.test_day], run.test_random_items)
     return held.trained(run.trained_days(part), run.epochs) and _evaluated(held, run, part, any_code)
 
 
 def _evaluated(held: FolderContents, run: Run, part: Part, any_code: bool) -> bool:
     scores = "--save_scores" in run.evaluation
-    return held.evaluated(part.test_day, run.checksums[part.test_day], scores, any_code)
+    return held.evaluated(part.test_day, run.checksums[part.test_day], scores, any_code, run.test_random_items)
 
 
 def _make_part(

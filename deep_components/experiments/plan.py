@@ -61,6 +61,7 @@ class Run:
     streaming: bool
     days_named: bool  # the training is told each part's days, else it takes the user's or the log's usual ones
     cwd: Path  # where relative paths in the arguments start
+    test_random_items: int | None = None  # of each request in the tests
 
     @property
     def seed(self) -> int:
@@ -217,6 +218,7 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
     evaluation = [*args.cascade_words, *(f"--{name}={value}" for name, value in both.items() if value is not None)]
     evaluation += [] if parsed.compile else ["--no-compile"]
     evaluation += ["--save_scores"] if args.save_scores else []
+    evaluation += [f"--test_random_items={args.test_random_items}"] if args.test_random_items else []
     template = Run(
         name="",
         variant="_".join(mode for mode in ("validation", "streaming") if getattr(args, mode)),
@@ -232,6 +234,7 @@ def _template(args: argparse.Namespace, parsed: argparse.Namespace, log: Log) ->
         streaming=args.streaming,
         days_named=args.validation or args.streaming,
         cwd=Path.cwd(),
+        test_random_items=args.test_random_items,
     )
     return template, opened
 

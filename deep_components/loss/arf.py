@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from deep_components.loss.functional import Targets, check_inputs, masked_mean, num_ground_truth
 from deep_components.loss.selection import (
     EPSILON,
-    label_permutation,
     label_split,
     mean_of_rows,
     neural_sort,
-    sorting_cross_entropy,
+    order_terms,
 )
 
 
@@ -39,15 +38,16 @@ class ARF(nn.Module):
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms."""
         check_inputs(scores, targets, self.quotas)
         mask, dtype = targets.mask, next(iter(scores.values())).dtype
-        label_rows = label_permutation(targets.labels, mask, dtype)
         truth = label_split(targets.labels, mask, num_ground_truth(targets, self.num_relevant), dtype)
-        loss, terms = label_rows.new_zeros(()), dict[str, Tensor]()
+        orders = order_terms(neural_sort, scores, targets, self.tau, self._shares)
+        loss, terms = truth.top.new_zeros(()), dict[str, Tensor]()
         for stage, weight in self.weight.items():
-            permutation = neural_sort(scores[stage], mask, self.tau)
-            whole_order = sorting_cross_entropy(permutation, label_rows, mask)
-            share = mean_of_rows(permutation, mask, self.quotas[stage])
+            whole_order, (share,) = orders[stage]
             relaxed = masked_mean(-(share + EPSILON).log() * truth.top, mask)
             log_weight = masked_mean(weight.log().expand_as(mask), mask)  # 0 in a batch without items
             loss = loss + log_weight + whole_order / (2 * weight**2) + relaxed
             terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _shares(self, stage: str, permutation: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (mean_of_rows(permutation, mask, self.quotas[stage]),)

@@ -9,10 +9,10 @@ from deep_components.loss.functional import Targets, check_inputs, masked_mean, 
 from deep_components.loss.selection import (
     PERMUTATION_OPERATORS,
     SELECTION_OPERATORS,
-    label_permutation,
+    Selection,
     label_split,
+    order_terms,
     selection_cross_entropy,
-    sorting_cross_entropy,
     split,
 )
 
@@ -47,19 +47,25 @@ class ARFv2(nn.Module):
         check_inputs(scores, targets, self.quotas)
         mask, dtype = targets.mask, next(iter(scores.values())).dtype
         k = num_ground_truth(targets, self.num_relevant)
-        label_rows = label_permutation(targets.labels, mask, dtype)
         truth = label_split(targets.labels, mask, k, dtype)
-        loss, terms = label_rows.new_zeros(()), dict[str, Tensor]()
+        sorts = self.topk_op in PERMUTATION_OPERATORS
+        order, tau = (self.topk_op, self.tau) if sorts else ORDER
+        orders = order_terms(PERMUTATION_OPERATORS[order], scores, targets, tau, *([self._shares] if sorts else []))
+        loss, terms = truth.top.new_zeros(()), dict[str, Tensor]()
         for stage, weight in self.weight.items():
-            quota = torch.full_like(k, self.quotas[stage])
-            sorts = self.topk_op in PERMUTATION_OPERATORS
-            order, tau = (self.topk_op, self.tau) if sorts else ORDER
-            permutation = PERMUTATION_OPERATORS[order](scores[stage], mask, tau)
-            whole_order = sorting_cross_entropy(permutation, label_rows, mask)
-            select = SELECTION_OPERATORS[self.topk_op]
-            chosen = split(permutation, quota) if sorts else select(scores[stage], mask, quota, self.tau)
+            whole_order, shares = orders[stage]
+            if sorts:
+                top, rest = shares
+                chosen = Selection(top, rest)
+            else:
+                quota = torch.full_like(k, self.quotas[stage])
+                chosen = SELECTION_OPERATORS[self.topk_op](scores[stage], mask, quota, self.tau)
             relaxed = masked_mean(selection_cross_entropy(chosen, truth), mask)
             log_weight = masked_mean(weight.log().expand_as(mask), mask)  # 0 in a batch without items
             loss = loss + log_weight + whole_order / (2 * weight**2) + relaxed
             terms |= {f"order.{stage}": whole_order, f"top.{stage}": relaxed, f"weight.{stage}": weight}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _shares(self, stage: str, permutation: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = split(permutation, mask.new_full(mask.shape[:1], self.quotas[stage], dtype=torch.long))
+        return chosen.top, chosen.rest

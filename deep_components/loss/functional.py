@@ -4,12 +4,17 @@ Shapes: B requests, N items; ``mask`` is [B, N] bool, False where the item is mi
 its score, label and group may be anything, NaN included, and its gradient is zero.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# A batch whose matrices N x N have at most so many numbers is computed at once, as those of the paper's settings are;
+# a larger one in blocks.
+MATRIX_NUMBERS, NUMBERS_PER_BLOCK = 1 << 24, 1 << 22
 
 
 class Targets(Protocol):
@@ -57,8 +62,36 @@ def _kind(values: Tensor) -> str:
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``values`` where ``mask``; 0, with zero gradients, where the mask is empty. Shapes broadcast."""
+    total, count = masked_sum(values, mask)
+    return total / count.clamp(min=1)
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of ``values`` where ``mask``, and how many these are. Shapes broadcast."""
     mask = mask.expand_as(values)
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum(), mask.sum()
+
+
+def in_blocks(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """``function(*inputs)``, whose matrices [B, N, N] are never kept: of a few requests at a time, and made again in
+    the backward pass.
+
+    Where all matrices of a batch have at most ``MATRIX_NUMBERS`` numbers it is a plain call.
+
+    Args:
+        function: of tensors [b, N], for any b of the B requests; results [b, ...] with two axes or more are joined,
+            those with fewer are sums over the requests and added.
+        inputs: [B, N] each.
+    """
+    requests, items = inputs[0].shape
+    if requests * items**2 <= MATRIX_NUMBERS:
+        return function(*inputs)
+    size = max(1, NUMBERS_PER_BLOCK // items**2)
+    blocks = zip(*(values.split(size) for values in inputs), strict=True)
+    parts = [checkpoint(function, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return tuple(
+        torch.cat(part) if part[0].dim() > 1 else torch.stack(part).sum(0) for part in zip(*parts, strict=True)
+    )
 
 
 def without_missing(scores: Tensor, mask: Tensor) -> Tensor:
@@ -162,18 +195,30 @@ def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
     0, as :meth:`Tensor.expand` gives it and which is known without reading a value), the sums are taken slot by slot:
     float32 then rounds as it always has in the paper's settings. The mathematics is the same.
     """
-    clean, group = without_missing(scores, targets.mask), torch.where(targets.mask, targets.group, 0)
-    penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # [B, N, N], of m before n
-    ordered = pairs(targets.mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
-    penalty = torch.where(ordered, penalty, 0)
-    if len(group) > 1 and targets.group.stride(0) == 0:
+    shared = len(targets.group) > 1 and targets.group.stride(0) == 0
+
+    def sums(scores: Tensor, group: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        penalty, ordered = _group_pairs(scores, group, mask)
+        return (penalty.sum(dim=(0, 2)), ordered.sum(dim=(0, 2))) if shared else (penalty.sum(-1), ordered.sum(-1))
+
+    total, num_pairs = in_blocks(sums, scores, targets.group, targets.mask)
+    if shared:
         row = targets.group[0]
-        same = (row.unsqueeze(-1) == row).to(penalty.dtype)  # [N, N]
-        total, num_pairs = penalty.sum(dim=(0, 2)) @ same, ordered.sum(dim=(0, 2)).to(penalty.dtype) @ same
+        same = (row.unsqueeze(-1) == row).to(total.dtype)  # [N, N]
+        total, num_pairs = total @ same, num_pairs.to(total.dtype) @ same
         return (total / num_pairs.clamp(min=1) / same.sum(dim=-1)).sum()  # each mean is in it once a slot
-    num_pairs = ordered.sum(dim=-1).to(torch.float64)  # [B, N], of each item with those of later groups
-    group_pairs = torch.bincount(group.flatten(), weights=num_pairs.flatten())[group]  # [B, N], of the item's group
-    return (penalty.sum(dim=-1) / group_pairs.to(penalty.dtype).clamp(min=1)).sum()
+    group = torch.where(targets.mask, targets.group, 0)
+    pairs_of_item = num_pairs.to(torch.float64)  # [B, N], of each item with those of later groups
+    group_pairs = torch.bincount(group.flatten(), weights=pairs_of_item.flatten())[group]  # [B, N], of its group
+    return (total / group_pairs.to(total.dtype).clamp(min=1)).sum()
+
+
+def _group_pairs(scores: Tensor, group: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """softplus(-(s_m - s_n)) where n is of a later group than m, else 0; and where that is. [B, N, N] each."""
+    clean, group = without_missing(scores, mask), torch.where(mask, group, 0)
+    penalty = F.softplus(clean.unsqueeze(-2) - clean.unsqueeze(-1))  # of m before n
+    ordered = pairs(mask) & (group.unsqueeze(-1) < group.unsqueeze(-2))
+    return torch.where(ordered, penalty, 0), ordered
 
 
 def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
@@ -184,19 +229,27 @@ def lambda_loss(scores: Tensor, targets: Targets, cutoff: int) -> Tensor:
     and the smaller is at most ``cutoff``, else 0 (LambdaLoss, Wang et al., CIKM 2018); v = |d_m - d_n| with d = D(r) up
     to ``cutoff``, else 0.
     """
-    mask, clean = targets.mask, without_missing(scores, targets.mask)
-    labels = torch.where(mask, targets.labels, 0)
-    with torch.no_grad():
-        rank = (_descending(clean, mask).argsort(dim=-1) + 1).to(clean.dtype)
-        gain = labels.clamp(min=0) / _ideal_dcg(labels.clamp(min=0), clean.dtype)
-        distance = (rank.unsqueeze(-1) - rank.unsqueeze(-2)).abs()  # [B, N, N]
-        near = (distance > 0) & (torch.minimum(rank.unsqueeze(-1), rank.unsqueeze(-2)) <= cutoff)
-        step = (_discount(distance.clamp(min=1)) - _discount(distance.clamp(min=1) + 1)).abs()
-        discount = torch.where(rank <= cutoff, _discount(rank), 0)
-        weight = 0.2 * torch.where(near, step, 0) + 0.8 * (discount.unsqueeze(-1) - discount.unsqueeze(-2)).abs()
-        weight = weight * (gain.unsqueeze(-1) - gain.unsqueeze(-2)).abs()
-    per_request = torch.where(pairs(mask), weight * pairwise_bce(clean, labels), 0).sum(dim=(-1, -2))
-    return masked_mean(per_request, mask.any(dim=-1))
+
+    def sums(scores: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor]:
+        clean, labels = without_missing(scores, mask), torch.where(mask, labels, 0)
+        weighted = _lambda_weights(clean, labels, mask, cutoff) * pairwise_bce(clean, labels)
+        return (torch.where(pairs(mask), weighted, 0).sum(dim=(-1, -2)).unsqueeze(-1),)
+
+    (per_request,) = in_blocks(sums, scores, targets.labels, targets.mask)
+    return masked_mean(per_request.squeeze(-1), targets.mask.any(dim=-1))
+
+
+@torch.no_grad()
+def _lambda_weights(scores: Tensor, labels: Tensor, mask: Tensor, cutoff: int) -> Tensor:
+    """w of :func:`lambda_loss`, for all pairs. [B, N, N]."""
+    rank = (_descending(scores, mask).argsort(dim=-1) + 1).to(scores.dtype)
+    gain = labels.clamp(min=0) / _ideal_dcg(labels.clamp(min=0), scores.dtype)
+    distance = (rank.unsqueeze(-1) - rank.unsqueeze(-2)).abs()  # [B, N, N]
+    near = (distance > 0) & (torch.minimum(rank.unsqueeze(-1), rank.unsqueeze(-2)) <= cutoff)
+    step = (_discount(distance.clamp(min=1)) - _discount(distance.clamp(min=1) + 1)).abs()
+    discount = torch.where(rank <= cutoff, _discount(rank), 0)
+    weight = 0.2 * torch.where(near, step, 0) + 0.8 * (discount.unsqueeze(-1) - discount.unsqueeze(-2)).abs()
+    return weight * (gain.unsqueeze(-1) - gain.unsqueeze(-2)).abs()
 
 
 def _ideal_dcg(gains: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from deep_components.loss.functional import (
     Targets,
     check_inputs,
-    masked_mean,
+    in_blocks,
+    masked_sum,
     pairs,
     pairwise_bce,
     soft_top_k,
@@ -47,6 +48,12 @@ class ICC(nn.Module):
             decided = kept if stage == last else 1 - kept
             expected = expected + self.weights[stage] * reaches * decided * clean
             reaches = reaches * kept
-        penalty = pairwise_bce(expected, torch.where(mask, targets.labels, 0))
-        upper = torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool, device=mask.device).triu(diagonal=1)
-        return {"loss": masked_mean(torch.where(upper, penalty, 0), pairs(mask))}
+        total, count = in_blocks(_upper_pairs, expected, targets.labels, mask)
+        return {"loss": total / count.clamp(min=1)}
+
+
+def _upper_pairs(expected: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the pairwise BCE over m < n, and the number of all positions."""
+    penalty = pairwise_bce(expected, torch.where(mask, labels, 0))
+    upper = torch.ones(mask.shape[-1], mask.shape[-1], dtype=torch.bool, device=mask.device).triu(diagonal=1)
+    return masked_sum(torch.where(upper, penalty, 0), pairs(mask))

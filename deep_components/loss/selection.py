@@ -10,7 +10,7 @@ the threshold b. They need memory for O(N) numbers, and so do their gradients.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deep_components.loss.functional import masked_mean, without_missing
+from deep_components.loss.functional import Targets, in_blocks, masked_sum, without_missing
 
 EPSILON = 1e-6
 
@@ -119,9 +119,23 @@ def split(permutation: Tensor, k: Tensor) -> Selection:
 
 def _by_sorting(operator: PermutationOperator) -> SelectionOperator:
     def selection(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selection:
-        return split(operator(scores, mask, temperature), k)
+        return _select_by_sorting(operator, scores, mask, (k,), temperature)[0]
 
     return selection
+
+
+def _select_by_sorting(
+    operator: PermutationOperator, scores: Tensor, mask: Tensor, cuts: Sequence[Tensor], temperature: float
+) -> tuple[Selection, ...]:
+    """The Selection at each of the cuts k [B], from one permutation."""
+
+    def shares(scores: Tensor, mask: Tensor, cuts: Tensor) -> tuple[Tensor, ...]:
+        permutation = operator(scores, mask, temperature)
+        chosen = [split(permutation, k) for k in cuts.unbind(dim=-1)]
+        return tuple(part for one in chosen for part in (one.top, one.rest))
+
+    parts = in_blocks(shares, scores, mask, torch.stack(tuple(cuts), dim=-1))
+    return tuple(Selection(top, rest) for top, rest in zip(parts[::2], parts[1::2], strict=True))
 
 
 # ---- operators that do not sort --------------------------------------------------------------------------------------
@@ -369,8 +383,7 @@ def select(
 ) -> tuple[Selection, ...]:
     """The named operator's Selection at each of several cuts k [B]; one that sorts does so once."""
     if operator in PERMUTATION_OPERATORS:
-        permutation = PERMUTATION_OPERATORS[operator](scores, mask, temperature)
-        return tuple(split(permutation, k) for k in cuts)
+        return _select_by_sorting(PERMUTATION_OPERATORS[operator], scores, mask, cuts, temperature)
     return tuple(SELECTION_OPERATORS[operator](scores, mask, k, temperature) for k in cuts)
 
 
@@ -460,7 +473,36 @@ def mean_of_rows(permutation: Tensor, mask: Tensor, k: int) -> Tensor:
     return permutation[:, :k].sum(dim=-2) / count
 
 
-def sorting_cross_entropy(permutation: Tensor, label_rows: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the n * n entries of present rows and items of -log(P + eps) Y; P and Y are [B, N, N]."""
+def sorting_cross_entropy(permutation: Tensor, label_rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over the n * n entries of present rows and items of -log(P + eps) Y, and their number; P and Y are
+    [B, N, N]."""
     entries = _rows(mask).unsqueeze(-1) & mask.unsqueeze(-2)
-    return masked_mean(-(permutation + EPSILON).log() * label_rows, entries)
+    return masked_sum(-(permutation + EPSILON).log() * label_rows, entries)
+
+
+def order_terms(
+    operator: PermutationOperator,
+    scores: Mapping[str, Tensor],
+    targets: Targets,
+    temperature: float,
+    shares: Callable[[str, Tensor, Tensor], Iterable[Tensor]] = lambda *_: (),
+) -> dict[str, tuple[Tensor, list[Tensor]]]:
+    """Stage -> (G, its shares): G = mean over the n * n entries of -log(P + eps) Y, P the stage's permutation; and
+    what ``shares(stage, P, mask)`` makes of P and mask, any number of tensors [B, N].
+
+    Arguments otherwise as :func:`neural_sort`'s. The matrices are made a few requests at a time.
+    """
+
+    def parts(labels: Tensor, mask: Tensor, *stages: Tensor) -> tuple[Tensor, ...]:
+        label_rows = label_permutation(labels, mask, stages[0].dtype)
+        totals, found = list[Tensor](), list[Tensor]()
+        for stage, values in zip(scores, stages, strict=True):
+            permutation = operator(values, mask, temperature)
+            total, count = sorting_cross_entropy(permutation, label_rows, mask)
+            totals.append(total)
+            found += shares(stage, permutation, mask)
+        return count, torch.stack(totals), *found
+
+    count, totals, *found = in_blocks(parts, targets.labels, targets.mask, *scores.values())
+    orders, each = (totals / count.clamp(min=1)).unbind(), len(found) // len(scores)
+    return {stage: (orders[i], found[each * i : each * (i + 1)]) for i, stage in enumerate(scores)}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from deep_components.loss.functional import Targets, check_inputs, sum_of_terms
-from deep_components.loss.selection import PERMUTATION_OPERATORS, label_permutation, sorting_cross_entropy
+from deep_components.loss.selection import PERMUTATION_OPERATORS, order_terms
 
 
 class SortingCrossEntropy(nn.Module):
@@ -24,8 +24,5 @@ class SortingCrossEntropy(nn.Module):
     def forward(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
         """Scores, stage -> [B, N] -> ``loss`` and its detached terms, one a stage."""
         check_inputs(scores, targets)
-        mask, sort = targets.mask, PERMUTATION_OPERATORS[self.topk_op]
-        label_rows = label_permutation(targets.labels, mask, next(iter(scores.values())).dtype)
-        return sum_of_terms(
-            {stage: sorting_cross_entropy(sort(s, mask, self.tau), label_rows, mask) for stage, s in scores.items()}
-        )
+        orders = order_terms(PERMUTATION_OPERATORS[self.topk_op], scores, targets, self.tau)
+        return sum_of_terms({stage: order for stage, (order, _) in orders.items()})

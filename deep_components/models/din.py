@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deep_components.batch import EmbeddedFeatures
 from deep_components.kernels import Kernels
@@ -18,6 +19,8 @@ PADDING_LOGIT = -(2.0**30) + 1.0
 # Hidden activations alive at a time, in numbers: small enough for a core's cache, large enough to keep it busy. A GPU
 # wants few large steps instead.
 _CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}
+# A training batch of more items in all is scored in blocks of so many, whose activations are not kept.
+MOST_ITEMS, ITEMS_PER_BLOCK = 1 << 17, 1 << 15
 
 
 class DIN(nn.Module):
@@ -46,9 +49,18 @@ class DIN(nn.Module):
 
     def forward(self, features: EmbeddedFeatures) -> Tensor:
         """Scores [B, N]."""
-        interest = self.interest(features.history, features.history_mask, features.item)
-        own = torch.cat([interest, features.item], dim=-1)
-        return run_tower(self.tower, own, self.kernels, shared=features.request).squeeze(-1)
+        parts = features.request, features.history, features.history_mask, features.item
+        requests, items, _ = features.item.shape
+        if requests * items <= MOST_ITEMS or not torch.is_grad_enabled():
+            return self._scores(*parts)
+        size = max(1, ITEMS_PER_BLOCK // items)
+        blocks = zip(*(part.split(size) for part in parts), strict=True)
+        scores = [checkpoint(self._scores, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+        return torch.cat(scores)
+
+    def _scores(self, request: Tensor, history: Tensor, history_mask: Tensor, item: Tensor) -> Tensor:
+        own = torch.cat([self.interest(history, history_mask, item), item], dim=-1)
+        return run_tower(self.tower, own, self.kernels, shared=request).squeeze(-1)
 
     def interest(self, history: Tensor, history_mask: Tensor, items: Tensor) -> Tensor:
         """Attention-weighted history per item: [B, N, H] from history [B, L, H], its mask [B, L] and items [B, N, I],

@@ -51,7 +51,7 @@ STREAMED_CHECKSUM = "streamed_checksums."  # of a test day of a stream
 CORPUS = "corpus."  # before the names of columns of an evaluation over a whole corpus
 
 # What all runs of a table have in common, and what those of them that know it.
-_OF_A_TABLE = ("setting", "data", "test_day", "test_day_checksum", "num_requests")
+_OF_A_TABLE = ("setting", "data", "test_day", "test_day_checksum", "test_random_items", "num_requests")
 _KNOWN_OF_A_TABLE = ("cascade", "schema")
 
 _REQUIRED = dict.fromkeys(("setting", "data", "test_day", "loss_type"), str) | {
@@ -62,7 +62,7 @@ _COSTS = {
     "steps": int, "requests": int, "seconds": float | int,
     "peak_memory_bytes": int | None, "peak_gpu_memory_bytes": int | None,
 }  # fmt: skip
-_INTEGERS = ("seed", "epochs", "num_requests", "steps", "requests", "skipped_steps")
+_INTEGERS = ("seed", "epochs", "num_requests", "test_random_items", "steps", "requests", "skipped_steps")
 
 _MAX_METRIC = 1e6  # far above any metric; what is larger would overflow in means and charts
 _MAX_ARRAY = 1 << 28  # bytes of a metric per request: of 33 million requests
@@ -83,9 +83,10 @@ def frame(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 
     Columns: ``folder``; ``method`` (the script's name, else the loss; "untrained" for 0 epochs), ``loss_type``,
     ``setting``, ``data``, ``seed`` (<NA> for imported models), ``epochs``, ``untrained``, ``train_days``, ``test_day``,
-    ``test_day_checksum``, ``num_requests``; ``cascade`` (as JSON), ``schema`` (its checksum), ``loss`` (the values it
-    was built with, as JSON), ``init_from`` (the checksums of these models, as JSON); ``code`` (the fingerprint of what
-    all methods share; None where it is not known), ``run_code`` (runs/code.py); ``commit``, ``device``, ``threads``,
+    ``test_day_checksum``, ``test_random_items`` (0 where there were none), ``num_requests``; ``cascade`` (as JSON),
+    ``schema`` (its checksum), ``loss`` (the values it was built with, as JSON), ``init_from`` (the checksums of these
+    models, as JSON); ``code`` (the fingerprint of what all methods share; None where it is not known), ``run_code``
+    (runs/code.py); ``commit``, ``device``, ``threads``,
     ``versions``; ``warnings``; what the training took: ``steps``, ``skipped_steps``, ``requests``, ``seconds``,
     ``peak_memory_bytes``, ``peak_gpu_memory_bytes``; ``metrics`` (the names of the table's), every metric (NaN where
     undefined); ``arguments.<name>`` for every argument of the training, ``data_checksums.<day>``, of a stream
@@ -288,6 +289,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         "untrained": untrained,
         "train_days": config.get("train_days"),
         **{name: results.get(name) for name in ("test_day", "test_day_checksum", "num_requests")},
+        "test_random_items": results.get("test_random_items", 0),
         "cascade": _as_json(config.get("cascade")),
         "schema": config.get("schema_checksum"),
         "loss": _as_json(config.get("loss")),
@@ -342,6 +344,7 @@ def _clean(value: Any) -> Any:
 def _check_results(path: Path, results: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     wrong = [name for name, kind in _REQUIRED.items() if name not in results or not _is_a(results[name], kind)]
     wrong += [name for name in filter(_is_metric, results) if not (results[name] is None or _is_a_score(results[name]))]
+    wrong += [] if _is_a(results.get("test_random_items", 0), int) else ["test_random_items"]
     wrong += [] if isinstance(config.get("arguments"), dict) else [f"arguments of {CONFIG_FILE}"]
     wrong += [f"{name} of {CONFIG_FILE}" for name, kind in _OF_CONFIG.items() if not _is_a(config.get(name), kind)]
     wrong += [] if _is_days(config.get("train_days")) else [f"train_days of {CONFIG_FILE}"]

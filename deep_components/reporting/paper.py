@@ -14,7 +14,7 @@ TABLES = Path(__file__).with_name("paper_tables.csv")
 _PERIOD_1 = [str(day.date()) for day in pd.date_range("2024-01-13", "2024-02-04")]  # the last day tests
 
 # What every run of the paper has in common.
-_PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_from": None}
+_PROTOCOL = {"epochs": 1, "emb_dim": 8, "nn_units": 128, "seq_len": 50, "init_from": None, "num_random_items": None}
 _NAMES = {
     "bce": "BCE", "icc": "ICC", "rankflow": "RankFlow", "fs_ranknet": "FS-RankNet",
     "fs_lambdaloss": "FS-LambdaLoss", "arf": "ARF", "arf_v2": "ARF-v2", "lcron": "LCRON",
@@ -46,14 +46,16 @@ def paper_name(row: str) -> str:
 
 
 def follows_protocol(run: Mapping[Any, Any], arguments: Mapping[str, Any]) -> bool:
-    """Whether a run is made as the paper's: RecFlow's Period 1, its last day to test on, one pass.
+    """Whether a run is made as the paper's: RecFlow's Period 1, its last day to test on, one pass, no random items.
 
     Args:
-        run: has ``data``, ``train_days`` and ``test_day``, as a row of :func:`~deep_components.reporting.frame.frame`.
+        run: has ``data``, ``train_days``, ``test_day`` and maybe ``test_random_items``, as a row of
+            :func:`~deep_components.reporting.frame.frame`.
     """
     days = [*(run["train_days"] or ()), run["test_day"]] == _PERIOD_1
     alike = all(arguments.get(name) == value for name, value in _PROTOCOL.items())
-    return run["data"] == "recflow" and days and alike and arguments.get("optimizer") != "sparse_adam"
+    alike = alike and not run.get("test_random_items") and arguments.get("optimizer") != "sparse_adam"
+    return run["data"] == "recflow" and days and alike
 
 
 def paper_number(setting: str, name: str, arguments: Mapping[str, Any], metric: str) -> PaperNumber | None:

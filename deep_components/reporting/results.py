@@ -135,7 +135,7 @@ def build_results(
         cells=cells.reindex(columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, "float64")),
         metrics=metrics,
         about={name: first[name] for name in ("setting", "data", "test_day", "test_day_checksum")}
-        | {"num_requests": int(first["num_requests"])},
+        | {name: int(first[name]) for name in ("num_requests", "test_random_items")},
         ours=ours,
         test=test,
         warnings=sorted({warning for found in runs["warnings"] for warning in found}),

@@ -93,6 +93,7 @@ def metrics_document(results: Results, style: Style) -> Document:
     """The metrics of the methods, our method against the others, and the paper's numbers where they belong."""
     about, numbers = results.about, "one run each" if results.one_seed else "mean +- standard deviation over seeds"
     head = f"{about['setting']}, data: {about['data']}, test day {about['test_day']}, {about['num_requests']} requests"
+    head += f" with up to {about['test_random_items']} random items each" if about["test_random_items"] else ""
     tables = [metrics_table(results, style)]
     tables += [comparison_table(results, results.metrics[0], style)] if len(results.compared) else []
     tables += [paper_table(results, style)] if len(results.with_paper) else []

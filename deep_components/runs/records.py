@@ -48,19 +48,22 @@ class FolderContents:
         before = self.config.get("train_days") or []
         return self.has(STATE_FILE) and before == list(days[: len(before)])
 
-    def evaluated(self, day: str, checksum: str, scores: bool, any_code: bool = False) -> bool:
-        """metrics.json is of that day and content, and of the evaluation's code as it is now unless ``any_code`` will
-        do, and, where asked for, the scores are there."""
+    def evaluated(
+        self, day: str, checksum: str, scores: bool, any_code: bool = False, random_items: int | None = None
+    ) -> bool:
+        """metrics.json is of that day and content with so many random items, and of the evaluation's code as it is now
+        unless ``any_code`` will do, and, where asked for, the scores are there."""
         current = any_code or is_evaluation_current(self.metrics.get("code"))
-        return current and _of_day(self.metrics, day, checksum) and (not scores or self.has(SCORES_FILE))
+        return current and _of_day(self.metrics, day, checksum, random_items) and (not scores or self.has(SCORES_FILE))
 
-    def streamed_day(self, day: str, checksum: str) -> bool:
-        """streaming.json has the metrics of that day and content."""
-        return any(_of_day(metrics, day, checksum) for metrics in self.streamed)
+    def streamed_day(self, day: str, checksum: str, random_items: int | None = None) -> bool:
+        """streaming.json has the metrics of that day and content with so many random items."""
+        return any(_of_day(metrics, day, checksum, random_items) for metrics in self.streamed)
 
 
-def _of_day(metrics: Mapping[str, Any], day: str, checksum: str) -> bool:
-    return (metrics.get("test_day"), metrics.get("test_day_checksum")) == (day, checksum)
+def _of_day(metrics: Mapping[str, Any], day: str, checksum: str, random_items: int | None) -> bool:
+    found = tuple(metrics.get(name) for name in ("test_day", "test_day_checksum", "test_random_items"))
+    return found == (day, checksum, random_items)
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -71,12 +74,18 @@ def read_folder(folder: Path) -> FolderContents:
 
 
 def check_same_run(
-    held: FolderContents, wanted: Mapping[str, Any], streaming: bool, extend: bool = False, any_code: bool = False
+    held: FolderContents,
+    wanted: Mapping[str, Any],
+    streaming: bool,
+    extend: bool = False,
+    any_code: bool = False,
+    random_items: int | None = None,
 ) -> None:
     """InputError when the folder holds results of another run, which a new one would replace.
 
     ``wanted`` is what the new run's config.json will say (runs/identity.py). A ``streaming`` run goes on with more
-    days, with ``extend`` any run of fewer days or passes, with ``any_code`` one of other code.
+    days, tested with as many ``random_items``, with ``extend`` any run of fewer days or passes, with ``any_code`` one
+    of other code.
     """
     if not any(held.has(name) for name in (COST_FILE, STATE_FILE, METRICS_FILE, STREAMING_FILE)):
         return
@@ -86,6 +95,8 @@ def check_same_run(
     found: Any = first_difference(held.config, wanted, extend or streaming, more_epochs=extend, any_code=any_code)
     if held.record.get("streaming", False) != streaming:
         found = f"streaming={not streaming}, not {streaming}"
+    elif found is None and (other := {day.get("test_random_items") for day in held.streamed} - {random_items}):
+        found = Difference("test_random_items", other.pop(), random_items)  # the models of these days are gone
     elif found is None and not any_code and (days := _evaluated_before(held)):
         found = Difference("code", [f"the evaluation of {days[0]}"], None)
     if isinstance(found, Difference) and found.is_code:

@@ -46,7 +46,7 @@ def initial_cascade(
         memory.check_memory({device: itemsize * (parameters + stages * sum(rows.values()) * args.emb_dim)})
     else:
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
-        longest = max((day.num_items for day in days), default=cascade.num_items)
+        longest = longest_list(args, days) or cascade.num_items
         units = max(stage.nn_units or args.nn_units for stage in cascade.stages)
         step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
         needed = {device: stages * in_dense + step + 4 * itemsize * parameters}  # gradients, and Adam's moments
@@ -68,6 +68,12 @@ def initial_cascade(
     if args.init_from is not None:
         seed = load_trained(args.init_from, models, stores)
     return models, stores, seed
+
+
+def longest_list(args: argparse.Namespace, days: Sequence[DayCache]) -> int:
+    """The most items that a request of the training can have, random ones included; 0 without days."""
+    longest = max((day.num_items for day in days), default=0)
+    return longest + min(args.num_random_items or 0, (args.batch_size - 1) * longest)
 
 
 def compacted_ids(

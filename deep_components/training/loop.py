@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from deep_components.cascade import Cascade
 from deep_components.checkpoint import as_array, save_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import hold_out_last, training_days
-from deep_components.dataset.loader import batches, steps_of, training_order
+from deep_components.dataset.loader import Join, batches, steps_of, training_order
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
+from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
@@ -53,7 +55,7 @@ from deep_components.runs.folder import (
 from deep_components.runs.identity import first_difference
 from deep_components.runs.state import check_same_run, load_model, load_state, run_note, save_models, save_state
 from deep_components.training.config import environment, run_config
-from deep_components.training.initial import initial_cascade
+from deep_components.training.initial import initial_cascade, longest_list
 from deep_components.training.signals import stop_signals
 from deep_components.training.step import Trainer
 from deep_components.training.step_log import StepLog
@@ -152,7 +154,6 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
-    keep_freed_memory()
     log = open_log(args.data_dir)
     names, held_out = training_days(log, args.train_days), None
     if args.validate_every and args.epochs:
@@ -164,6 +165,7 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     days = [opened(name) for name in names] if args.epochs else []
     validation_day = opened(held_out) if held_out is not None else None
     steps = [steps_of(day, args.batch_size) for day in days]
+    keep_freed_memory(args.batch_size * longest_list(args, days) ** 2)
     config = run_config(cascade, args, loss, log, names, days, validation_day)
     config |= environment(device, kernels is not None)
     _check_start(args, config)
@@ -312,11 +314,11 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
 
 def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", stops: Sequence[int]) -> Position:
     """The rest of a day's steps."""
-    args, day = run.args, run.days[position.day]
+    args, day, join = run.args, run.days[position.day], _random_items(run, position.epoch)
     order = training_order(day, args.seed, position.epoch, args.shuffle)
     order = order[position.batch * args.batch_size : run.steps[position.day] * args.batch_size]
     began = saved = time.perf_counter()
-    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device):
+    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join):
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
@@ -347,6 +349,12 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         position = replace(position, day=position.day + 1, batch=0)
     run.save(position)
     return position
+
+
+def _random_items(run: Run, epoch: int) -> Join | None:
+    """What adds --num_random_items to the batches of a pass."""
+    count, group = run.args.num_random_items, len(run.config["cascade"]["groups"])
+    return partial(with_items_of_batch, count=count, group=group, seed=run.args.seed, epoch=epoch) if count else None
 
 
 def _is_due(run: Run, position: Position) -> bool:

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +168,41 @@ def test_a_trained_cascade_is_better_than_an_untrained_one(log: Path, tmp_path: 
     before = evaluate(log, train(log, tmp_path / "before", "--epochs=0"), day)[name]
     after = evaluate(log, train(log, tmp_path / "after", *flags), day)[name]
     assert after > before + 0.02
+
+
+def test_long_lists_are_scored_a_few_requests_at_a_time_whatever_the_batch_size(
+    log: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, sizes = evaluate(log, run), list[int]()
+    batches = evaluation.batches
+
+    def counted(day: DayCache, order: np.ndarray, batch_size: int, *more: Any, **named: Any) -> Any:
+        sizes.append(batch_size)
+        return batches(day, order, batch_size, *more, **named)
+
+    monkeypatch.setattr(evaluation, "batches", counted)
+    for items, at_a_time in ((3 * TWO_STAGE.num_items, 3), (TWO_STAGE.num_items - 1, 1)):
+        monkeypatch.setattr(evaluation, "_ITEMS_AT_A_TIME", items)
+        for name, value in evaluate(log, run).items():
+            assert expected[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value)
+        assert sizes.pop() == at_a_time
+
+
+def test_a_summary_holds_the_scores_of_one_batch_at_a_time(log: Path, run: Path) -> None:
+    """So that the day's length does not matter to the memory, as long as the lists may be."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def watched() -> Iterator[dict[str, torch.Tensor]]:
+        for batch in evaluation.score_day(*models_of(log, run), last_day(log), 4, torch.device("cpu")):
+            copied = {name: values.clone() for name, values in batch.items()}
+            held.extend(weakref.ref(values) for values in copied.values() if values.dim() == 2)
+            yield copied
+            del copied
+            assert sum(values() is not None for values in held) <= len(batch) - 1
+
+    _, results = evaluation.summary(TWO_STAGE, watched())
+    assert results["num_requests"] == REQUESTS_PER_DAY
+    assert len(held) == 5 * REQUESTS_PER_DAY / 4
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 39, 1024])

@@ -83,6 +83,20 @@ def test_only_the_evaluation_is_missing(tmp_path: Path) -> None:
     assert len(calls(run)) == 1
 
 
+def with_random_items(run: Run, count: int) -> Run:
+    return replace(run, evaluation=(f"--test_random_items={count}",), test_random_items=count)
+
+
+def test_another_number_of_random_test_items_is_an_evaluation_only(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    make(run)
+    for status in ("finished", "kept"):
+        assert make(with_random_items(run, 5)).status == status
+        assert json.loads((run.folder / "metrics.json").read_text())["test_random_items"] == 5
+    assert make(run).status == "finished"
+    assert len(calls(run)) == 1
+
+
 def test_another_test_day_is_an_evaluation_only(tmp_path: Path) -> None:
     run = fake_run(tmp_path)
     make(on_days(run, (DAYS[:2], DAYS[2])))
@@ -168,6 +182,12 @@ def test_a_stream_with_days_of_other_code_is_refused(tmp_path: Path) -> None:
     write_json(run.folder / "streaming.json", content)
     assert "other code: the evaluation of 2024-01-14" in refused(run)
     assert make(run, any_code=True).status == "kept"
+
+
+def test_a_stream_with_days_of_other_random_items_is_refused(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, streaming=True)
+    make(run)
+    assert "test_random_items=None, not 5" in refused(with_random_items(run, 5))
 
 
 def test_a_training_by_hand_in_the_folder_is_seen(tmp_path: Path) -> None:

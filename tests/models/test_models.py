@@ -12,7 +12,7 @@ from deep_components.batch import EmbeddedFeatures
 from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade, Stage
 from deep_components.errors import InputError
 from deep_components.kernels import load_kernels
-from deep_components.models import MODELS, build_models
+from deep_components.models import MODELS, build_models, din
 from deep_components.models.din import DIN, PADDING_LOGIT, attention_logits
 from deep_components.models.dssm import DSSM
 from deep_components.models.mlp import MLP
@@ -90,6 +90,34 @@ def test_attention_logits_have_the_gradients_of_the_plain_form(chunk: int, monke
     upstream = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, parts, upstream)
     torch.testing.assert_close(torch.autograd.grad(attention_logits(*parts), parts, upstream), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_long_lists_in_blocks_have_the_same_scores_and_gradients_and_keep_little(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, features = made(DIN, RECFLOW), embedded(RECFLOW, batch=5)
+    model.kernels = load_kernels(torch.float64) if compiled else None
+    leaves = {name: values for name, values in vars(features).items() if name != "history_mask"}
+    inputs = [*(values.requires_grad_() for values in leaves.values()), *model.parameters()]
+
+    def step() -> tuple[list[Tensor], int]:
+        sizes = list[int]()
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            scores = model(features)
+        return [scores.detach(), *torch.autograd.grad((scores * torch.arange(5.0)).sum(), inputs)], max(sizes)
+
+    whole, most = step()
+    monkeypatch.setattr(din, "MOST_ITEMS", 24)
+    monkeypatch.setattr(din, "ITEMS_PER_BLOCK", 11)  # two of five requests of five items
+    blocks, kept = step()
+    torch.testing.assert_close(blocks, whole, rtol=1e-10, atol=1e-12)
+    assert kept <= features.item.numel() < most
 
 
 @every_schema

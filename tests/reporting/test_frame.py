@@ -64,6 +64,7 @@ CODE: dict[str, Any] = {"code": {"total": "t", "files": {"a.py": "1"}, "method":
         ({"commit": [1]}, {}),
         ({"data_checksums": {"2024-01-13": [1]}}, {}),
         ({}, {"test_day_checksum": {"a": 1}}),
+        ({}, {"test_random_items": "1"}),
         ({}, {"joint_recall@10@20": 1e308}),
         ({}, {"rank_ndcg@10": -1e308}),
         ({}, {"bound_product": "0.5"}),
@@ -164,7 +165,7 @@ def test_a_seed_found_twice_is_refused(tmp_path: Path) -> None:
     ("field", "value"),
     [
         *(("setting", "three_stage"), ("data", "simulated"), ("test_day", "2024-02-03")),
-        *(("test_day_checksum", "abc"), ("num_requests", 41)),
+        *(("test_day_checksum", "abc"), ("num_requests", 41), ("test_random_items", 160)),
     ],
 )
 def test_runs_that_do_not_belong_together(field: str, value: Any, tmp_path: Path) -> None:

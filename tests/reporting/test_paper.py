@@ -98,6 +98,8 @@ def test_a_name_alone_is_not_the_paper_s_method(changed: dict[str, Any]) -> None
         ({}, {}, {"epochs": 2}),
         ({}, {}, {"emb_dim": 16}),
         ({}, {}, {"init_from": "elsewhere"}),
+        ({}, {}, {"num_random_items": 160}),
+        ({"test_random_items": 160}, {}, {}),
         ({}, {}, {"optimizer": "sparse_adam"}),
     ],
     ids=str,

@@ -190,6 +190,7 @@ def test_what_the_numbers_are_stands_beside_them(tmp_path: Path) -> None:
         "test_day": "2024-02-04",
         "num_requests": 40,
         "test_day_checksum": None,
+        "test_random_items": 0,
     }
     assert results.warnings == ["SIMULATED DATA"]
     assert list(results.left_out) == [str(tmp_path / "b")]
