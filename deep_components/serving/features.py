@@ -34,7 +34,8 @@ _SECONDS_TO_WAIT = 5  # for a file that another process writes
 _REDIS_SECONDS = 2  # for a connection, and for an answer
 _REDIS_SCHEMES = ("redis", "rediss")
 _APPLICATION, _VERSION = 0x4C43524E, 1  # in the file's header: "LCRN"
-_TABLE = "CREATE TABLE records (user BLOB PRIMARY KEY, record BLOB NOT NULL) WITHOUT ROWID"
+_TABLE = "CREATE TABLE records (user BLOB PRIMARY KEY, record BLOB NOT NULL)"
+_PUT = "INSERT INTO records VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET record = excluded.record"
 _BYTES = "CAST(coalesce(record, '') AS BLOB)"  # of the record, whatever a file holds in its stead
 _ROWS_PER_QUERY = 500
 
@@ -162,7 +163,7 @@ def _text(user: User, record: Mapping[str, Any]) -> bytes:
 def _record(store: str, user: User | None, text: bytes) -> Record:
     """The reverse of :func:`_text`. InputError, which begins with ``store``, for what is none."""
     try:
-        fields, *events = (json.loads(line) for line in text.split(b"\n"))
+        fields, *events = json.loads(b"[" + text.replace(b"\n", b",") + b"]")
         return {**fields, HISTORY: events}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
@@ -214,7 +215,7 @@ class SqliteFeatures:
     def put(self, records: Mapping[User, Mapping[str, Any]]) -> None:
         rows = [(_key(user), _text(user, record)) for user, record in records.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?)", rows)
+            connection.executemany(_PUT, rows)
 
     def append(self, user: User, events: Sequence[Any], keep: int) -> None:
         _check_keep(keep)
@@ -223,11 +224,13 @@ class SqliteFeatures:
             row = connection.execute(f"SELECT {_BYTES} FROM records WHERE user = ?", (key,)).fetchone()
             fields, *before = row[0].split(b"\n") if row else [b"{}"]
             record = b"\n".join([fields, *[*before, *lines][-keep:]])
-            connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?)", (key, record))
+            connection.execute(_PUT, (key, record))
 
     def users(self, prefix: str = "", limit: int = 20) -> list[User]:
         found: list[User] = []
-        query = "SELECT CAST(coalesce(user, 'i') AS BLOB) FROM records WHERE user >= ? AND user < ? ORDER BY user LIMIT ?"
+        query = (
+            "SELECT CAST(coalesce(user, 'i') AS BLOB) FROM records WHERE user >= ? AND user < ? ORDER BY user LIMIT ?"
+        )
         with self._sentences():
             for first, stop in _ranges(prefix):
                 rows = self._connection().execute(query, (first, stop, max(limit - len(found), 0)))
@@ -299,13 +302,14 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool, read_only
     marks = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     if marks[0] == _APPLICATION and marks[1] > _VERSION:
         raise InputError(f"{path}: version {marks[1]} of the format; this program knows {_VERSION}: use a later one")
-    if marks != [_APPLICATION, _VERSION] or _tables(connection) != [(_TABLE,)]:
+    if marks != [_APPLICATION, _VERSION] or _tables(connection) != [(_TABLE,), (None,)]:
         raise InputError(f"{path}: not a feature store; name another file with --features")
     if not read_only:
         connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _tables(connection: sqlite3.Connection) -> list[tuple[str]]:
+def _tables(connection: sqlite3.Connection) -> list[tuple[str | None]]:
+    """The SQL of all that the database has; the index of a primary key has none."""
     return connection.execute("SELECT sql FROM sqlite_master").fetchall()
 
 

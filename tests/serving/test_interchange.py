@@ -340,3 +340,13 @@ def test_the_page_s_code(
     exec(block, {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["retrieval (1, 100)", "rank (1, 100)"]
+
+
+def test_with_the_export_of_a_run(monkeypatch: pytest.MonkeyPatch, recflow: Trained, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(interchange, "export_graphs", lambda *arguments: asked.append(arguments))
+    arguments = [f"--run={recflow.run}", f"--data_dir={recflow.log}", f"--output={tmp_path / 'bundle'}"]
+    assert commands.main(["export", *arguments, "--onnx"]) == 0
+    ((own, folder, made, about),) = asked
+    assert folder == tmp_path / "bundle/onnx" and about["version"] == Bundle.load(tmp_path / "bundle").version
+    assert len(made) == 2 and list(own.models) == ["retrieval", "rank"]  # random requests, and the log's
