@@ -20,9 +20,7 @@ COMMANDS = {
     "experiments": ("run_experiments", "train and evaluate many methods and seeds on a cascade, and print the table"),
     "sweep": ("commands.sweep", "choose hyper-parameters on the validation day: --grid=lr=0.005,0.01 --budget=N"),
     "table": ("commands.table", "one table of many runs: --kind=metrics, costs or streaming"),
-    "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
     "report": ("commands.report", "one page with charts about many runs"),
-    "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "doctor": ("commands.doctor", "check the environment and a log, and say what to do"),
     "simulate": ("dataset.simulate", "make a simulated log"),
     "import": ("dataset.importers.table.command", "make a log from a table of your own: --mapping=log.toml"),
@@ -30,8 +28,10 @@ COMMANDS = {
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
     "export": ("commands.export", "make a bundle that serves a run: its models, corpus and index (docs/serving.md)"),
     "index": ("commands.index", "give a bundle another corpus, without training"),
-    "export onnx": ("commands.export_onnx", "write a bundle's models as ONNX graphs and torch.export programs"),
+    "recommend": ("commands.recommend", "answer the requests of a table by a bundle: --bundle=B --requests=r.parquet"),
     "features": ("commands.features", "fill the feature store with each user's latest request"),
+    "serve": ("commands.serve", "answer requests over HTTP by a bundle: --bundle=B --port=8080"),
+    "export onnx": ("commands.export_onnx", "write a bundle's models as ONNX graphs and torch.export programs"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),
 }
 

@@ -9,6 +9,7 @@ and the digits of a whole number, or "s" and the UTF-8 of a text.
 
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import numpy as np
+import pyarrow as pa
 
+from deep_components.dataset.encoding import RawEncoding, is_text
 from deep_components.errors import InputError
 from deep_components.files import make_folder, regular
 
@@ -29,12 +32,15 @@ Record = dict[str, Any]  # raw fields of a request, and "history": its events
 
 FEATURES_FILE = "features.sqlite"  # the default, in a bundle's folder
 HISTORY = "history"
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _MAX_KEY = 512  # bytes
 _SECONDS_TO_WAIT = 5  # for a file that another process writes
 _REDIS_SECONDS = 2  # for a connection, and for an answer
 _REDIS_SCHEMES = ("redis", "rediss")
 _APPLICATION, _VERSION = 0x4C43524E, 1  # in the file's header: "LCRN"
-_TABLE = "CREATE TABLE records (user BLOB PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID"
+_TABLE = "CREATE TABLE records (user BLOB PRIMARY KEY, record BLOB NOT NULL)"
+_PUT = "INSERT INTO records VALUES (?, ?) ON CONFLICT (user) DO UPDATE SET record = excluded.record"
+_BYTES = "CAST(coalesce(record, '') AS BLOB)"  # of the record, whatever a file holds in its stead
 _ROWS_PER_QUERY = 500
 
 
@@ -67,6 +73,16 @@ class FeatureStore(Protocol):
 
     def close(self) -> None:
         """Nothing else may be called afterwards."""
+
+
+def user_of(encoding: RawEncoding, column: str, user: Any) -> Any:
+    """A user's id as the store has it, of the type of the log's ``column``: 7 and "7" name one user there."""
+    kind = encoding.columns("request").get(column)
+    if kind is not None and is_text(kind) and type(user) is int:
+        return str(user)
+    if kind is not None and pa.types.is_integer(kind) and isinstance(user, str) and _WHOLE.fullmatch(user):
+        return int(user)
+    return user
 
 
 def open_features(where: Path | str, create: bool = False) -> FeatureStore:
@@ -115,8 +131,12 @@ def _utf8(text: str) -> bytes:
         raise InputError(f"user {text[:40]!a}: not text that UTF-8 can hold; give its raw id") from error
 
 
-def _user(key: bytes) -> User:
-    return int(key[1:]) if key[:1] == b"i" else key[1:].decode()
+def _user(store: str, key: bytes) -> User:
+    """The reverse of :func:`_key`. InputError, which begins with ``store``, for what is none."""
+    try:
+        return int(key[1:]) if key[:1] == b"i" else key[1:].decode()
+    except ValueError as error:
+        raise InputError(f"{store}: a user's key is damaged; fill a new store (lcron features)") from error
 
 
 def _ranges(prefix: str) -> list[tuple[bytes, bytes]]:
@@ -124,10 +144,10 @@ def _ranges(prefix: str) -> list[tuple[bytes, bytes]]:
     return [(tag + _utf8(prefix), tag + _utf8(prefix) + b"\xff") for tag in (b"i", b"s")]
 
 
-def _json(user: User, value: Any) -> str:
+def _json(user: User, value: Any) -> bytes:
     """One line. InputError for what JSON cannot hold."""
     try:
-        return json.dumps(value, allow_nan=False, default=_plain, separators=(",", ":"))
+        return json.dumps(value, allow_nan=False, default=_plain, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"user {user!r}: cannot be stored ({error}); give texts, finite numbers and lists") from error
 
@@ -143,21 +163,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__}")
 
 
-def _events(user: User, events: Any) -> list[str]:
+def _events(user: User, events: Any) -> list[bytes]:
     if not isinstance(events, Sequence) or isinstance(events, str | bytes):
         raise InputError(f"user {user!r}: the history is no list of events; give the latest event last")
     return [_json(user, event) for event in events]
 
 
-def _text(user: User, record: Mapping[str, Any]) -> str:
+def _text(user: User, record: Mapping[str, Any]) -> bytes:
     fields = {name: value for name, value in record.items() if name != HISTORY}
-    return "\n".join([_json(user, fields), *_events(user, record.get(HISTORY) or [])])
+    return b"\n".join([_json(user, fields), *_events(user, record.get(HISTORY) or [])])
 
 
-def _record(store: str, user: User | None, text: str | bytes) -> Record:
+def _record(store: str, user: User | None, text: bytes) -> Record:
     """The reverse of :func:`_text`. InputError, which begins with ``store``, for what is none."""
     try:
-        fields, *events = (json.loads(line) for line in text.splitlines())
+        fields, *events = json.loads(b"[" + text.replace(b"\n", b",") + b"]")
         return {**fields, HISTORY: events}
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
@@ -196,11 +216,11 @@ class SqliteFeatures:
 
     def get(self, users: Sequence[User | None]) -> list[Record | None]:
         keys = [None if user is None else _key(user) for user in users]
-        found: dict[bytes, str] = {}
+        found: dict[bytes, bytes] = {}
         with self._sentences():
             for some in _chunks(sorted({key for key in keys if key is not None}), _ROWS_PER_QUERY):
                 marks = ",".join("?" * len(some))
-                found |= self._connection().execute(f"SELECT user, record FROM records WHERE user IN ({marks})", some)
+                found |= self._connection().execute(f"SELECT user, {_BYTES} FROM records WHERE user IN ({marks})", some)
         return [
             _record(self.name, user, found[key]) if key is not None and key in found else None
             for user, key in zip(users, keys, strict=True)
@@ -209,24 +229,26 @@ class SqliteFeatures:
     def put(self, records: Mapping[User, Mapping[str, Any]]) -> None:
         rows = [(_key(user), _text(user, record)) for user, record in records.items()]
         with self._writing() as connection:
-            connection.executemany("INSERT OR REPLACE INTO records VALUES (?, ?)", rows)
+            connection.executemany(_PUT, rows)
 
     def append(self, user: User, events: Sequence[Any], keep: int) -> None:
         _check_keep(keep)
         key, lines = _key(user), _events(user, events)
         with self._writing() as connection:
-            row = connection.execute("SELECT record FROM records WHERE user = ?", (key,)).fetchone()
-            fields, *before = row[0].split("\n") if row else ["{}"]
-            record = "\n".join([fields, *[*before, *lines][-keep:]])
-            connection.execute("INSERT OR REPLACE INTO records VALUES (?, ?)", (key, record))
+            row = connection.execute(f"SELECT {_BYTES} FROM records WHERE user = ?", (key,)).fetchone()
+            fields, *before = row[0].split(b"\n") if row else [b"{}"]
+            record = b"\n".join([fields, *[*before, *lines][-keep:]])
+            connection.execute(_PUT, (key, record))
 
     def users(self, prefix: str = "", limit: int = 20) -> list[User]:
         found: list[User] = []
-        query = "SELECT user FROM records WHERE user >= ? AND user < ? ORDER BY user LIMIT ?"
+        query = (
+            "SELECT CAST(coalesce(user, 'i') AS BLOB) FROM records WHERE user >= ? AND user < ? ORDER BY user LIMIT ?"
+        )
         with self._sentences():
             for first, stop in _ranges(prefix):
                 rows = self._connection().execute(query, (first, stop, max(limit - len(found), 0)))
-                found += [_user(key) for (key,) in rows]
+                found += [_user(self.name, key) for (key,) in rows]
         return found
 
     def close(self) -> None:
@@ -270,7 +292,7 @@ class SqliteFeatures:
     def _sentences(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter for what SQLite says of damaged names
             raise _sentence(self.path, error) from error
 
 
@@ -294,23 +316,25 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool, read_only
     marks = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     if marks[0] == _APPLICATION and marks[1] > _VERSION:
         raise InputError(f"{path}: version {marks[1]} of the format; this program knows {_VERSION}: use a later one")
-    if marks != [_APPLICATION, _VERSION] or _tables(connection) != [(_TABLE,)]:
+    if marks != [_APPLICATION, _VERSION] or _tables(connection) != [(_TABLE,), (None,)]:
         raise InputError(f"{path}: not a feature store; name another file with --features")
     if not read_only:
         connection.execute("PRAGMA journal_mode = WAL")
 
 
-def _tables(connection: sqlite3.Connection) -> list[tuple[str]]:
+def _tables(connection: sqlite3.Connection) -> list[tuple[str | None]]:
+    """The SQL of all that the database has; the index of a primary key has none."""
     return connection.execute("SELECT sql FROM sqlite_master").fetchall()
 
 
-def _sentence(path: Path, error: sqlite3.Error) -> InputError:
+def _sentence(path: Path, error: Exception) -> InputError:
+    reason = str(error).partition("\n")[0][:200]
     name = getattr(error, "sqlite_errorname", "")  # none in errors of the module itself
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return FeaturesUnavailableError(f"{path}: another process has been writing for {_SECONDS_TO_WAIT} s; try again")
     if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_PERM")):
-        return InputError(f"{path}: cannot be written ({error}); free the space, or name another file with --features")
-    return InputError(f"{path}: not a feature store, or damaged ({error}); fill a new one with lcron features")
+        return InputError(f"{path}: cannot be written ({reason}); free the space, or name another file with --features")
+    return InputError(f"{path}: not a feature store, or damaged ({reason}); fill a new one with lcron features")
 
 
 # ---- Redis -----------------------------------------------------------------------------------------------------------
@@ -386,7 +410,7 @@ class RedisFeatures:
             for first, stop in _ranges(prefix):
                 pipeline.zrangebylex(self._index, b"[" + first, b"(" + stop, 0, max(limit, 0))
             for keys in pipeline.execute():
-                found += map(_user, keys)
+                found += [_user(self.name, key) for key in keys]
         return found[: max(limit, 0)]
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from deep_components.dataset.log import load_encoding, open_log
 from deep_components.dataset.rows import RawRows, open_rows, requests_of_log
 from deep_components.errors import InputError
 from deep_components.serving import bundle
-from deep_components.serving.features import HISTORY, Record, User
+from deep_components.serving.features import HISTORY, Record, User, user_of
 
 _RECORDS_AT_A_TIME = 500
 
@@ -69,7 +69,7 @@ def latest_of_rows(rows: RawRows, encoding: RawEncoding, user: str = "") -> Iter
             first += len(piece)
             for start in range(0, len(chosen), _RECORDS_AT_A_TIME):
                 some = chosen.slice(start, _RECORDS_AT_A_TIME).to_pylist()
-                yield {row[user]: columns.record(rows.name, row) for row in some}
+                yield {user_of(encoding, user, row[user]): columns.record(rows.name, row) for row in some}
 
     return records()
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deep_components.cli import nearest
 from deep_components.errors import InputError
 from deep_components.serving.batches import Batches
-from deep_components.serving.features import FeatureStore, FeaturesUnavailableError, merged
+from deep_components.serving.features import FeatureStore, FeaturesUnavailableError, merged, user_of
 from deep_components.serving.monitor import Monitor
 from deep_components.serving.wire import About, Ask, Options, Stage, shown
 
@@ -135,10 +135,11 @@ class Live:
 
     def _completed(self, recommender: Recommender, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The requests with what the feature store knows of their users."""
-        column = recommender.bundle.encoding.user
-        if self.features is None or not column:
+        encoding = recommender.bundle.encoding
+        if self.features is None or not encoding.user:
             return requests
-        users = [user if _is_user(user := request.get(column)) else None for request in requests]
+        named = [user_of(encoding, encoding.user, request.get(encoding.user)) for request in requests]
+        users = [user if _is_user(user) else None for user in named]
         try:
             stored = self.features.get(users)
         except InputError as error:  # no mistake of the client: only sound ids are asked for

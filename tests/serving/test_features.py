@@ -280,12 +280,21 @@ def test_a_file_that_is_no_store(file: Path, how: str) -> None:
 
 
 def test_a_damaged_record(file: Path) -> None:
-    for text in ("[1]", "{", '{"a": 1}\n[', "[" * 100_000):
-        edit(file, f"UPDATE records SET record = '{text}'")
+    texts = [f"'{text}'" for text in ("[1]", "{", '{"a": 1}\n[', "[" * 100_000)]
+    for text in (*texts, "x'7b22ff22'", "12", "4.5", "''"):
+        edit(file, f"UPDATE records SET record = {text}")
         store = open_features(file)
         with pytest.raises(InputError, match="the record of user 1 is damaged"):
             store.get([1])
         store.close()
+
+
+def test_a_damaged_key(file: Path) -> None:
+    edit(file, "UPDATE records SET user = x'6978'")  # i, as of a whole number, and an x
+    store = open_features(file)
+    with pytest.raises(InputError, match="a user's key is damaged"):
+        store.users()
+    store.close()
 
 
 def test_a_file_that_another_process_writes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """ONNX graphs and torch.export programs: equal to the models, for any sizes, and made of standard operators."""
 
+import logging
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,18 +110,32 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(folder, made, read_json(folder / "manifest.json", must_have_checksum=True))
 
 
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What a command tells its user by logging, its own words and those of any library; a warning is an error."""
+    lines: list[str] = []
+    handler, root = logging.Handler(), logging.getLogger()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = root.level
+    root.setLevel(logging.INFO)
+    root.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield lines
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def recflow_graphs(recflow: Trained, recflow_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A bundle's, by the command; the tables are compacted, without rows for unknown ids."""
     copy = Path(shutil.copytree(recflow_bundle, tmp_path_factory.mktemp("onnx") / "bundle"))
-    done = subprocess.run(
-        [sys.executable, "-m", "deep_components", "export", "onnx", f"--bundle={copy}", f"--data_dir={recflow.log}"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    differences = [line.split(": differs from the model by at most ") for line in done.stderr.splitlines()]
-    assert sorted(path for path, _ in differences) == sorted(
-        map(str, [*copy.glob("onnx/*.onnx"), *copy.glob("onnx/*.pt2")])
-    )
+    with said() as lines:
+        assert commands.main(["export", "onnx", f"--bundle={copy}", f"--data_dir={recflow.log}"]) == 0
+    written = {str(path) for path in (copy / "onnx").iterdir() if path.suffix in (".onnx", ".pt2")}
+    assert {line.split(": differs from the model by at most ")[0] for line in lines} == written  # and nothing else
     manifest = read_json(copy / "onnx/manifest.json", must_have_checksum=True)
     return Exported(copy / "onnx", Bundle.load(copy).scorer, manifest)
 
@@ -325,3 +340,13 @@ def test_the_page_s_code(
     exec(block, {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.rsplit(" ", 1)[0] for line in lines] == ["retrieval (1, 100)", "rank (1, 100)"]
+
+
+def test_with_the_export_of_a_run(monkeypatch: pytest.MonkeyPatch, recflow: Trained, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(interchange, "export_graphs", lambda *arguments: asked.append(arguments))
+    arguments = [f"--run={recflow.run}", f"--data_dir={recflow.log}", f"--output={tmp_path / 'bundle'}"]
+    assert commands.main(["export", *arguments, "--onnx"]) == 0
+    ((own, folder, made, about),) = asked
+    assert folder == tmp_path / "bundle/onnx" and about["version"] == Bundle.load(tmp_path / "bundle").version
+    assert len(made) == 2 and list(own.models) == ["retrieval", "rank"]  # random requests, and the log's

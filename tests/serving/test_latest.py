@@ -10,6 +10,7 @@ import pytest
 from pyarrow import feather, parquet
 
 from deep_components import commands
+from deep_components.cascade import Cascade
 from deep_components.dataset.encoding import Encoding, FieldEncoding, IndexEncoding, RawEncoding
 from deep_components.dataset.importers.recflow import RecFlowEncoding
 from deep_components.dataset.log import encoding_of, open_log
@@ -20,6 +21,7 @@ from deep_components.serving.bundle import Bundle
 from deep_components.serving.features import Record, User, open_features
 from deep_components.serving.latest import latest_of_rows, latest_requests
 from tests.serving.conftest import Trained
+from tests.test_own_cascade import write_log
 
 ENCODING = Encoding(
     [
@@ -197,3 +199,17 @@ def test_a_table_of_candidates_will_do(shop: Trained, shop_bundle: Path) -> None
         zip(frame["user"], frame["device"], strict=True)
     )
     assert all("time" not in record for record in records.values())
+
+
+def test_requests_of_a_log_of_indices(tmp_path: Path) -> None:
+    log = open_log(write_log(tmp_path / "log"))
+    cascade = Cascade.from_toml(tmp_path / "log/shop.toml")
+    encoding = encoding_of(log, "", log.history_length)
+    assert isinstance(encoding, IndexEncoding)
+    frame = pa.Table.from_batches(requests_of_log(log, cascade, None, "").pieces()).to_pylist()
+    raw = columns_of(dict(enumerate(frame)), encoding)
+    days = [log.open_day(name, cascade) for name in log.days()]
+    for side in ("request", "history"):
+        for name, values in encoding.encode(side, raw[side]).items():
+            expected = np.concatenate([day.columns[f"{side}.{name}"] for day in days])
+            np.testing.assert_array_equal(values, expected, err_msg=f"{side}.{name}")
