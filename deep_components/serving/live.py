@@ -146,7 +146,8 @@ class Live:
             raise FeaturesUnavailableError(str(error)) from error
         known = recommender.encoder.known  # a store may hold columns that this version does not take
         records = [{name: value for name, value in (record or {}).items() if name in known} for record in stored]
-        return [merged(request, record) for request, record in zip(requests, records, strict=True)]
+        events = set(encoding.columns("history")) - set(encoding.columns("request"))  # at the top of a request
+        return [merged(request, record, events) for request, record in zip(requests, records, strict=True)]
 
     def about(self) -> About:
         """NotReadyError while no version is loaded."""

@@ -77,9 +77,12 @@ def test_the_latest_of_each_user(tmp_path: Path) -> None:
 
 def test_without_times_the_last_row_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "r.parquet", member=[7, 8, 7, 7], age=[1, 2, 3, 4])
-    assert latest(path) == {8: {"member": 8, "age": 2, "history": []}, 7: {"member": 7, "age": 4, "history": []}}
+    assert latest(path) == {
+        "8": {"member": 8, "age": 2, "history": []},
+        "7": {"member": 7, "age": 4, "history": []},
+    }  # members are texts
     path = write(tmp_path / "t.parquet", member=[7, 7, 7], age=[1, 2, 3], at=times(5, None, 5))
-    assert latest(path)[7]["age"] == 3  # of two at one time the last, and any before one without a time
+    assert latest(path)["7"]["age"] == 3  # of two at one time the last, and any before one without a time
     assert latest(write(tmp_path / "u.parquet", id=[1, 2], age=[1, 2]), user="id")[2] == {
         "id": 2, "age": 2, "history": [],
     }  # fmt: skip

@@ -554,8 +554,8 @@ def test_stored_features_are_added(server: Callable[..., Server], tmp_path: Path
         {"user_id": 8}, {"user_id": None}, {},
     ]  # fmt: skip
     assert answer["results"][0]["items"] == expected({"history": [41, 40]}, 3)
-    one.ask({"user_id": "7"}, k=3)  # the log's users are whole numbers
-    assert model.calls[-1][0]["history"] == [41, 40]
+    one.ask({"user_id": "7"}, {"user_id": 7, "video_id": [39]}, k=3)  # the log's users are whole numbers
+    assert [request.get("history") for request in model.calls[-1]] == [[41, 40], None]  # the second has one of its own
     assert one.client.get("/users", params={"prefix": "7"}).json() == {"users": [7, 71]}
     assert one.client.get("/users", params={"limit": 1}).json() == {"users": [7]}
     assert one.client.get("/about").json()["features"] is True
