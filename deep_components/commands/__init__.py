@@ -29,6 +29,8 @@ COMMANDS = {
     "import checkpoint": ("commands.import_checkpoint", "make a run from models of the paper's original code"),
     "export": ("commands.export", "make a bundle that serves a run: its models, corpus and index (docs/serving.md)"),
     "index": ("commands.index", "give a bundle another corpus, without training"),
+    "export onnx": ("commands.export_onnx", "write a bundle's models as ONNX graphs and torch.export programs"),
+    "features": ("commands.features", "fill the feature store with each user's latest request"),
     "export checkpoint": ("commands.export_checkpoint", "write a run's models for the paper's original code"),
 }
 

@@ -10,6 +10,7 @@ from deep_components.cli import Parser
 from deep_components.errors import InputError
 from deep_components.serving.export import export_run
 from deep_components.serving.index import KINDS, RECALL
+from deep_components.serving.interchange import export_bundle
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cascade", metavar="FILE",
                         help="what the run must be of; needed where a stage's model is your own code")  # fmt: skip
     parser.add_argument("--any_code", action="store_true", help="export a run that was trained by other code")
+    parser.add_argument("--onnx", action="store_true", help="write ONNX graphs too, as lcron export onnx does")
     add_index_arguments(parser, "auto, by their number", str(RECALL))
     return parser.parse_args(argv)
 
@@ -57,3 +59,5 @@ def main(argv: list[str]) -> None:
         args.recall or RECALL, args.any_code, args.cache_dir, args.keep,
     )  # fmt: skip
     logger.info("%s: version %s", args.output, version)
+    if args.onnx:
+        export_bundle(args.output, cascade, args.data_dir, args.cache_dir)

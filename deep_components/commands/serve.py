@@ -65,8 +65,10 @@ def main(argv: list[str]) -> None:
         from deep_components.serving.features import FEATURES_FILE, open_features
         from deep_components.serving.recommender import Recommender
         from deep_components.serving.service import Limits, Settings, make_app
-    except ImportError as error:
-        raise InputError(f"lcron serve needs the package {error.name}; pip install 'lcron[serve]'") from error
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the package {error.name} is missing; pip install 'lcron[serve]', or -r requirements-serve.txt"
+        ) from error
     device = str(choose_device(args))
     where = args.features or (path if (path := args.bundle / FEATURES_FILE).exists() else None)
     features = open_features(where) if where else None

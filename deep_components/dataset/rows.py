@@ -10,13 +10,14 @@ import pyarrow as pa
 from deep_components.cascade import Cascade
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.encoding import first_line
-from deep_components.dataset.importers.recflow import RecFlowLog, item_rows
+from deep_components.dataset.importers.recflow import LOG_COLUMN, RecFlowLog, item_rows, raw_ids
 from deep_components.dataset.importers.table.mapping import FORMATS, Groups, LogMapping, Rows
 from deep_components.dataset.importers.table.source import Piece, Source, batches, open_source
 from deep_components.dataset.log import Log
 from deep_components.errors import InputError
 
 ROWS_PER_PIECE = 1 << 16
+_REQUESTS_PER_PIECE = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,60 @@ def items_of_log(log: Log, cascade: Cascade) -> RawRows:
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         return (piece.select(columns) for piece in pieces())
 
+    _check_raw(log, "--corpus", "items")
+    return RawRows(str(log.folder), next(pieces()).schema, read)
+
+
+def requests_of_log(log: Log, cascade: Cascade, cache_dir: Path | None, zone: str) -> RawRows:
+    """The requests of all days of a log, from the oldest to the latest, a row each: the request's raw columns but for
+    its time, and "history", a list of events. Errors as of :func:`items_of_log`."""
+
+    def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        for name in log.days():
+            for piece in _requests_of_day(log.open_day(name, cascade, cache_dir, zone), isinstance(log, RecFlowLog)):
+                yield piece.select(columns)
+
+    _check_raw(log, "--requests", "requests")
+    first = _requests_of_day(log.open_day(log.days()[0], cascade, cache_dir, zone), isinstance(log, RecFlowLog))
+    return RawRows(str(log.folder), next(first).schema, read)
+
+
+def _check_raw(log: Log, option: str, rows: str) -> None:
+    """InputError where the log has lost its raw values."""
     if log.encoding_checksum is not None:
         raise InputError(
-            f"{log.folder}: holds indices that were made of raw values; give a table of the items with --corpus: the "
+            f"{log.folder}: holds indices that were made of raw values; give a table of the {rows} with {option}: the "
             "one that the log was imported from will do"
         )
-    return RawRows(str(log.folder), next(pieces()).schema, read)
+
+
+def _requests_of_day(day: DayCache, recflow: bool) -> Iterator[pa.RecordBatch]:
+    """In the order of their time, as far as the log's fields tell."""
+    order = np.arange(len(day))
+    if recflow:
+        order = np.lexsort((day.columns["request.minute"], day.columns["request.hour"]))
+
+    def columns(side: str, rows: np.ndarray, there: np.ndarray | None = None) -> dict[str, pa.Array]:
+        made = {}
+        for field in day.schema.side(side):
+            values = day.columns[f"{side}.{field.name}"][rows]
+            values = values if there is None else values[there]
+            if not recflow:
+                made[field.name] = _array(values, field.length)
+            elif field.name in LOG_COLUMN:
+                made[LOG_COLUMN[field.name]] = pa.array(raw_ids(field.name, values))
+        return made
+
+    for first in range(0, len(day), _REQUESTS_PER_PIECE):
+        rows = order[first : first + _REQUESTS_PER_PIECE]
+        made = columns("request", rows)
+        if day.schema.side("history"):
+            mask = day.columns["history.mask"][rows]
+            events = columns("history", rows, mask)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(mask.sum(axis=1))]), pa.int32())
+            structs = pa.StructArray.from_arrays(list(events.values()), list(events))
+            made["history"] = pa.ListArray.from_arrays(offsets, structs)
+        yield pa.record_batch(made)
 
 
 def _items_of_day(day: DayCache) -> Iterator[pa.RecordBatch]:

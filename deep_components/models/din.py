@@ -81,6 +81,8 @@ def attention_logits(history_part: Tensor, item_part: Tensor, weight: Tensor) ->
     B x N x L x H activations are made a few requests at a time and made again in the backward pass instead of stored.
     Shapes: history_part [B, L, H], item_part [B, N, H], weight [H]; the logits are [B, N, L].
     """
+    if torch.compiler.is_exporting():  # a graph has no loop over requests, and needs no backward pass
+        return (history_part.unsqueeze(1) + item_part.unsqueeze(2)).relu() @ weight
     return _AttentionLogits.apply(history_part, item_part, weight)
 
 

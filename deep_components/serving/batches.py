@@ -16,7 +16,7 @@ class FullError(Exception):
     """As many wait as may wait."""
 
 
-@dataclass
+@dataclass(eq=False)  # two that ask the same are two
 class _Waiting(Generic[Key, Question, Result]):
     key: Key
     question: Question

@@ -226,7 +226,7 @@ def write_version(folder: Path, write: Callable[[Path], Mapping[str, Any]], keep
         raise InputError(f"--output={folder}: is there already and is no bundle; name another folder")
     make_folder(folder / VERSIONS)
     try:
-        with _only_writer(folder):
+        with only_writer(folder):
             name = _written(folder / VERSIONS, write)
             write_json(folder / CURRENT_FILE, {"version": name})
             others = [version for version in versions(folder) if version != name]
@@ -250,7 +250,8 @@ def _is_begun(folder: Path) -> bool:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a bundle's lock. InputError when another process does."""
     with locked(folder / ".lock", wait=0) as free:
         if free is None:
             raise InputError(f"{folder}: another process is writing a version; wait for it")

@@ -208,6 +208,8 @@ def _write_items(folder: Path, rows: RawRows, encoding: RawEncoding, chosen: np.
                 table.write_batch(kept)
                 for name, values in _encoded(rows.name, encoding, kept).items():
                     writers[name].write(values)
+        if done < len(chosen):
+            raise InputError(f"{rows.name}: changed while it was read; give the command again")
 
 
 def _writer(folder: Path, field: Field, items: int) -> NpyWriter:

@@ -43,11 +43,14 @@ class FeaturesUnavailableError(InputError):
 
 
 class FeatureStore(Protocol):
-    """Records by user. May be used by several threads, and the records by several processes at once.
+    """Records by user. May be used by several threads, and the records by several processes at once. ``name`` says
+    which store it is, without a password.
 
     InputError for a user that is no whole number of 64 bits and no text of up to 511 bytes, and for what cannot be
     stored; FeaturesUnavailableError where the store does not answer.
     """
+
+    name: str
 
     def get(self, users: Sequence[User | None]) -> list[Record | None]:
         """The record of each user, which always has "history"; None where there is none."""
@@ -80,9 +83,13 @@ def open_features(where: Path | str, create: bool = False) -> FeatureStore:
     return SqliteFeatures(Path(where), create)
 
 
-def merged(request: Mapping[str, Any], stored: Mapping[str, Any] | None) -> Record:
-    """The request with what the store knows of its user; the request's own fields win, its history too."""
-    return {**(stored or {}), **request}
+def merged(request: Mapping[str, Any], stored: Mapping[str, Any] | None, events: Iterable[str] = ()) -> Record:
+    """The request with what the store knows of its user; the request's own fields win, its history too, also where it
+    has that in lists of its own, the columns ``events``."""
+    known = dict(stored or {})
+    if any(request.get(column) is not None for column in events):
+        known.pop(HISTORY, None)
+    return {**known, **request}
 
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -172,7 +179,7 @@ class SqliteFeatures:
     A file in a folder that is marked read-only can be read."""
 
     def __init__(self, path: Path, create: bool = False) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
         self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
         if create and not path.exists():
             make_folder(path.parent)
@@ -195,7 +202,7 @@ class SqliteFeatures:
                 marks = ",".join("?" * len(some))
                 found |= self._connection().execute(f"SELECT user, record FROM records WHERE user IN ({marks})", some)
         return [
-            _record(str(self.path), user, found[key]) if key is not None and key in found else None
+            _record(self.name, user, found[key]) if key is not None and key in found else None
             for user, key in zip(users, keys, strict=True)
         ]
 
@@ -336,7 +343,7 @@ class RedisFeatures:
             ) from error
         at = _redis_address(url)
         self._errors: Any = redis.exceptions
-        self._name = at.name
+        self.name = at.name
         self._prefix = f"{at.prefix}:v{_VERSION}:".encode()
         self._client: Any = redis.Redis(
             host=at.host, port=at.port, db=at.db, username=at.username, password=at.password, ssl=at.tls,
@@ -355,7 +362,7 @@ class RedisFeatures:
         with self._sentences():
             found = self._client.mget(keys) if keys else []
         return [
-            None if text is None else _record(self._name, user, text) for user, text in zip(users, found, strict=True)
+            None if text is None else _record(self.name, user, text) for user, text in zip(users, found, strict=True)
         ]
 
     def put(self, records: Mapping[User, Mapping[str, Any]]) -> None:
@@ -399,15 +406,15 @@ class RedisFeatures:
             yield
         except (self._errors.AuthenticationError, self._errors.NoPermissionError):
             raise InputError(
-                f"{self._name}: refuses the user or password; give them in the URL, or in LCRON_REDIS_PASSWORD"
+                f"{self.name}: refuses the user or password; give them in the URL, or in LCRON_REDIS_PASSWORD"
             ) from None
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
             kind = type(error).__name__
-            raise FeaturesUnavailableError(f"{self._name}: does not answer ({kind}); is the server up?") from None
+            raise FeaturesUnavailableError(f"{self.name}: does not answer ({kind}); is the server up?") from None
         except self._errors.RedisError as error:
             word = str(error).split(" ", 1)[0]
             code = word if word.isupper() and word.isalpha() else type(error).__name__
-            raise FeaturesUnavailableError(f"{self._name}: the Redis refuses ({code}); look at its log") from None
+            raise FeaturesUnavailableError(f"{self.name}: the Redis refuses ({code}); look at its log") from None
 
 
 class _RedisAddress(NamedTuple):

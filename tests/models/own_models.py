@@ -25,6 +25,18 @@ class Bilinear(nn.Module):
         return torch.einsum("bi,bni->bn", request, self.item(features.item))
 
 
+class Towers(Bilinear):
+    """Has what a first stage needs to be served."""
+
+    def user_vectors(self, features: EmbeddedFeatures) -> Tensor:
+        vectors: Tensor = self.norm(self.map(features.request))
+        return vectors
+
+    def item_vectors(self, item: Tensor) -> Tensor:
+        vectors: Tensor = self.item(item)
+        return vectors
+
+
 class OneScoreTooMuch(Bilinear):
     def forward(self, features: EmbeddedFeatures) -> Tensor:
         return super().forward(features).unsqueeze(-1)

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pytest
 
 from deep_components import run_train
-from deep_components.cascade import Cascade
+from deep_components.cascade import TWO_STAGE, Cascade
 from deep_components.commands import main
+from deep_components.dataset.log import open_log
 from deep_components.errors import InputError
 from deep_components.files import locked, read_json, write_json
 from deep_components.serving import export
 from deep_components.serving.bundle import FORMAT, Bundle, versions, write_version
 from deep_components.serving.export import export_run, index_corpus
-from tests.helpers import training_arguments
+from tests.helpers import DAYS, training_arguments
 from tests.serving.conftest import Trained
 from tests.test_bit_flips import flips
 from tests.test_own_cascade import arguments as shop_arguments
@@ -317,6 +318,9 @@ def test_no_bundle(tmp_path: Path) -> None:
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
+OWN = "tests.models.own_models"
+
+
 def trained_with(log: Path, folder: Path, **models: str) -> tuple[Path, Path]:
     """(run, cascade file) of two stages with these models, untrained."""
     text = "".join(f"[[stages]]\nname = '{name}'\nmodel = '{model}'\nkeep = 20\n" for name, model in models.items())
@@ -327,17 +331,23 @@ def trained_with(log: Path, folder: Path, **models: str) -> tuple[Path, Path]:
 
 
 def test_own_models_are_imported_only_where_the_user_names_them(log: Path, tmp_path: Path) -> None:
-    run, file = trained_with(log, tmp_path, retrieval="dssm", rank="tests.models.own_models:Bilinear")
+    run, file = trained_with(log, tmp_path, retrieval=f"{OWN}:Towers", rank=f"{OWN}:Bilinear")
     cascade, sentence = (
         Cascade.from_toml(file),
-        "names 'tests.models.own_models:Bilinear', which is none of this project's",
+        "names 'tests.models.own_models:Towers', which is none of this project's",
     )
     with pytest.raises(InputError, match=sentence):
         export_run(run, tmp_path / "bundle", data_dir=log)
     export_run(run, tmp_path / "bundle", data_dir=log, cascade=cascade)
     with pytest.raises(InputError, match=sentence):
         Bundle.load(tmp_path / "bundle")
-    assert type(Bundle.load(tmp_path / "bundle", cascade).scorer.models["rank"]).__name__ == "Bilinear"
+    bundle = Bundle.load(tmp_path / "bundle", cascade)
+    assert [type(model).__name__ for model in bundle.scorer.models.values()] == ["Towers", "Bilinear"]
+    features = open_log(log).open_day(DAYS[0], TWO_STAGE).batch(np.arange(4)).features
+    items = {name: values.numpy() for name, values in features.item.items()}
+    vectors = [bundle.scorer.item_vectors({name: values[row] for name, values in items.items()}) for row in range(4)]
+    dots = np.einsum("bd,bnd->bn", bundle.scorer.user_vectors_of(features), np.stack(vectors))
+    np.testing.assert_allclose(dots, bundle.scorer.scores("retrieval", features), atol=1e-5)
     other = Cascade.from_json(cascade.to_json() | {"num_relevant": 3}, "other")
     with pytest.raises(InputError, match=r"of another cascade than own"):
         Bundle.load(tmp_path / "bundle", other)

@@ -192,6 +192,8 @@ def test_a_request_s_own_fields_win() -> None:
     assert merged({"age": 4, "history": []}, stored) == {"age": 4, "city": "Ulm", "history": []}
     assert merged({"age": 4}, stored)["history"] == events(1)
     assert merged({"age": 4}, None) == {"age": 4}
+    assert merged({"clicks": [7]}, stored, ["clicks"]) == {"age": 3, "city": "Ulm", "clicks": [7]}
+    assert merged({"clicks": None}, stored, ["clicks"])["history"] == events(1)
 
 
 # ---- SQLite ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from deep_components.cli import run_command
 from deep_components.commands import serve
 from deep_components.serving.bundle import current_version
 from deep_components.serving.export import index_corpus
-from deep_components.serving.features import open_features
+from deep_components.serving.features import FEATURES_FILE, open_features
 from deep_components.serving.recommender import Recommender
 from deep_components.serving.service import make_app
 from tests.serving.fake import served
@@ -83,6 +83,7 @@ def bundle(recflow_bundle: Path, tmp_path: Path) -> Path:
 
 def test_from_the_start_to_the_end(bundle: Path, tmp_path: Path) -> None:
     """Answers as in Python; new versions by SIGHUP and by the token, a damaged one is refused; SIGTERM."""
+    open_features(bundle / FEATURES_FILE, create=True).put({1: {"history": []}, 12: {}})  # found there
     first = current_version(bundle)
     request = {"user_id": 1, "request_timestamp": 1_705_312_800_000}
     [expected] = Recommender.load(bundle).recommend(request, k=3)
@@ -90,6 +91,8 @@ def test_from_the_start_to_the_end(bundle: Path, tmp_path: Path) -> None:
         answer = server.ready().ask(request, k=3).json()
         assert answer["version"] == first and answer["results"][0]["items"] == expected.items
         assert answer["results"][0]["scores"] == pytest.approx(expected.scores)
+
+        assert server.client.get("/users").json() == {"users": [1, 12]}
 
         items = Recommender.load(bundle).bundle.corpus.table.slice(0, 50)
         pa.parquet.write_table(items, tmp_path / "items.parquet")
@@ -146,6 +149,12 @@ def test_a_token_that_is_none(token: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert run_command(serve.main, ["--bundle=b"]) == 2
     said = capsys.readouterr().err
     assert serve.TOKEN in said and token not in said
+
+
+def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run_command(serve.main, ["--bundle=b"]) == 2
+    assert "the package uvicorn is missing; pip install 'lcron[serve]'" in capsys.readouterr().err
 
 
 # ---- real bundles, in this process -----------------------------------------------------------------------------------

@@ -248,14 +248,14 @@ asks = st.fixed_dictionaries({"requests": st.lists(st.dictionaries(names, values
 FUZZ: dict[str, Any] = {"deadline": None, "database": None, "phases": [Phase.generate], "derandomize": True}
 
 
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=120, **FUZZ)
 @given(content=bodies | asks, cut=st.integers(0, 3))
 def test_no_body_is_a_defect(shared: Server, content: Any, cut: int) -> None:
     body = json.dumps(content).encode()
     assert shared.post(body[: len(body) - cut]).status_code in (200, 400, 413, 422)
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=60, **FUZZ)
 @given(body=st.binary(max_size=200))
 def test_no_bytes_are_a_defect(shared: Server, body: bytes) -> None:
     assert shared.post(body).status_code in (400, 422)

@@ -276,6 +276,12 @@ class RecFlowEncoding:
         return cls(schema, content["time_zone"], content["history_length"])
 
 
+def raw_ids(field: str, indices: np.ndarray) -> np.ndarray:
+    """The ids, int64, of a field of LOG_COLUMN that a day has as these indices; -1 for padding, which is no id."""
+    ids: np.ndarray = indices.astype(np.int64)
+    return ids if field in UNSHIFTED else ids - 1
+
+
 def item_rows(log: RecFlowLog) -> Iterator[pa.RecordBatch]:
     """The items of all days as the files have them, columns of ITEM_COLUMNS but effective_view, which belongs to a
     request; a few thousand requests at a time, each item once a piece."""
