@@ -53,7 +53,7 @@ def checked_code(run: Path, config: Mapping[str, Any], cascade: Cascade, any_cod
     changed = code.changed_since_training(ran)
     if changed and not any_code:
         raise InputError(
-            f"{run}: was trained by other code: {code.named(changed)}; train it again, or evaluate it all the same "
+            f"{run}: was trained by other code: {code.named(changed)}; train it again, or use it all the same "
             "with --any_code"
         )
     return ran

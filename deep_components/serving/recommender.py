@@ -15,7 +15,7 @@ from deep_components.errors import InputError
 from deep_components.serving.bundle import Bundle
 from deep_components.serving.requests import EncodedRequests, RequestEncoder, Requests
 
-_CANDIDATES_AT_ONCE = 1 << 15  # of a block of requests, with their events
+_CANDIDATES_AT_ONCE = 1 << 14  # of a block of requests, with their events
 
 
 @dataclass(frozen=True)

@@ -108,22 +108,25 @@ class RequestEncoder:
         wanted = [name for name in names if name in self.known]
         if twice := [name for name in wanted if wanted.count(name) > 1]:
             raise InputError(f"requests: column {twice[0]} is there twice; give one of them another name")
-        columns = {name: _arrow(table[name], name) for name in wanted}
-        columns = {name: values for name, values in columns.items() if self._is_wanted(name, values.type)}
-        rows = pa.table(columns).to_pylist() if columns else [{} for _ in range(len(table))]
-        if HISTORY in columns and pa.types.is_struct(events := _value_type(columns[HISTORY].type)):
-            extra = {field.name for field in events} - set(self._event_keys)
-            for event in (event for row in rows for event in row[HISTORY] or () if event is not None):
-                for name in extra:
-                    del event[name]
-        return rows
+        columns = {name: _values(table[name]) for name in wanted}
+        columns = {name: values for name, values in columns.items() if self._is_wanted(name, values)}
+        if HISTORY in columns:
+            columns[HISTORY] = [self._known_parts(events) for events in columns[HISTORY]]
+        rows = zip(*columns.values(), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in rows] if columns else [{} for _ in range(len(table))]
 
-    def _is_wanted(self, name: str, kind: pa.DataType) -> bool:
+    def _is_wanted(self, name: str, values: Sequence[Any]) -> bool:
         """Whether a column of a table is one of the request, rather than of an item that stands beside it."""
         if name in self.history_columns and name not in {*self.request_columns, HISTORY}:
-            lists = hasattr(kind, "value_type") and not pa.types.is_dictionary(kind)
-            return lists or self._separators.get(name) is not None
+            return self._separators.get(name) is not None or any(map(_is_list, values))
         return True
+
+    def _known_parts(self, events: Any) -> Any:
+        """The events without what no field needs."""
+        if not _is_list(events):
+            return events
+        known = self._event_keys
+        return [{k: v for k, v in e.items() if k in known} if isinstance(e, Mapping) else e for e in events]
 
     # ---- dicts -> fields ----
 
@@ -305,7 +308,7 @@ def _list(name: str, value: Any, separator: str | None) -> Sequence[Any]:
             raise InputError(f"column {name}: {reprlib.repr(value)}, not a list of events as JSON") from error
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+    if not _is_list(value):
         raise InputError(f"column {name}: {reprlib.repr(value)}, not a list of events")
     return value
 
@@ -331,38 +334,39 @@ def _missing(value: Any) -> bool:
     return value is None or value is pd.NaT or value is pd.NA or (isinstance(value, float) and value != value)
 
 
+def _values(column: pd.Series | pa.Array | pa.ChunkedArray) -> list[Any]:
+    values: list[Any] = column.tolist() if isinstance(column, pd.Series) else column.to_pylist()
+    return values
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
 def _plain(value: Any) -> Any:
-    """Numpy's values as Python's; None for all that stand for a missing one."""
+    """Numpy's values as Python's, and of a list its parts; None for all that stand for a missing one."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [None if _missing(part) else part.item() if isinstance(part, np.generic) else part for part in value]
     return None if _missing(value) else value
 
 
 def _kind(value: Any) -> str:
-    """Values of one kind go into one column. ValueError for what is none that a log can have."""
+    """Values of one kind go into one column. ValueError for what is none that a log can have, which Arrow might not
+    survive."""
+    if isinstance(value, list):
+        if any(isinstance(part, list | tuple) for part in value):
+            raise ValueError("holds lists of lists")
+        for part in value:
+            _kind("" if part is None else part)
+        return "lists"
     if isinstance(value, datetime):
         return "times" if value.tzinfo else "wall-clock times"
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        if any(isinstance(part, Mapping | Sequence) and not isinstance(part, str) for part in value):
-            raise ValueError("holds lists of lists or of objects")
-        return "lists"
     for kind, name in _KINDS:
         if isinstance(value, kind):
             return name
     raise ValueError(f"holds {type(value).__name__}, no value that a log can have")
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    return getattr(kind, "value_type", kind)
-
-
-def _arrow(column: pd.Series | pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
-    if not isinstance(column, pd.Series):
-        return column
-    try:
-        return pa.Array.from_pandas(column)
-    except (ValueError, TypeError, OverflowError, pa.ArrowException) as error:
-        raise InputError(f"requests: column {name}: {first_line(error)}; give a column values of one type") from error
 
 
 def _unknown(key: Any, known: Any) -> str:

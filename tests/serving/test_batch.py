@@ -168,6 +168,13 @@ def test_a_wrong_request_leaves_the_output_as_it_was(bundle: Path, requests: Pat
     assert output.read_bytes() == b"before" and not leftovers(tmp_path)
 
 
+def test_a_file_without_rows_is_refused(bundle: Path, requests: Path, tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"customer": pa.array([], pa.string())}), requests)
+    with pytest.raises(InputError, match=r"r\.parquet: holds no row"):
+        run(bundle, requests, tmp_path / "o.parquet")
+    assert not (tmp_path / "o.parquet").exists()
+
+
 def test_a_column_may_not_be_called_as_one_of_the_output(bundle: Path, requests: Path, tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"customer": ["a"], "items": [1]}), requests)
     with pytest.raises(InputError, match="column items has the name of a column of the output; rename it"):

@@ -250,7 +250,17 @@ def test_lists_of_the_logs_own(listed: RequestEncoder) -> None:
     assert [rows.tolist() for rows in top.seen] == [[0, 3]]
     filled = encoded(listed, {"clicks": ["p1", "p4"]})
     same(filled, encoded(listed, {"clicks": ["p1", "p4"], "click_brands": [7, 7]}))
-    assert not encoded(listed, {"clicks": ""}).history["mask"].any()
+    empty: list[dict[str, Any]] = [{"clicks": ""}, {"clicks": [], "click_brands": []}, {"clicks": None, "history": []}]
+    for nothing in empty:
+        assert not encoded(listed, nothing).history["mask"].any()
+
+
+def deep() -> list[Any]:
+    """What a hostile client may send."""
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    return nested
 
 
 def test_a_log_without_histories_still_knows_what_was_seen() -> None:
@@ -270,6 +280,9 @@ def test_a_log_without_histories_still_knows_what_was_seen() -> None:
         ({"age": {"years": 1}}, "column age: holds dict, no value that a log can have"),
         ({"age": [[[1]]]}, "column age: holds lists of lists"),
         ({"age": 10**400}, "column age: "),
+        ({"age": deep()}, "column age: holds lists of lists"),
+        ({"age": [object()]}, "column age: holds object, no value that a log can have"),
+        ({"age": range(3)}, "column age: holds range"),
         ({"customer": 1.5}, "column customer: holds double, not text"),
         ({"customer": b"ann"}, "column customer: holds bytes"),
         ({"customer": "\ud800"}, "column customer: 'utf-8' codec"),
@@ -279,6 +292,9 @@ def test_a_log_without_histories_still_knows_what_was_seen() -> None:
         ({"ts": "2300-01-01"}, "column ts: "),
         ({"history": "p1"}, "column history: 'p1', not a list of events"),
         ({"history": {"product": "p1"}}, "column history: .*, not a list of events"),
+        ({"history": deep()}, "column product: holds lists of lists"),
+        ({"history": [deep(), {"price": deep()}]}, "column product: holds lists of lists"),
+        ({"history": np.array(3)}, "column history: .*, not a list of events"),
         ({"history": [1.5]}, "column product: holds double, not text"),
         ({"history": ["p1", ["p2"]]}, "column product: holds values of several types"),
         ({"history": [{"prodct": "p1"}]}, r"history\[0\]: 'prodct' is no column of its log \(did you mean product\?\)"),
@@ -302,8 +318,8 @@ def test_what_is_no_request_is_refused(given: Any, encoder: RequestEncoder) -> N
         encoder.rows_of(given)
 
 
-def test_a_frame_that_no_table_can_be(encoder: RequestEncoder) -> None:
-    with pytest.raises(InputError, match=r"requests: column age: .*; give a column values of one type"):
-        encoder.rows_of(pd.DataFrame({"age": [1, "a"]}))
+def test_a_frame_or_table_with_a_mistake(encoder: RequestEncoder) -> None:
+    with pytest.raises(InputError, match=r"requests\[1\]: column age: holds string, not numbers"):
+        encoder.encode(encoder.rows_of(pd.DataFrame({"age": [1, "a"]})))
     with pytest.raises(InputError, match="requests: column age is there twice"):
         encoder.rows_of(pa.table([[1], [2]], names=["age", "age"]))
