@@ -3,8 +3,7 @@
     python -m benchmarks.serving [--items=1000000] [--index=auto] [--compared=flat,ivf,hnsw] [--concurrency=1,4,16]
 
 A table is simulated (benchmarks/serving_data.py) and imported, a cascade of 400 -> 100 -> 20 items (DSSM with vectors
-32-number vectors, MLP, DIN) is trained on it for a pass over one day, and exported with the corpus, all by ``lcron``.
-Then requests with histories of 50 items are answered one by one by a ``Recommender`` in a process of its own, and over
+of 32 numbers, MLP, DIN) is trained on it for a pass, and exported with the corpus, all by ``lcron``'s own commands. Then requests with histories of 50 items are answered one by one by a ``Recommender`` in a process of its own, and over
 HTTP by ``lcron serve``, with a load from benchmarks/load.py in a third process. Times are in milliseconds. "index" has
 each index's build and search with one thread, and the share of the exact best 400 that it finds.
 """
@@ -62,9 +61,12 @@ def make_bundle(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
     requests = serving_data.raw_requests(World(settings), args.requests)
     (folder / "requests.json").write_text(json.dumps(requests))
     log, run = f"--data_dir={folder / 'log'}", folder / "run"
-    trained = [f"--cascade={folder / 'cascade.toml'}", f"--train_days={serving_data.DAYS[1]}", "--loss_type=lcron"]
+    trained = [
+        f"--cascade={folder / 'cascade.toml'}",
+        f"--train_days={','.join(serving_data.DAYS[:2])}",
+        "--loss_type=bce",
+    ]
     trained += [f"--batch_size={args.batch_size}", f"--epochs={args.epochs}", "--device=cpu", "--nn_units=128"]
-    trained += [f"--compact_from={1 << 40}"]  # every item has a row of its own, trained or not
     exported = [f"--corpus={folder / 'items.parquet'}", f"--index={args.index}", f"--output={folder / 'bundle'}"]
     return {
         "import": lcron("import", f"--mapping={folder / 'log.toml'}", f"--output_dir={folder / 'log'}"),
