@@ -2,10 +2,11 @@
 
     python -m benchmarks.serving [--items=1000000] [--index=auto] [--compared=flat,ivf,hnsw] [--concurrency=1,4,16]
 
-A table is simulated (benchmarks/serving_data.py) and imported, a cascade of 400 -> 100 -> 20 items (DSSM with vectors
-of 32 numbers, MLP, DIN) is trained on it for a pass, and exported with the corpus, all by ``lcron``'s own commands. Then requests with histories of 50 items are answered one by one by a ``Recommender`` in a process of its own, and over
-HTTP by ``lcron serve``, with a load from benchmarks/load.py in a third process. Times are in milliseconds. "index" has
-each index's build and search with one thread, and the share of the exact best 400 that it finds.
+A table is simulated (benchmarks/serving_data.py) and imported, a cascade of 400 -> 100 -> 20 items (DSSM with vectors of
+32 numbers, MLP, DIN) is trained on it for a pass, and exported with the corpus, all by ``lcron``'s own commands. Then
+requests with histories of 50 items are answered one by one by a ``Recommender`` in a process of its own, and over HTTP by
+``lcron serve``, with a load from benchmarks/load.py in a third process. Times are in milliseconds. "index" has each
+index's build and search with one thread, and the share of the exact best 400 that it finds.
 """
 
 import argparse
