@@ -147,7 +147,6 @@ def write_queries(folder: Path, args: argparse.Namespace) -> None:
         np.save(folder / f"{name}.npy", array)
 
 
-
 def memory(process: int | str) -> dict[str, float]:
     """Of a process now and at its peak, in bytes: all that lies in memory, and what of it is no file's page."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
