@@ -3,7 +3,7 @@
     python -m benchmarks.serving [--items=1000000] [--index=auto] [--compared=flat,ivf,hnsw] [--concurrency=1,4,16]
 
 A table is simulated (benchmarks/serving_data.py) and imported, a cascade of 400 -> 100 -> 20 items (DSSM with vectors
-32-number vectors, MLP, DIN) is trained on it for a pass over one day, and exported with the corpus, all by ``lcron``.
+of 32 numbers, MLP, DIN) is trained on it for a pass, and exported with the corpus, all by ``lcron``'s own commands.
 Then requests with histories of 50 items are answered one by one by a ``Recommender`` in a process of its own, and over
 HTTP by ``lcron serve``, with a load from benchmarks/load.py in a third process. Times are in milliseconds. "index" has
 each index's build and search with one thread, and the share of the exact best 400 that it finds.
@@ -30,6 +30,7 @@ from benchmarks import common, load, serving_data
 from deep_components.cli import run_command
 from deep_components.dataset.simulate import World
 from deep_components.errors import InputError
+from deep_components.serving.bundle import QUERIES_FILE, VERSIONS
 from deep_components.serving.index import build_index
 from deep_components.serving.recommender import Recommender
 from deep_components.threads import short_waits
@@ -37,6 +38,7 @@ from deep_components.threads import short_waits
 K, RETRIEVED = 20, 400
 WARM_UP = 50
 QUERIES = 256  # with which indexes are compared
+QUERIED = ("vectors", "queries", "users", "exact")  # what write_queries leaves for compare
 START_SECONDS = 600.0
 LCRON = (sys.executable, "-m", "deep_components")
 
@@ -62,9 +64,12 @@ def make_bundle(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
     requests = serving_data.raw_requests(World(settings), args.requests)
     (folder / "requests.json").write_text(json.dumps(requests))
     log, run = f"--data_dir={folder / 'log'}", folder / "run"
-    trained = [f"--cascade={folder / 'cascade.toml'}", f"--train_days={serving_data.DAYS[1]}", "--loss_type=lcron"]
+    trained = [
+        f"--cascade={folder / 'cascade.toml'}",
+        f"--train_days={','.join(serving_data.DAYS[:2])}",
+        "--loss_type=bce",
+    ]
     trained += [f"--batch_size={args.batch_size}", f"--epochs={args.epochs}", "--device=cpu", "--nn_units=128"]
-    trained += [f"--compact_from={1 << 40}"]  # every item has a row of its own, trained or not
     exported = [f"--corpus={folder / 'items.parquet'}", f"--index={args.index}", f"--output={folder / 'bundle'}"]
     return {
         "import": lcron("import", f"--mapping={folder / 'log.toml'}", f"--output_dir={folder / 'log'}"),
@@ -104,10 +109,10 @@ def answer(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Build an index of the bundle's item vectors and search it with users' vectors one by one."""
-    vectors, users, exact = (np.load(folder / f"{name}.npy") for name in ("vectors", "users", "exact"))
+    vectors, queries, users, exact = (np.load(folder / f"{name}.npy") for name in QUERIED)
     before = memory("self")["anonymous_bytes"]
     started = time.perf_counter()
-    index = build_index(vectors, kind)
+    index = build_index(vectors, kind, queries, RETRIEVED)
     built, took = time.perf_counter() - started, list[float]()
     after, shares = memory("self")["anonymous_bytes"], list[float]()
     for user, best in zip(users, exact, strict=True):
@@ -116,6 +121,7 @@ def compare(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
         took.append(time.perf_counter() - started)
         shares.append(len(np.intersect1d(rows[0], best)) / len(best))
     return {
+        "choice": index.choice.to_json(),
         "build_seconds": built,
         "search_milliseconds": load.summary(took),
         f"recall@{RETRIEVED}": float(np.mean(shares)),
@@ -125,7 +131,8 @@ def compare(kind: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
 
 
 def write_queries(folder: Path, args: argparse.Namespace) -> None:
-    """Leave the bundle's item vectors, some users' vectors, and the best RETRIEVED items of these."""
+    """Leave the bundle's item vectors and the users' vectors that its index was measured on; and the vectors of some of
+    the requests' users with their best RETRIEVED items."""
     recommender = Recommender.load(folder / "bundle")
     bundle = recommender.bundle
     requests = json.loads((folder / "requests.json").read_text())[:QUERIES]
@@ -135,11 +142,9 @@ def write_queries(folder: Path, args: argparse.Namespace) -> None:
     best = np.stack(
         [np.argpartition(-(vectors @ user), min(RETRIEVED, len(vectors)) - 1)[:RETRIEVED] for user in users]
     )
-    for name, array in {"vectors": vectors, "users": users, "exact": best}.items():
+    queries = np.load(bundle.folder / VERSIONS / bundle.version / QUERIES_FILE)
+    for name, array in zip(QUERIED, (vectors, queries, users, best), strict=True):
         np.save(folder / f"{name}.npy", array)
-
-
-PARTS = {"answer": answer, "write_queries": write_queries}
 
 
 def memory(process: int | str) -> dict[str, float]:

@@ -4,8 +4,8 @@ The corpus is every video of the simulation with RecFlow's columns. Authors and 
 shares most of its properties with its author's others, and users like what their tastes and popularity say; so the item
 vectors of a model that was trained on the table lie in groups, as those of a real catalogue do.
 
-The table's first day shows every video once, so that each has a row of its own in the model's tables. On the second day
-the model is trained, the third one tests it and is served: on these users have histories of HISTORY_LENGTH videos.
+The table's first day shows every video once, so that each has a trained row of its own in the model's tables; on the
+second one users choose among popular videos. The third day is served, with histories of HISTORY_LENGTH videos.
 """
 
 import itertools

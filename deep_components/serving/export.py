@@ -94,7 +94,9 @@ def export_run(
         about = _about(opened)
         scorer = bundle.load_scorer(folder, opened.cascade, opened.encoding.schema, about, "cpu")
         queries = _users(opened, scorer, cache_dir)
-        return about | _write_items(folder, rows, opened.encoding, scorer, queries, index, recall)
+        about |= _write_items(folder, rows, opened.encoding, scorer)
+        del scorer  # its tables may take as much memory as the index
+        return about | _write_index(folder, queries, opened.cascade, index, recall)
 
     return bundle.write_version(output, write, keep)
 
@@ -125,11 +127,10 @@ def index_corpus(
         for name in (*kept, *map(model_file, own.stage_names)):
             _link(before / name, new / name)
         scorer = bundle.load_scorer(new, own, encoding.schema, manifest, "cpu")
+        about = {name: manifest[name] for name in _ABOUT} | _write_items(new, rows, encoding, scorer)
+        del scorer
         queries = np.array(map_npy(before / bundle.QUERIES_FILE))
-        about = {name: manifest[name] for name in _ABOUT}
-        return about | _write_items(
-            new, rows, encoding, scorer, queries, index or choice.asked, recall or choice.target
-        )
+        return about | _write_index(new, queries, own, index or choice.asked, recall or choice.target)
 
     return bundle.write_version(folder, write, keep)
 
@@ -184,20 +185,23 @@ def _about(run: _Run) -> dict[str, Any]:
     return values | {name: getattr(arguments, name) for name in ("emb_dim", "nn_units", "seq_len", "dtype")}
 
 
-def _write_items(
-    folder: Path, rows: RawRows, encoding: RawEncoding, scorer: Scorer, queries: np.ndarray, kind: str, target: float
-) -> dict[str, Any]:
-    """Write corpus, vectors and index; returns what the manifest says of them."""
+def _write_items(folder: Path, rows: RawRows, encoding: RawEncoding, scorer: Scorer) -> dict[str, Any]:
+    """Write corpus and vectors; returns what the manifest says of the former."""
     about = write_corpus(folder, rows, encoding)
     logger.info("%s: %s items", rows.name, f"{about['items']:,}")
     if about["repeated"]:
         logger.info("%s: %s rows of items that come again later, left out", rows.name, f"{about['repeated']:,}")
     corpus = Corpus.load(folder, about["item"], about["id_type"], encoding.schema)
     _write_vectors(folder / bundle.VECTORS_FILE, corpus, scorer)
+    return about
+
+
+def _write_index(folder: Path, queries: np.ndarray, cascade: Cascade, kind: str, target: float) -> dict[str, Any]:
+    """Write the index of the vectors, and what it was measured on; returns what the manifest says of it."""
     vectors = map_npy(folder / bundle.VECTORS_FILE)
     np.save(folder / bundle.QUERIES_FILE, queries.astype(np.float32).reshape(-1, vectors.shape[1]))
-    index = build_index(vectors, kind, queries, scorer.cascade.stages[0].keep, target, folder / bundle.INDEX_FILE)
-    return about | {"index": index.choice.to_json()}
+    index = build_index(vectors, kind, queries, cascade.stages[0].keep, target, folder / bundle.INDEX_FILE)
+    return {"index": index.choice.to_json()}
 
 
 def _write_vectors(path: Path, corpus: Corpus, scorer: Scorer) -> None:

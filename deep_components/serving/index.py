@@ -33,6 +33,7 @@ _LINKS = 32  # of a node of the graph
 _BREADTH = 128  # candidates while the graph is built
 _MOST_LISTS = 8192  # of IVF: with more the corpus takes long to sort into them
 _POINTS_PER_LIST = 40  # that IVF's centroids are learnt from
+_ITERATIONS = 10  # of k-means; 25 find no more
 _GPU_LISTS = 2048  # that a search on a GPU can look into
 _MOST_KEPT = 16  # times k, the nodes that a search of the graph keeps at most
 _BLOCK = 1 << 16  # vectors added at a time
@@ -141,7 +142,7 @@ def build_index(
     k = min(k, len(vectors))
     if chosen == "flat":
         return VectorIndex(vectors, IndexChoice("flat", kind, at=k, target=target))
-    lists = max(1, min(round(4 * math.sqrt(len(vectors))), len(vectors) // _POINTS_PER_LIST, _MOST_LISTS))
+    lists = max(1, min(round(2 * math.sqrt(len(vectors))), len(vectors) // _POINTS_PER_LIST, _MOST_LISTS))
     index = _ivf(vectors, lists) if chosen == "ivf" else _hnsw(vectors)
     choice = IndexChoice(chosen, kind, lists if chosen == "ivf" else 0, 1, k, target=target)
     queries = _sample(vectors, 256) if queries is None or not len(queries) else queries
@@ -214,6 +215,7 @@ def _ivf(vectors: np.ndarray, lists: int) -> Any:
     faiss, width, longest = load_faiss(), vectors.shape[1] + 1, _longest(vectors)
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # a small corpus is no reason to warn
+    index.cp.niter = _ITERATIONS
     index.train(_lengthened(_sample(vectors, lists * _POINTS_PER_LIST), longest))
     _add(index, vectors, longest)
     return index
