@@ -34,7 +34,7 @@ SCRIPT_OPTIONS = (
 )
 
 
-def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
+def number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -> Callable[[str], T]:
     """A converter for argparse that refuses in a sentence what is not ``wanted``."""
 
     def convert(text: str) -> T:
@@ -49,14 +49,14 @@ def _number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) -
     return convert
 
 
-positive_int = _number(int, lambda value: value > 0, "a whole number above 0")
-_non_negative_int = _number(int, lambda value: value >= 0, "a whole number from 0")
-_samples = _number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
-_seed = _number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
-_non_negative_float = _number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
-_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a number above 0")
-_emb_dim = _number(int, lambda value: 0 < value <= MAX_EMB_DIM, f"a whole number from 1 to {MAX_EMB_DIM}")
-_tower_width = _number(
+positive_int = number(int, lambda value: value > 0, "a whole number above 0")
+_non_negative_int = number(int, lambda value: value >= 0, "a whole number from 0")
+_samples = number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
+_seed = number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
+_non_negative_float = number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
+_positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
+_emb_dim = number(int, lambda value: 0 < value <= MAX_EMB_DIM, f"a whole number from 1 to {MAX_EMB_DIM}")
+_tower_width = number(
     int, lambda value: 0 < value <= MAX_NN_UNITS and value % 4 == 0, f"a multiple of 4 up to {MAX_NN_UNITS}"
 )
 

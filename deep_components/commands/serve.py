@@ -7,18 +7,15 @@ how to operate it.
 """
 
 import argparse
-import functools
 import logging
 import math
 import os
-import reprlib
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from deep_components.arguments import choose_device, folder
+from deep_components.arguments import choose_device, folder, number, positive_int
 from deep_components.cascade import named_cascade
 from deep_components.cli import Parser
 from deep_components.errors import InputError
@@ -29,24 +26,27 @@ _KEEP_ALIVE = 20  # seconds that a connection may idle
 _CONNECTIONS = 900  # at a time, those that idle too: below the usual limit of 1,024 open files
 _MAX_HEAD = 32 << 10  # bytes of a request's head
 
+_port = number(int, lambda value: 0 <= value <= 65535, "a whole number from 0 to 65535")
+_seconds = number(float, lambda value: 0 < value <= 3600, "a number of seconds up to 3600")
+
 logger = logging.getLogger(__name__)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Answer requests over HTTP by a bundle.")
     parser.add_argument("--bundle", type=folder, required=True, help="what lcron export wrote")
-    parser.add_argument("--port", type=_whole(0, 65535), default=8080, help="default 8080; 0: any free one")
+    parser.add_argument("--port", type=_port, default=8080, help="default 8080; 0: any free one")
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1: this machine)"
     )
     parser.add_argument("--features", metavar="FILE|redis://...", help="the feature store (default: "
                         "BUNDLE/features.sqlite, where there is one)")  # fmt: skip
     parser.add_argument("--cascade", metavar="FILE", help="the cascade's file, for models of your own")
-    parser.add_argument("--max_waiting", type=_whole(1), default=64, help="requests that may wait; more get 503")
-    parser.add_argument("--max_body_bytes", type=_whole(1), default=1 << 20, help="of a request (default 1 MiB)")
-    parser.add_argument("--max_requests", type=_whole(1), default=64, help="in one body (default 64)")
-    parser.add_argument("--max_history", type=_whole(1), default=1000, help="events of a history (default 1000)")
-    parser.add_argument("--max_k", type=_whole(1), default=1000, help="items to ask for (default 1000)")
+    parser.add_argument("--max_waiting", type=positive_int, default=64, help="requests that may wait; more get 503")
+    parser.add_argument("--max_body_bytes", type=positive_int, default=1 << 20, help="of a request (default 1 MiB)")
+    parser.add_argument("--max_requests", type=positive_int, default=64, help="in one body (default 64)")
+    parser.add_argument("--max_history", type=positive_int, default=1000, help="events of a history (default 1000)")
+    parser.add_argument("--max_k", type=positive_int, default=1000, help="items to ask for (default 1000)")
     parser.add_argument("--timeout_s", type=_seconds, default=5.0, help="to read a body, and to answer (default 5)")
     parser.add_argument(
         "--no_page", action="store_true", help="neither the page at / nor GET /users, which lists users"
@@ -134,23 +134,3 @@ def reload_token() -> str | None:
     if token and (len(token) < _TOKEN_LETTERS or not token.isascii() or not token.isprintable()):
         raise InputError(f"{TOKEN}: at least {_TOKEN_LETTERS} ASCII letters and digits, e.g. of openssl rand -hex 16")
     return token
-
-
-def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    """A converter for argparse."""
-    wanted = f"a whole number from {least}" + (f" to {most:g}" if math.isfinite(most) else "")
-    return functools.partial(_converted, int, lambda value: least <= value <= most, wanted)
-
-
-def _seconds(text: str) -> float:
-    return _converted(float, lambda value: 0 < value <= 3600, "a number of seconds up to 3600", text)
-
-
-def _converted(kind: Callable[[str], Any], holds: Callable[[Any], bool], wanted: str, text: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {wanted}")
-    return value

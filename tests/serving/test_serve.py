@@ -133,7 +133,7 @@ def test_refusals_at_the_start(bundle: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("--port=99999", "from 0 to 65535"), ("--max_waiting=0", "from 1"), ("--timeout_s=nan", "seconds"),
+        ("--port=99999", "from 0 to 65535"), ("--max_waiting=0", "above 0"), ("--timeout_s=nan", "seconds"),
         ("--reload_token=x", "no such option"),
     ],
 )  # fmt: skip
