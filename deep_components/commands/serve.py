@@ -126,7 +126,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(
             f"--host={host} --port={port}: cannot be listened at ({reason}); free the port or name another one"
         ) from error
-    # Connections inherit it; asyncio does not set it on these. Without it the second packet of an answer waits 40 ms for
+    # Connections inherit it; asyncio does not set it on these. Without it an answer's second packet waits 40 ms for
     # the client's acknowledgement of the first.
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return made
