@@ -112,7 +112,7 @@ def corpus(world: World) -> Iterator[pa.Table]:
 def _rows(world: World) -> Iterator[pa.Table]:
     """The table: a row a candidate."""
     count = world.settings.videos
-    per_request = min(ITEMS_PER_REQUEST, count)
+    per_request = min(ITEMS_PER_REQUEST, count // 32)  # so that a day of few items still has some batches
     order = np.random.default_rng(0).permutation(count)[: count // per_request * per_request].reshape(-1, per_request)
     step = max(1, ITEMS_PER_PIECE // per_request)
     requests = {name: np.resize(values, len(order)) for name, values in requests_of(world, DAYS[0]).items()}

@@ -226,3 +226,11 @@ def test_no_request_is_a_defect(which: str, request: pytest.FixtureRequest) -> N
     with served(make_app(lambda: recommender)) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait(lambda: client.get("/readyz").status_code == 200)
         check()
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """A connection sends each packet at once: Nagle's algorithm would add 40 ms to every answer."""
+    with serve.listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()):
+        accepted, _ = server.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
