@@ -603,11 +603,11 @@ TESTED_BELOW = {
 }
 
 
-OF_VALIDATION = {"validate_every", "keep", "patience"}  # test_validation.py
+ELSEWHERE = {"validate_every", "keep", "patience", "num_random_items"}  # in test_validation.py and test_random_items.py
 
 
 def test_every_flag_is_tested() -> None:
-    shared = {action.dest for action in training_parser("")._actions} - {"help", *OF_VALIDATION}
+    shared = {action.dest for action in training_parser("")._actions} - {"help", *ELSEWHERE}
     assert shared | set(METHOD_OPTIONS) == CHANGES_PARAMETERS.keys() | TESTED_BELOW.keys()
     assert all(test in globals() for test in TESTED_BELOW.values())
 
