@@ -187,7 +187,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("room", "name"), [(10_000, STATE_FILE), (1_500, "config.json")], ids=["state", "config"]
+    ("room", "name"), [(50_000, STATE_FILE), (1_500, "config.json")], ids=["state", "config"]
 )  # fmt: skip
 def test_a_full_disk_leaves_the_checkpoint_before(
     room: int, name: str, log: Path, tmp_path: Path, undisturbed: dict[str, Any], during_step: Any,
