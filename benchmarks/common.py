@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from deep_components.dataset.log import open_log
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.errors import InputError
 from deep_components.threads import short_waits
+from deep_components.training import memory
 
 COMMANDS = {"two_stage": run_train2, "three_stage": run_train3}
 DAY = "2024-01-13"
@@ -189,7 +189,7 @@ def _turn(name: str, shortest: float) -> tuple[float, float, float | None]:
 def peak_bytes() -> dict[str, int]:
     """Of this process at the most so far: its memory, and the GPU's."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "gpu": gpu}
+    return {"process": memory.peak(), "gpu": gpu}
 
 
 def _seconds_per_part(name: str, times: int) -> dict[str, float]:

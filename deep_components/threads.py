@@ -2,9 +2,9 @@
 
 import os
 
-# libgomp's threads look so many times whether the next piece of work is there before they sleep: for 0.2 to 0.5 ms. By
-# default it is thirty times that, for which a waiting thread may keep a core from the thread that it waits for.
-SPINS = 10_000
+# libgomp's threads look so many times whether the next piece of work is there before they sleep: for 0.1 to 0.2 ms. By
+# default it is 75 times that, for which a waiting thread may keep a core from the thread that it waits for.
+SPINS = 4_000
 
 
 def short_waits() -> dict[str, str]:

@@ -20,6 +20,14 @@ STAGES = ("retrieval", "rank")
 SMALL = ("--loss_type=lcron", f"--batch_size={BATCH_SIZE}", "--emb_dim=4", "--nn_units=16", "--seq_len=5")
 
 
+# Python that prints the bytes its process took at the most. The maximum that getrusage knows is, right after the start,
+# that of the process which started it.
+PRINT_PEAK = """
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024)
+"""
+
+
 def small_log(factory: pytest.TempPathFactory, seed: int = 0, users: int = 30) -> Path:
     """A simulated log, made once a session for each of its settings."""
     return _small_log(factory.getbasetemp() / f"log-{seed}-{users}", seed, users)

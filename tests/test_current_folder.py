@@ -94,7 +94,9 @@ def test_the_tests_start_in_the_project(tmp_path: Path) -> None:
     python.write_text('#!/bin/sh\n[ "$1" = - ] || echo "$PWD $PYTHONSAFEPATH $PYTHONPATH $*"\n')
     python.chmod(0o700)
     done = run(tmp_path, "bash", PROJECT / "test.sh", "-x", PYTHON=str(python))
-    assert done.stdout.splitlines()[-1] == f"{PROJECT} 1 {PROJECT} -m pytest -x"
+    assert (
+        done.stdout.splitlines()[-1] == f"{PROJECT} 1 {PROJECT} -m pytest -n auto --maxprocesses=4 --dist=loadfile -x"
+    )
 
 
 def test_a_command_typed_there(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_model_of_ones_own(shop: Path, tmp_path: Path) -> None:
     run_train.main(arguments(shop, tmp_path / "run", *sizes, "--loss_type=lcron"))
     with pytest.raises(InputError, match=r"names 'tests\.models\.own_models:Bilinear', which is none of .* --cascade"):
         run_test.main(arguments(shop, tmp_path / "run"))
-    with pytest.raises(InputError, match="a run of own; evaluate it with"):
+    with pytest.raises(InputError, match="a run of own; use the command or the --cascade"):
         run_test.main(arguments(shop, tmp_path / "run", f"--cascade={shop / 'shop.toml'}"))
     run_test.main(arguments(shop, tmp_path / "run", f"--cascade={own}"))
     assert 0 <= read_json(tmp_path / "run/metrics.json")["coarse_recall@2@6"] <= 1

@@ -7,7 +7,6 @@ day) alone.
 
 import argparse
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +53,7 @@ from deep_components.runs.folder import (
 )
 from deep_components.runs.identity import first_difference
 from deep_components.runs.state import check_same_run, load_model, load_state, run_note, save_models, save_state
+from deep_components.training import memory
 from deep_components.training.config import environment, run_config
 from deep_components.training.initial import initial_cascade, longest_list
 from deep_components.training.signals import stop_signals
@@ -393,7 +393,7 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
         "requests": position.step * run.args.batch_size,
         "seconds": seconds,
         "device": str(run.device),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        "peak_memory_bytes": memory.peak(),
         "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None,
     }
     if run.validation is not None:

@@ -65,9 +65,18 @@ def available(device: torch.device) -> int:
     groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = (ROOT / "proc/meminfo").read_text().splitlines()
-    system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return max(0, min([system, *_left_in_groups()]))
+    return max(0, min([_bytes_in(ROOT / "proc/meminfo", "MemAvailable:"), *_left_in_groups()]))
+
+
+def peak() -> int:
+    """Bytes that this process has taken at the most. What getrusage calls so is, right after the start, the maximum of
+    the process that started it."""
+    return _bytes_in(Path("/proc/self/status"), "VmHWM:")
+
+
+def _bytes_in(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _left_in_groups() -> Iterator[int]:

@@ -26,6 +26,7 @@ from deep_components.dataset.log import open_log
 from deep_components.dataset.manifest import write_manifest
 from deep_components.errors import InputError
 from tests.dataset.synthetic import COUNTS, DAY, edit_pickle, random_log, write_log
+from tests.helpers import PRINT_PEAK
 
 
 @pytest.fixture
@@ -446,12 +447,11 @@ def test_a_full_disk_is_a_sentence(root: Path) -> None:
 
 def peak_of_preparing(root: Path) -> int:
     """The most memory in bytes that a process takes while it prepares the day."""
-    script = "import resource, sys, pathlib, tempfile; from deep_components.cascade import TWO_STAGE;"
+    script = "import sys, pathlib, tempfile; from deep_components.cascade import TWO_STAGE;"
     script += "from deep_components.dataset.log import open_log;"
     script += "folder = tempfile.mkdtemp(dir=sys.argv[1]);"
-    script += f"open_log(pathlib.Path(sys.argv[1])).open_day({DAY!r}, TWO_STAGE, cache_dir=pathlib.Path(folder));"
-    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    arguments = [sys.executable, "-c", script, str(root)]
+    script += f"open_log(pathlib.Path(sys.argv[1])).open_day({DAY!r}, TWO_STAGE, cache_dir=pathlib.Path(folder))"
+    arguments = [sys.executable, "-c", script + PRINT_PEAK, str(root)]
     return int(subprocess.run(arguments, cwd=Path(__file__).parents[2], capture_output=True, check=True).stdout)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from deep_components.dataset.importers.table.mapping import load_mapping
 from deep_components.dataset.importers.table.plan import make_plan, needed_columns
 from deep_components.dataset.importers.table.source import open_source
+from tests.helpers import PRINT_PEAK
 
 CANDIDATES = 50
 IMPORT = """
-import resource, sys
+import sys
 from pathlib import Path
 from deep_components.dataset.importers.table import assemble, clean, learn, plan, scan
 from deep_components.dataset.importers.table.command import import_table
@@ -21,7 +22,6 @@ plan.BYTES_PER_BUCKET = scan._FLUSH_BYTES = 1 << 19
 plan._BYTES_PER_BATCH = 1 << 19
 clean.SAMPLED = learn._KEYS_AT_ONCE = 1 << 12
 import_table(Path(sys.argv[1]) / "log.toml", Path(sys.argv[1]) / "log")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
@@ -37,7 +37,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         mapping = load_mapping(folder / "log.toml")
         source = open_source(mapping, needed_columns(mapping))
         sizes.append(source.rows * make_plan(mapping, source, folder, strict=True).item_record.itemsize)
-        command = [sys.executable, "-c", IMPORT, str(folder)]
+        command = [sys.executable, "-c", IMPORT + PRINT_PEAK, str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
