@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -272,8 +272,7 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_file_that_is_no_store(file: Path, how: str) -> None:
     BROKEN[how](file)
-    with pytest.raises(InputError, match=str(file)) as refused:
-        store = open_features(file)
+    with pytest.raises(InputError, match=str(file)) as refused, closing(open_features(file)) as store:
         store.get([1])
     assert "\n" not in str(refused.value)
     assert ("version 2" in str(refused.value)) == (how == "later")

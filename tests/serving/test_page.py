@@ -34,6 +34,7 @@ def url(model: FakeRecommender, tmp_path_factory: pytest.TempPathFactory) -> Ite
         while app.state.live.version is None:
             pass
         yield address
+    store.close()
 
 
 @pytest.fixture(scope="module")

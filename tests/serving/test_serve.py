@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def bundle(recflow_bundle: Path, tmp_path: Path) -> Path:
 
 def test_from_the_start_to_the_end(bundle: Path, tmp_path: Path) -> None:
     """Answers as in Python; new versions by SIGHUP and by the token, a damaged one is refused; SIGTERM."""
-    open_features(bundle / FEATURES_FILE, create=True).put({1: {"history": []}, 12: {}})  # found there
+    with closing(open_features(bundle / FEATURES_FILE, create=True)) as store:  # found there
+        store.put({1: {"history": []}, 12: {}})
     first = current_version(bundle)
     request = {"user_id": 1, "request_timestamp": 1_705_312_800_000}
     [expected] = Recommender.load(bundle).recommend(request, k=3)
@@ -171,6 +172,7 @@ def shop_server(shop_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with served(app) as url, httpx.Client(base_url=url, timeout=60) as client:
         wait(lambda: client.get("/readyz").status_code == 200)
         yield client
+    store.close()
 
 
 def test_the_store_s_history_is_filtered(shop_server: httpx.Client, shop_bundle: Path) -> None:

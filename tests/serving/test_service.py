@@ -340,6 +340,7 @@ def test_without_the_page(server: Callable[..., Server], tmp_path: Path) -> None
     one = server(FakeRecommender, store, page=False).ready()
     assert {one.client.get(path).status_code for path in (*FILES, "/users")} == {404}
     assert one.ask({}).status_code == 200
+    store.close()
 
 
 # ---- batches, the queue, time ----------------------------------------------------------------------------------------
@@ -559,6 +560,7 @@ def test_stored_features_are_added(server: Callable[..., Server], tmp_path: Path
     assert one.client.get("/users", params={"prefix": "7"}).json() == {"users": [7, 71]}
     assert one.client.get("/users", params={"limit": 1}).json() == {"users": [7]}
     assert one.client.get("/about").json()["features"] is True
+    store.close()
 
 
 class BrokenStore:
