@@ -7,10 +7,11 @@ day) alone.
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from deep_components.dataset.loader import Join, batches, steps_of, training_ord
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
 from deep_components.dataset.random_items import with_items_of_batch
+from deep_components.distributed.processes import Processes, agreed, joined
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
@@ -91,6 +93,7 @@ class Run:
     steps: Sequence[int]  # of each day
     device: torch.device
     initial_seed: int | None  # of ids that the tables lack
+    processes: Processes | None = None  # of which this is one
     validation: Validation | None = None
     best: Best = field(default_factory=Best)  # of the validations so far
     saved_best: int = 0  # the step of those that the saved state names
@@ -98,6 +101,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.args.output_dir)
+
+    @property
+    def is_first(self) -> bool:
+        """This process alone writes the run's folder and speaks."""
+        return self.processes is None or self.processes.is_first
 
     @property
     def keeps_best(self) -> bool:
@@ -130,13 +138,18 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
             f"--init_from={args.init_from} is --output_dir, where the training would remove the models that it starts "
             "from; name another --output_dir"
         )
-    run = prepare(cascade, args, loss)
-    with only_user(run.folder, LOCK_FILE, "training in this folder"), _generators(args.seed, run.device):
+    with joined(choose_device(args), args.timeout) as processes:
+        _train(cascade, args, loss, processes)
+
+
+def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
+    run = agreed(processes, lambda: prepare(cascade, args, loss, processes))
+    with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
-        with scalar_log(run.folder, args.tensorboard, args.batch_size, before) as scalars:
+        with scalar_log(run.folder, args.tensorboard and run.is_first, args.batch_size, before) as scalars:
             position, seconds = _train_days(run, position, scalars)
         _finish(run, position, seconds)
     if not args.epochs:
@@ -150,7 +163,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     )  # fmt: skip
 
 
-def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
+def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None = None) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
@@ -170,14 +183,16 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     config |= environment(device, kernels is not None)
     _check_start(args, config)
     length = config["arguments"]["seq_len"]
-    models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device, validation_day)
+    models, stores, initial_seed, shards = initial_cascade(
+        cascade, log.schema, args, days, length, device, validation_day, processes
+    )
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
-        models, stores, loss, args.lr, args.optimizer, kernels=kernels, autocast=AUTOCAST[args.autocast],
-        skip_nonfinite=args.on_nonfinite == "skip",
+        models, stores, loss, args.lr, args.optimizer, args.pull_from, kernels, AUTOCAST[args.autocast],
+        skip_nonfinite=args.on_nonfinite == "skip", shards=shards,
     )  # fmt: skip
     validation = None if validation_day is None else Validation(cascade, validation_day, device, initial_seed)
-    return Run(args, config, trainer, days, steps, device, initial_seed, validation)
+    return Run(args, config, trainer, days, steps, device, initial_seed, processes, validation)
 
 
 def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
@@ -191,10 +206,20 @@ def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _generators(seed: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's generators seeded, for losses that draw random numbers; afterwards as they were."""
+def _only_user(run: Run) -> Iterator[None]:
+    """Hold the lock of the run's folder: the first process for all."""
+    with ExitStack() as stack:
+        lock = partial(only_user, run.folder, LOCK_FILE, "training in this folder")
+        agreed(run.processes, lambda: stack.enter_context(lock()) if run.is_first else None)
+        yield
+
+
+@contextmanager
+def _generators(seed: int, device: torch.device, processes: Processes | None) -> Iterator[None]:
+    """PyTorch's generators seeded, for losses that draw random numbers, differently in each process; afterwards as they
+    were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + (processes.rank << 32 if processes is not None else 0))
         yield
 
 
@@ -293,12 +318,15 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
     args, path = run.args, run.folder / STEP_LOG_FILE
     total = args.epochs * sum(run.steps)
     may_skip = max(1, int(SKIPPED_SHARE * total)) if run.trainer.skip_nonfinite else 0
-    log = StepLog(path, run.config["data"], args.loss_type, position.step, may_skip, position.skipped, scalars)
+    log = StepLog(
+        path if run.is_first else None, run.config["data"], args.loss_type, position.step, may_skip, position.skipped,
+        scalars,
+    )  # fmt: skip
     if 0 < total < FEW_STEPS:
         logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)
     progress = tqdm(
         total=total * args.batch_size, initial=position.step * args.batch_size, unit="req", desc=args.loss_type,
-        disable=not sys.stderr.isatty(),
+        disable=not (run.is_first and sys.stderr.isatty()),
     )  # fmt: skip
     with stop_signals() as stops, progress as bar:
         while not run.is_exhausted:
@@ -317,8 +345,10 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
     args, day, join = run.args, run.days[position.day], _random_items(run, position.epoch)
     order = training_order(day, args.seed, position.epoch, args.shuffle)
     order = order[position.batch * args.batch_size : run.steps[position.day] * args.batch_size]
+    part = slice(None) if run.processes is None else run.processes.slice_of(args.batch_size)
     began = saved = time.perf_counter()
-    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join):
+    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join, part):
+        run.trainer.wishes = _wishes(args, stops, began - saved)
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
@@ -328,18 +358,19 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
             _validate(run, position, log)
         if position.step % args.print_freq == 0:
             bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
-        if stops:
+        wishes = _wishes(args, stops, ended - saved) if run.processes is None else run.trainer.wishes
+        if wishes["stop"]:
             log.flush()
             run.save(replace(position, skipped=log.skipped))
             raise StoppedError(
                 f"stopped at step {position.step}, day {day.day}; the state is saved in {run.folder}: go on with the "
                 "same command and --resume",
-                stops[0],
+                stops[0] if stops else signal.SIGTERM,
             )
         if run.is_exhausted:
             break
         began = time.perf_counter()
-        if args.save_minutes and began - saved > 60 * args.save_minutes:
+        if wishes["save"]:
             log.flush()
             run.save(replace(position, skipped=log.skipped))
             saved = began = time.perf_counter()
@@ -349,6 +380,11 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         position = replace(position, day=position.day + 1, batch=0)
     run.save(position)
     return position
+
+
+def _wishes(args: argparse.Namespace, stops: Sequence[int], unsaved: float) -> dict[str, bool]:
+    """What this process wants after a step, ``unsaved`` seconds after the state was last saved."""
+    return {"stop": bool(stops), "save": bool(args.save_minutes) and unsaved > 60 * args.save_minutes}
 
 
 def _random_items(run: Run, epoch: int) -> Join | None:
