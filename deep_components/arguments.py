@@ -137,8 +137,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--compact_from", type=positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
     parser.add_argument("--pull_from", type=positive_int, default=PULL_FROM, metavar="ROWS",
-                        help="tables this large cost what a step touches of them, and are shared out among the processes "
-                        f"where there are several (default {PULL_FROM})")  # fmt: skip
+                        help="tables this large cost what a step touches of them, and are shared out among several "
+                        f"processes (default {PULL_FROM})")  # fmt: skip
     parser.add_argument("--table_memory", choices=["device", "host"], default="device",
                         help="where the large ID tables lie; from host memory only a batch's rows travel")  # fmt: skip
     parser.add_argument("--day_on_device", action="store_true", help="keep the whole day in the device's memory")

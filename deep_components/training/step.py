@@ -16,14 +16,13 @@ from torch.autograd.profiler import record_function
 
 from deep_components.arguments import PULL_FROM
 from deep_components.batch import CascadeBatch, SlotFeatures, Targets
+from deep_components.dataset.loader import Prepare
 from deep_components.distributed.gradients import sum_gradients
 from deep_components.distributed.processes import Processes
-from deep_components.dataset.loader import Prepare
 from deep_components.distributed.sharding import ShardedLookup, fetch, send_gradients
-from deep_components.distributed.totals import check_is_of_totals, global_totals, whole_batch_loss
+from deep_components.distributed.whole_batch import check_is_of_totals, global_terms
 from deep_components.errors import InputError
 from deep_components.kernels import Kernels, use_kernels
-from deep_components.loss.functional import totals_by
 from deep_components.runs.folder import STATE_FILE
 from deep_components.tables.deferred_adam import DeferredAdam
 from deep_components.tables.id_set import IdSet
@@ -159,15 +158,11 @@ class Trainer:
             _check_terms(self.loss, terms)
             return terms
         processes = self.shards.processes
-        if getattr(self.loss, "whole_batch", False):
-            terms = whole_batch_loss(self.loss, scores, targets, processes)
-        else:
-            with totals_by(global_totals(processes)):
-                terms = self.loss(scores, targets)
-            _check_terms(self.loss, terms)
-            if not self.checked:
-                check_is_of_totals(self.loss, scores, targets, processes, terms)
-                self.checked = True
+        terms = global_terms(self.loss, scores, targets, processes)
+        _check_terms(self.loss, terms)
+        if not self.checked:
+            check_is_of_totals(self.loss, scores, targets, processes)
+            self.checked = True
         return terms
 
     def _gradients(
