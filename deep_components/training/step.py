@@ -185,13 +185,13 @@ class Trainer:
         sums = sum_gradients(
             self.dense_optimizer.param_groups[0]["params"], torch.cat([torch.stack(squares), flags]), processes
         )
-        squares, flags = list(sums[: len(squares)]), sums[len(squares) :].tolist()
-        self.wishes = {name: flag > 0 for name, flag in zip(self.wishes, flags, strict=False)}
         norms = {
             stage: (square + self._gradient_norm(stage, {}) ** 2).sqrt()
-            for stage, square in zip(self.models, squares, strict=True)
+            for stage, square in zip(self.models, sums[: len(squares)], strict=True)
         }
-        return gradients, norms, flags[-1] > 0
+        *wished, any_broken = (flag > 0 for flag in sums[len(squares) :].tolist())
+        self.wishes = dict(zip(self.wishes, wished, strict=True))
+        return gradients, norms, any_broken
 
     def _square(self, gradients: Iterable[Tensor]) -> Tensor:
         norms = torch._foreach_norm(list(gradients))
