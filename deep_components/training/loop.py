@@ -149,6 +149,8 @@ def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processe
         check_alike(run.config, processes)
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
+        if processes is not None:
+            processes.begun()
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
@@ -233,7 +235,8 @@ def _generators(seed: int, device: torch.device, processes: Processes | None) ->
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
     folder, stages, position = run.folder, list(run.trainer.models), Position()
-    resumes = run.args.resume and _can_resume(run)
+    goes_on = run.args.resume or (run.processes is not None and run.processes.is_restart)
+    resumes = goes_on and _can_resume(run)
     if resumes:
         arrays, saved = load_state(folder / STATE_FILE)
         run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
