@@ -123,6 +123,13 @@ class SavedState(Mapping[str, np.ndarray]):
         """How many rows ``name`` was saved with, in all files together."""
         return sum(_shape(source, name)[0] for source in self._sources(name))
 
+    def like(self, name: str) -> np.ndarray:
+        """No rows [0, ...] of an array, of its shape and type. KeyError for an unknown name."""
+        if name not in self._names:
+            raise KeyError(name)
+        file = self._sources(name)[0].file
+        return np.empty((0, *file.shapes[name][1:]), file.dtypes[name])
+
     def copy_rows(self, name: str, ids: np.ndarray, into: np.ndarray) -> np.ndarray:
         """Copy the rows of a table to ``into`` [n, ...], in its type, for these of the log's indices ``ids`` [n] int64,
         ascending: ``into`` keeps the rows of ids that the state does not know. Of every file one block is in memory at
