@@ -20,7 +20,7 @@ from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore
 
 _ROWS_AT_A_TIME = 1 << 16  # of each process
-_IDS, _TABLE, _OWN = "ids/", "/embedding.", "generator/"
+_IDS, _TABLE, _OWN, _STEP = "ids/", "/embedding.", "generator/", "step/"
 
 
 def save_together(
@@ -34,7 +34,7 @@ def save_together(
     own, shared = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for name, values in arrays.items():
         table = name.removeprefix(_IDS) if name.startswith(_IDS) else name.rpartition(_TABLE)[2]
-        is_own = table in sharded or name.startswith(_OWN)
+        is_own = (table in sharded and not name.startswith(_STEP)) or name.startswith(_OWN)
         if not (name.startswith(_IDS) and not sharded.get(table, True)):
             (own if is_own else shared)[name] = values
     _check_alike(shared, processes)
@@ -87,7 +87,7 @@ class OwnState(Mapping[str, Tensor]):
         elif name.removeprefix(_IDS) in self._ids:
             table = name.removeprefix(_IDS)
             values = self._ids[table][self._known(table)]
-        elif table in self._ids and _TABLE in name and not name.startswith("step/"):
+        elif table in self._ids and _TABLE in name and not name.startswith(_STEP):
             values = self._rows(name, self._ids[table][self._known(table)])
         else:
             values = self._saved[name]
