@@ -86,6 +86,10 @@ class SavedState(Mapping[str, np.ndarray]):
         self._by_rank = [_Source(file, at, len(files)) for at, file in enumerate(files)]
         self._own_first = self._by_rank[rank:] + self._by_rank[:rank] if rank < len(files) else self._by_rank
         self._names = {*self._whole.shapes, *(name for source in self._by_rank[:1] for name in source.file.shapes)}
+        for source in self._by_rank:
+            ids = {f"{_IDS}{_table(name)}" for name in source.file.shapes if _TABLE in name}
+            if missing := ids & self._names - source.file.shapes.keys():  # it would be read as of a whole table
+                raise _unfit(source.file.path, f"lacks {min(missing)}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._names))
@@ -110,6 +114,11 @@ class SavedState(Mapping[str, np.ndarray]):
         if not self.copy_rows(name, self[ids] if ids in self else np.arange(rows), values).all():
             raise _unfit(self._whole.path, f"{name} lacks rows")
         return values
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them: faster than one by one."""
+        ours = self._whole.read(self._whole.shapes)
+        return {name: ours[name] if name in ours else self[name] for name in self}
 
     def of_rank(self, name: str, rank: int) -> np.ndarray | None:
         """What the process of ``rank`` saved under ``name`` as its own; None where there was no such process."""
