@@ -160,4 +160,4 @@ def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """What :func:`save_state` wrote, all of it, as of one process: the arrays and the position of :class:`SavedState`.
     InputError when a file is missing or damaged."""
     state = SavedState(path)
-    return dict(state), state.position
+    return state.arrays(), state.position

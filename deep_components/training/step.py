@@ -241,6 +241,8 @@ class Trainer:
         for stage, store in self.stores.items():
             for table in store.optimizers:
                 self._restore_table(stage, table, state)
+        if self.shards is not None and "generator/cpu" not in state:
+            return  # saved by fewer processes: this one's stays as it was seeded
         try:
             torch.set_rng_state(state["generator/cpu"])
         except (KeyError, TypeError, RuntimeError) as error:
