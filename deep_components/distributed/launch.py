@@ -68,7 +68,7 @@ def _ended(failures: Mapping[int, ProcessFailure], count: int) -> EndedError:
     rank, first = min(failures.items(), key=lambda item: (item[1].exitcode in _OF_OTHERS, item[1].timestamp))
     if first.exitcode >= 0:
         return EndedError("", first.exitcode)  # it has said why
-    memory = "; was there enough memory?" if first.exitcode == -signal.SIGKILL else ""
+    memory = " (was there enough memory?)" if first.exitcode == -signal.SIGKILL else ""
     said = f"error: process {rank} of {count} was ended by {first.signal_name()}{memory}"
     return EndedError(f"{said}; go on with the same command and --resume", 128 - first.exitcode)
 
