@@ -23,8 +23,8 @@ _GRADIENT_TOLERANCE = {torch.float64: 1e-8}, 1e-3
 def global_terms(
     loss: nn.Module, scores: Mapping[str, Tensor], targets: Targets, processes: Processes
 ) -> dict[str, Tensor]:
-    """``loss(scores, targets)`` of the whole batch from this process's part of it: "loss" and its terms, the same in all
-    processes. Their backward passes start from "loss" / W and their parameters' gradients are to be added."""
+    """``loss(scores, targets)`` of the whole batch from this process's part of it: "loss" and its terms, the same in
+    all processes. Their backward passes start from "loss" / W and their parameters' gradients are to be added."""
     if getattr(loss, "whole_batch", False):
         return whole_batch_loss(loss, scores, targets, processes)
     with totals_by(global_totals(processes)):
