@@ -15,6 +15,7 @@ on its standard input; tests use that.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -40,6 +41,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from benchmarks.soak import ARGUMENTS, DAYS, EVERY_STEP, CrashPoints, results
 from deep_components import run_train2
 from deep_components.cli import run_command
+from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.distributed import launch
 from deep_components.errors import InputError
@@ -57,12 +59,13 @@ SURVIVOR = "another process of this training ended; its own message says why"
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one process: at its ``point``-th crash point in ``folder`` SIGKILL, or at the beginning of its
-    ``step``-th step, counted from 1, ``action``."""
+    """What happens to one process: SIGKILL at its ``point``-th crash point in ``folder``, or ``action`` before its
+    ``step``-th step, counted from 1; ``in_loader``: before its loader's thread reads that step's batch."""
 
     rank: int
     step: int = 0
     action: str = ""
+    in_loader: bool = False
     point: int = 0
     folder: str = ""
 
@@ -73,16 +76,17 @@ class Fault:
         if self.point:
             _Marked(Path(self.folder), self.point)
             return
-        step, made = Trainer.step, 0
+        owner, name = (DayCache, "batch") if self.in_loader else (Trainer, "step")
+        function, made = getattr(owner, name), 0
 
-        def counted(trainer: Trainer, batch: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
             nonlocal made
             made += 1
             if made == self.step:
                 ACTIONS[self.action]()
-            return step(trainer, batch)
+            return function(*arguments, **named)
 
-        Trainer.step = counted  # type: ignore[method-assign]
+        setattr(owner, name, counted)
 
 
 class _Marked(CrashPoints):
@@ -115,10 +119,12 @@ ACTIONS: dict[str, Callable[[], Any]] = {
 
 
 def start(
-    argv: Sequence[str], output: Path, environment: dict[str, str] | None = None, fault: Fault | None = None
-) -> int:
-    """Fork a training with these arguments; its process id. What it says is appended to ``output``, and its process id
-    stands in ``<output>.<rank>`` and, as the ranks', so do those of the processes that it starts."""
+    argv: Sequence[str], output: Path, environment: dict[str, str] | None = None, fault: Fault | None = None,
+    namespace: str = "",
+) -> int:  # fmt: skip
+    """Fork a training with these arguments; its process id. What it says is appended to ``output``; the process ids of
+    ranks, this one or those that it starts, stand in ``output`` with the suffix ``.<rank>``. ``namespace``: the file of
+    a network namespace to train in."""
     child = os.fork()
     if child:
         return child
@@ -128,6 +134,9 @@ def start(
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         os.environ.update(environment or {})
+        if namespace:
+            with Path(namespace).open() as file:
+                ctypes.CDLL(None).setns(file.fileno(), 0)
         launch.elastic_launch = functools.partial(_Forking, output=output, fault=fault)  # type: ignore[assignment]
         code = _train(argv, output, fault)
     except BaseException:
@@ -184,7 +193,7 @@ def serve() -> None:
             answer = ended(wanted["wait"], wanted["seconds"])
         else:
             fault = Fault(**wanted["fault"]) if wanted["fault"] else None
-            answer = start(wanted["argv"], Path(wanted["output"]), wanted["environment"], fault)
+            answer = start(wanted["argv"], Path(wanted["output"]), wanted["environment"], fault, wanted["namespace"])
         sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
 

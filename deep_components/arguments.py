@@ -124,7 +124,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="train by W processes on this machine, each with its share of batch and tables (default "
                         "1; docs/cluster.md)")  # fmt: skip
     parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N",
-                        help="with --processes: when one fails, start all again, up to N times (default 0)")  # fmt: skip
+                        help="of --processes: when one fails, start all again at most N times (default 0)")  # fmt: skip
     parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
                         help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
