@@ -41,7 +41,7 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str]) -> bool:
     started = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
     if started is not None and args.processes not in (None, started):
         raise InputError(f"--processes={args.processes}, but the launcher has started {started}; leave it out")
-    count = args.processes or 1
+    count = (args.processes or 1) if args.epochs else 1  # an untrained cascade is quickly written
     if started is not None or count == 1:
         return False
     check_arguments(args, count)
