@@ -31,6 +31,7 @@ from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
 from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.distributed.processes import Processes, agreed, joined
+from deep_components.distributed.refusals import check_alike, check_arguments, check_models
 from deep_components.distributed.saving import OwnState, save_together, save_trained_together
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
@@ -180,8 +181,12 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 
 def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
     run = agreed(processes, lambda: prepare(cascade, args, loss, processes))
+    if processes is not None:
+        check_alike(run.config, processes)
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
+        if processes is not None:
+            processes.begun()
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
@@ -201,6 +206,8 @@ def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processe
 
 def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None = None) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
+    if processes is not None:
+        check_arguments(args, processes.count)
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
     log = open_log(args.data_dir)
@@ -222,6 +229,8 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, process
     models, stores, initial_seed, shards = initial_cascade(
         cascade, log.schema, args, days, length, device, validation_day, processes
     )
+    if processes is not None:
+        check_models(models)
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
         models, stores, loss, args.lr, args.optimizer, args.pull_from, kernels, AUTOCAST[args.autocast],
@@ -261,7 +270,8 @@ def _generators(seed: int, device: torch.device, processes: Processes | None) ->
 
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
-    resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
+    goes_on = run.args.resume or (run.processes is not None and run.processes.is_restart)
+    resumes = agreed(run.processes, lambda: goes_on and _can_resume(run))
     if run.processes is not None:
         resumes = run.processes.gather(resumes)[0]
     position = Position()
@@ -401,6 +411,8 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         run.trainer.wishes = _wishes(args, stops, began - saved)
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
+        if run.processes is not None:
+            run.processes.step = position.step
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
         log.add(position.step, day.day, ended - began, terms)
         bar.update(args.batch_size)
