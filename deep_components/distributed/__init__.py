@@ -1,1 +1,1 @@
-"""One training on several processes and machines: their groups, the shards of the tables, and the sums of a batch."""
+"""One training on several processes: what they share, and how a global batch is divided among them."""

@@ -238,16 +238,16 @@ def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
         return (penalty.sum(dim=(0, 2)), ordered.sum(dim=(0, 2))) if shared else (penalty.sum(-1), ordered.sum(-1))
 
     total, num_pairs = in_blocks(sums, scores, targets.group, targets.mask)
-    group = torch.where(targets.mask, targets.group, 0)  # [B, N]; shared: [N], as num_pairs
-    if shared:
-        row = targets.group[0]
-        group = torch.where(targets.mask.any(dim=0), row, 0)
+    row, there = targets.group[:1], targets.mask.any(dim=0)
+    group = torch.where(there, row[0], 0) if shared else torch.where(targets.mask, targets.group, 0)
     # float64 counts exactly what float32 does not, beyond 2^24 pairs.
     counts = torch.bincount(group.flatten(), weights=num_pairs.to(torch.float64).flatten())
     (group_pairs,) = batch_totals(counts, by_number=True)
     pairs_of_group = group_pairs[group].to(total.dtype).clamp(min=1)
     if shared:
-        same = (row.unsqueeze(-1) == row).to(total.dtype)  # [N, N]
+        same = row.mT == row  # [N, N]
+        pairs_of_group = torch.where(same & there, pairs_of_group, 1).amax(dim=-1)  # also of a slot that nobody has
+        same = same.to(total.dtype)
         means = total @ same / pairs_of_group / same.sum(dim=-1)  # each mean is in it once a slot
     else:
         means = total / pairs_of_group

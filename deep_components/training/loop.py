@@ -31,6 +31,7 @@ from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
 from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.distributed.processes import Processes, agreed, joined
+from deep_components.distributed.saving import OwnState, save_together, save_trained_together
 from deep_components.distributed.spread import open_days
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
@@ -55,12 +56,14 @@ from deep_components.runs.folder import (
     write_json,
 )
 from deep_components.runs.identity import first_difference
-from deep_components.runs.state import check_same_run, load_model, load_state, run_note, save_models, save_state
+from deep_components.runs.shards import SavedState
+from deep_components.runs.state import check_same_run, copy_model, load_model, run_note, save_state
+from deep_components.tables.id_set import IdSet
 from deep_components.training import memory
 from deep_components.training.config import environment, run_config
 from deep_components.training.initial import initial_cascade, longest_list
 from deep_components.training.signals import stop_signals
-from deep_components.training.step import Trainer
+from deep_components.training.step import Shards, Trainer
 from deep_components.training.step_log import StepLog
 from deep_components.training.tensorboard import ScalarLog, check_installed, scalar_log
 from deep_components.training.validation import Best, Validation
@@ -125,9 +128,40 @@ class Run:
     def save(self, position: Position) -> None:
         arrays = {name: as_array(values) for name, values in self.trainer.state().items()}
         arrays |= self.best.state() if self.validation is not None else {}
-        save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
+        if self.shards is None:
+            save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
+        else:
+            compacted = {table: table in self.shards.ids for table in self.trainer.pulled}
+            save_together(
+                self.folder, arrays, compacted, asdict(position), run_note(self.config), self.shards.processes
+            )
         self.saved_best = self.best.step
-        remove_best(self.folder, {self.saved_best})
+        if self.is_first:
+            remove_best(self.folder, {self.saved_best})
+
+    def restore(self) -> dict[str, int]:
+        """Go on from the saved state; the position it was saved at."""
+        rank, ids = 0, dict[str, IdSet]()
+        if self.processes is not None:
+            rank, ids = self.processes.rank, {table: self.trainer.ids[table] for table in self.trainer.pulled}
+        saved = SavedState(self.folder / STATE_FILE, rank)
+        self.trainer.restore(OwnState(saved, ids, rank))
+        if self.validation is not None:
+            self.best = Best.restored(saved, saved.position["step"])
+            self.saved_best = self.best.step
+        return saved.position
+
+    def save_models(self, folder: Path) -> None:
+        """Write the models as they are now."""
+        models, stores, shards = self.trainer.models, self.trainer.stores, self.shards
+        if shards is None:
+            save_trained(folder, models, stores, self.note())
+        else:
+            save_trained_together(folder, models, stores, self.note(), shards.ids, shards.rows, shards.processes)
+
+    @property
+    def shards(self) -> Shards | None:
+        return self.trainer.shards
 
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
@@ -241,19 +275,26 @@ def _generators(seed: int, device: torch.device, processes: Processes | None) ->
 
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
-    folder, stages, position = run.folder, list(run.trainer.models), Position()
-    resumes = run.args.resume and _can_resume(run)
-    if resumes:
-        arrays, saved = load_state(folder / STATE_FILE)
-        run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
-        position = Position(**saved)
-        if run.validation is not None:
-            run.best = Best.restored(arrays, position.step)
-            run.saved_best = run.best.step
-        before = read_training(folder)
-        run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
-        _check_position(run, position)
-        _check_best(run)
+    resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
+    if run.processes is not None:
+        resumes = run.processes.gather(resumes)[0]
+    position = agreed(run.processes, lambda: _restored(run)) if resumes else Position()
+    agreed(run.processes, lambda: _prepare_folder(run, resumes) if run.is_first else None)
+    return position
+
+
+def _restored(run: Run) -> Position:
+    """Go on from the folder's state; the position that it is of."""
+    position = Position(**run.restore())
+    before = read_training(run.folder)
+    run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
+    _check_position(run, position)
+    _check_best(run)
+    return position
+
+
+def _prepare_folder(run: Run, resumes: bool) -> None:
+    folder, stages = run.folder, list(run.trainer.models)
     remove_results(folder, stages)  # they must not stand beside this training's
     if not resumes:
         remove_state(folder)  # first: an old state never stands beside a new config.json
@@ -263,7 +304,6 @@ def _start(run: Run) -> Position:
     if checksum is not None:
         copy_folder(run.args.data_dir / ENCODING_OF_LOG, folder / ENCODING_FOLDER, checksum)
     write_json(folder / CONFIG_FILE, run.config)
-    return position
 
 
 def _check_position(run: Run, position: Position) -> None:
@@ -425,20 +465,20 @@ def _validate(run: Run, position: Position, log: StepLog) -> None:
     log.validated(position.step, metrics)
     run.best = run.best.after(recall, position.step)
     if run.keeps_best and run.best.step == position.step:
-        save_trained(best_folder(run.folder, position.step), models, stores, run.note())
-        remove_best(run.folder, {run.saved_best, position.step})
+        run.save_models(best_folder(run.folder, position.step))
+        if run.is_first:
+            remove_best(run.folder, {run.saved_best, position.step})
 
 
 def _finish(run: Run, position: Position, seconds: float) -> None:
     """Write the models, and at last what the training took."""
-    models, stores = run.trainer.models, run.trainer.stores
-    if run.keeps_best:
-        for stage in models:
-            kept = load_model(best_folder(run.folder, run.best.step), stage)
-            save_models(run.folder, {stage: kept.arrays}, run.note(), kept.ids)
-    else:
+    if not run.keeps_best:
         run.trainer.flush()  # in place: nothing follows
-        save_trained(run.folder, models, stores, run.note())
+        run.save_models(run.folder)
+    if not run.is_first:
+        return
+    for stage in run.trainer.models if run.keeps_best else ():
+        copy_model(best_folder(run.folder, run.best.step), run.folder, stage, run.note())
     cost = {
         "steps": position.step,
         "skipped_steps": position.skipped,

@@ -185,13 +185,13 @@ class Trainer:
         sums = sum_gradients(
             self.dense_optimizer.param_groups[0]["params"], torch.cat([torch.stack(squares), flags]), processes
         )
-        squares, flags = list(sums[: len(squares)]), sums[len(squares) :].tolist()
-        self.wishes = {name: flag > 0 for name, flag in zip(self.wishes, flags, strict=False)}
         norms = {
             stage: (square + self._gradient_norm(stage, {}) ** 2).sqrt()
-            for stage, square in zip(self.models, squares, strict=True)
+            for stage, square in zip(self.models, sums[: len(squares)], strict=True)
         }
-        return gradients, norms, flags[-1] > 0
+        *wished, any_broken = (flag > 0 for flag in sums[len(squares) :].tolist())
+        self.wishes = dict(zip(self.wishes, wished, strict=True))
+        return gradients, norms, any_broken
 
     def _square(self, gradients: Iterable[Tensor]) -> Tensor:
         norms = torch._foreach_norm(list(gradients))
@@ -241,6 +241,8 @@ class Trainer:
         for stage, store in self.stores.items():
             for table in store.optimizers:
                 self._restore_table(stage, table, state)
+        if self.shards is not None and "generator/cpu" not in state:
+            return  # saved by fewer processes: this one's stays as it was seeded
         try:
             torch.set_rng_state(state["generator/cpu"])
         except (KeyError, TypeError, RuntimeError) as error:
