@@ -31,6 +31,7 @@ from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import Log, open_log
 from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.distributed.processes import Processes, agreed, joined
+from deep_components.distributed.refusals import check_alike, check_arguments, check_models
 from deep_components.distributed.saving import OwnState, save_together, save_trained_together
 from deep_components.distributed.spread import open_days
 from deep_components.errors import InputError, StoppedError
@@ -179,6 +180,8 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 
 def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
     run = prepare(cascade, args, loss, processes)
+    if processes is not None:
+        check_alike(run.config, processes)
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
         if run.config["data"] == "simulated":
@@ -201,6 +204,8 @@ def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processe
 def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None = None) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder. InputError of one process is raised
     by all."""
+    if processes is not None:
+        agreed(processes, lambda: check_arguments(args, processes.count))
     log, names, held_out = agreed(processes, lambda: _named_days(args))
     opened = partial(log.open_day, cascade=cascade, cache_dir=args.cache_dir, zone=args.time_zone,
                      history_length=args.seq_len)  # fmt: skip
@@ -236,6 +241,8 @@ def _prepared(
     models, stores, initial_seed, shards = initial_cascade(
         cascade, log.schema, args, days, length, device, validation_day, processes
     )
+    if processes is not None:
+        check_models(models)
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
         models, stores, loss, args.lr, args.optimizer, args.pull_from, kernels, AUTOCAST[args.autocast],
@@ -407,6 +414,8 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         run.trainer.wishes = _wishes(args, stops, began - saved)
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
+        if run.processes is not None:
+            run.processes.step = position.step
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
         log.add(position.step, day.day, ended - began, terms)
         bar.update(args.batch_size)

@@ -17,7 +17,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def put_back() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
