@@ -96,8 +96,8 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=positive_int, metavar="W",
                         help="W processes on this machine, each with its share of the work and of large tables "
                         "(default 1; docs/cluster.md)")  # fmt: skip
-    parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N",
-                        help="with --processes: when one fails, start all again, up to N times (default 0)")  # fmt: skip
+    parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N", help="with --processes: "
+                        "when one fails, start all again, up to N times (default 0)")  # fmt: skip
     parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
                         help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
 
