@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,22 @@ MODULES = {
 }
 
 
-def imported(name: str) -> set[str]:
+@cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
     """Full names of all modules, and names in them, that a module imports, anywhere in its text."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(parsed(name)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def within(prefix: str) -> list[str]:
@@ -41,7 +48,7 @@ def forbidden(name: str, *packages: str) -> set[str]:
     return {used for used in imported(name) if any(used == p or used.startswith(p + ".") for p in packages)}
 
 
-STANDARD = ("math", "typing", "__future__", "collections", "dataclasses", "functools")
+STANDARD = ("math", "typing", "__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools")
 LOSS_KERNELS = ("deep_components.loss.functional", "deep_components.loss.selection")
 # What users start: `python -m deep_components.NAME`. Nothing else imports them.
 ENTRY_POINTS = [
@@ -49,6 +56,10 @@ ENTRY_POINTS = [
     for name in MODULES
     if name.startswith("deep_components.commands.") or name.rpartition(".")[2].startswith(("run_", "__main__"))
 ]
+
+
+def rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"deep_components.{name}" for name in names)
 
 
 def reached(name: str) -> set[str]:
@@ -78,12 +89,26 @@ def test_a_loss_is_mathematics(name: str) -> None:
     assert foreign(name, "torch", *STANDARD, *LOSS_KERNELS) == set()
 
 
+# What may know that a batch is shared by several processes, beside the commands.
+SHARED = (*within("deep_components.distributed"), *within("deep_components.training"))
+
+
+def test_only_the_training_knows_several_processes() -> None:
+    for name in set(MODULES) - {*SHARED, *ENTRY_POINTS}:
+        assert not forbidden(name, "torch.distributed", *rooms("distributed")), name
+        attributes = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.Attribute)]
+        assert "torch.distributed" not in {ast.unparse(node) for node in attributes if node.attr == "distributed"}, name
+
+
+def test_what_a_loss_or_a_model_reaches_knows_no_process() -> None:
+    """Transitively."""
+    for room in ("loss", "models", "tables", "dataset", "runs", "metrics", "evaluation", "reporting", "serving"):
+        for name in within(f"deep_components.{room}"):
+            assert not reached(name) & set(SHARED), name
+
+
 def test_metrics_know_arrays_only() -> None:
     assert foreign("deep_components.metrics", "torch", *sys.stdlib_module_names) == set()
-
-
-def rooms(*names: str) -> tuple[str, ...]:
-    return tuple(f"deep_components.{name}" for name in names)
 
 
 WALLS = {
@@ -152,7 +177,7 @@ def test_the_frame_names_no_method(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_nothing_prints(name: str) -> None:
-    calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(parsed(name)) if isinstance(node, ast.Call)]
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 

@@ -27,6 +27,9 @@ class Processes(Protocol):
     def all_sum(self, tensor: Tensor) -> object:
         """Replace the tensor by the sum of all processes' ones, of one shape and type."""
 
+    def all_max(self, tensor: Tensor) -> object:
+        """Replace the tensor by the greatest of all processes' ones."""
+
 
 class _AllSum(torch.autograd.Function):
     """The sum of all processes' values; the gradient is W times the incoming one."""
@@ -65,8 +68,6 @@ def global_totals(processes: Processes) -> Callable[..., tuple[Tensor, ...]]:
 
 def _of_one_length(sums: tuple[Tensor, ...], processes: Processes) -> tuple[Tensor, ...]:
     """Vectors, with zeros behind them up to the greatest length that one has in any process."""
-    lengths = sums[0].new_zeros(processes.count, dtype=torch.int64)
-    lengths[processes.rank] = max(len(values) for values in sums)
-    processes.all_sum(lengths)
-    longest = int(lengths.max())
-    return tuple(torch.nn.functional.pad(values, (0, longest - len(values))) for values in sums)
+    longest = torch.tensor(max(len(values) for values in sums), device=sums[0].device)
+    processes.all_max(longest)
+    return tuple(torch.nn.functional.pad(values, (0, int(longest) - len(values))) for values in sums)

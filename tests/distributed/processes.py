@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass
 class Thread:
-    """One of ``count`` processes; counts its sums in ``calls``."""
+    """One of ``count`` processes; counts its exchanges in ``calls``."""
 
     rank: int
     count: int
@@ -25,13 +25,19 @@ class Thread:
     calls: int = 0
 
     def all_sum(self, tensor: Tensor) -> None:
+        tensor.copy_(self._all(tensor).sum(dim=0, dtype=tensor.dtype))
+
+    def all_max(self, tensor: Tensor) -> None:
+        tensor.copy_(self._all(tensor).amax(dim=0))
+
+    def _all(self, tensor: Tensor) -> Tensor:
         self.calls += 1
         self.tables[self.rank] = tensor.clone()
         self.barrier.wait()
-        assert len({(values.shape, values.dtype) for values in self.tables}) == 1, "processes sum unlike tensors"
-        total = torch.stack(self.tables).sum(dim=0, dtype=tensor.dtype)
+        assert len({(values.shape, values.dtype) for values in self.tables}) == 1, "processes exchange unlike tensors"
+        values = torch.stack(self.tables)
         self.barrier.wait()
-        tensor.copy_(total)
+        return values
 
 
 def on_each(count: int, function: Callable[[Thread], T]) -> list[T]:
