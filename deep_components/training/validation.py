@@ -20,7 +20,7 @@ from deep_components.distributed.sharding import fetch, routes
 from deep_components.distributed.spread import share_of
 from deep_components.errors import InputError
 from deep_components.evaluation.day import score_day, summary
-from deep_components.evaluation.share import Share, requests_of
+from deep_components.evaluation.share import ALONE, Share, requests_of
 from deep_components.runs.folder import STATE_FILE
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore
@@ -59,6 +59,11 @@ class Best:
         if not (0 <= best.step <= steps and 0 <= best.waited <= steps):
             raise InputError(f"{STATE_FILE}: {best} is none of this training; train again without --resume")
         return best
+
+
+def own_requests(day: DayCache, share: Share) -> slice | None:
+    """The requests of a validation day that this process scores; None: all."""
+    return None if share is ALONE else requests_of(share, len(day), BATCH_SIZE)
 
 
 class Validated(NamedTuple):
@@ -116,7 +121,7 @@ class Validation:
         """The stages' tables as of now: small ones are the training's own, the others copies of the rows that this
         process looks up."""
         first = next(iter(stores.values()))
-        ids = self.ids(first, None if self.shards is None else requests_of(share, len(self.day), BATCH_SIZE))
+        ids = self.ids(first, own_requests(self.day, share))
         listed = {table: known.ids() for table, known in ids.items()}
         rows = {table: _rows_of(self._trained(first).get(table), wanted) for table, wanted in listed.items()}
         current = self._current(stores, {table: torch.from_numpy(row[row >= 0]) for table, row in rows.items()})

@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 
 from deep_components import run_test, run_train
-from deep_components.cascade import TWO_STAGE, Cascade
-from deep_components.dataset.columnar import DayCache, read_day, write_day
+from deep_components.cascade import TWO_STAGE
+from deep_components.cli import run_command
+from deep_components.dataset.columnar import DayCache
+from deep_components.dataset.importers.table import command as importing
 from deep_components.dataset.log import open_log
 from deep_components.evaluation import day as evaluation
 from deep_components.schema import Field, Schema
 from deep_components.training import validation
 from tests.distributed.spreading import BATCH, EVALUATIONS, SHOP, STARTED
 from tests.helpers import DAYS, REQUESTS_PER_DAY, contents, evaluate, logged_steps, parameters, train
-from tests.test_own_cascade import CASCADE, arguments, write_log
+from tests.test_own_cascade import arguments, write_log
 
 pytestmark = pytest.mark.usefixtures("short_rules")
 
@@ -85,30 +87,19 @@ def test_nobody_waits_in_a_collective_for_a_long_build(seen: list[dict[str, Any]
     assert [process["meetings"] for process in seen] == [0, 0]
 
 
-def day_of(folder: Path, ragged: bool) -> DayCache:
-    """A day of four requests whose items are of products 1 to 8, two a request, and cities 9 to 12."""
+def day_of(ragged: bool) -> DayCache:
+    """A day of four requests of the cities 9 to 12, with two items each, of the products 1 to 8."""
+    shape = (-1,) if ragged else (4, 2)
+    columns = {"request_id": np.arange(4), "request.city": np.arange(9, 13), "item.product": np.arange(1, 9)}
+    columns["item.product"] = columns["item.product"].reshape(shape)
+    columns |= {"item.offset": np.arange(0, 10, 2)} if ragged else {}
     schema = Schema((Field("city", "request", size=20), Field("product", "item", size=20)))
-    with write_day(folder / "2024-01-13", schema, 4, offset=np.arange(0, 10, 2) if ragged else None) as day:
-        products, shape = np.arange(1, 9), (-1,) if ragged else (4, 2)
-        day.write("request_id", np.arange(4))
-        day.write("request.city", np.arange(9, 13))
-        day.write("history.mask", np.zeros((4, 1), bool))
-        day.write("item.product", products.reshape(shape))
-        day.write("item.label", np.zeros(8, np.int64).reshape(shape))
-        if ragged:
-            day.write("item.group", np.zeros(8, np.uint8))
-        else:
-            day.write("item.mask", np.ones((4, 2), bool))
-    sizes = "" if ragged else ", size = 2"
-    text = CASCADE.partition("groups")[0].replace("keep = 8", "keep = 2").replace("keep = 6", "keep = 2")
-    text = text.replace("keep = 5", "keep = 1").replace("keep = 3", "keep = 1").replace(", exposed_groups = 2", "")
-    (folder / "own.toml").write_text(text.replace(", exposed_groups = 1", "") + f'groups = [{{name = "all"{sizes}}}]')
-    return read_day(folder / "2024-01-13", "2024-01-13", Cascade.from_toml(folder / "own.toml"))
+    return DayCache("2024-01-13", columns, schema, np.zeros(2, np.int64), 0)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_the_ids_of_some_requests(ragged: bool, tmp_path: Path) -> None:
-    day = day_of(tmp_path, ragged)
+def test_the_ids_of_some_requests(ragged: bool) -> None:
+    day = day_of(ragged)
     assert day.ids("product", slice(1, 3)).ids().tolist() == [0, 3, 4, 5, 6]
     assert day.ids("city", slice(1, 3)).ids().tolist() == [0, 10, 11]
     assert day.ids("product", slice(2, 2)).ids().tolist() == [0]
@@ -130,7 +121,7 @@ def test_a_validation_by_two_is_that_by_one(
     for one, other in zip(alone, ours, strict=True):
         assert one.keys() == other.keys() and any(name.startswith("validation.joint") for name in one)
         for name, value in one.items():
-            assert other[name] == pytest.approx(value, rel=1e-9), name
+            assert other[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9)), name
     assert seen[0]["measured"] == seen[1]["measured"] and len(seen[0]["measured"]) == 4
     recall, metrics = seen[0]["measured"][-1]
     assert {f"validation.{name}": value for name, value in metrics.items()}.items() <= ours[-1].items()
@@ -187,3 +178,16 @@ def test_models_to_start_from_are_read_into_shards(log: Path, trained: Path, tog
     alone, ours = parameters(tmp_path), parameters(together / "started")
     assert alone.keys() == ours.keys()
     assert all(np.array_equal(alone[name], ours[name]) for name in alone)
+
+
+# ---- what is not shared out ------------------------------------------------------------------------------------------
+
+
+def test_an_import_is_not_for_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command(importing.main, ["--mapping=log.toml", f"--output_dir={tmp_path / 'log'}"]) == 2
+    assert "start one, with --jobs on one machine, --engine=ray on several" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
