@@ -51,6 +51,14 @@ class OpenModel:
         self.tables = {name.removeprefix(IDS) for name in self._file.shapes if name.startswith(IDS)}
         self.initial_seed = _initial_seed(self._file.metadata)
 
+    def verify(self) -> None:
+        """Read everything, a block at a time, and keep nothing."""
+        for table in self.tables:
+            _ids(self.path, table, self.array(f"{IDS}{table}"))
+        for name, shape in self.shapes.items():
+            for _ in self._file.blocks(name) if shape else [self.array(name)]:
+                pass
+
     def array(self, name: str) -> np.ndarray:
         """The values of a parameter."""
         return self._file.read([name])[name]

@@ -59,7 +59,7 @@ from deep_components.runs.folder import (
 )
 from deep_components.runs.identity import first_difference
 from deep_components.runs.shards import SavedState
-from deep_components.runs.state import check_same_run, copy_model, load_model, run_note, save_state
+from deep_components.runs.state import OpenModel, check_same_run, copy_model, run_note, save_state
 from deep_components.tables.id_set import IdSet
 from deep_components.training import memory
 from deep_components.training.config import environment, run_config
@@ -337,11 +337,11 @@ def _check_position(run: Run, position: Position) -> None:
 
 def _check_best(run: Run) -> None:
     """InputError when the best models that the state names are missing, damaged, or of another run."""
-    if run.keeps_best and run.best.step:
+    if run.keeps_best and run.best.step and run.is_first:
         for stage in run.trainer.models:
             folder = best_folder(run.folder, run.best.step)
             check_same_run(folder / model_file(stage), run.config)
-            load_model(folder, stage)
+            OpenModel(folder, stage).verify()
 
 
 def _can_resume(run: Run) -> bool:
