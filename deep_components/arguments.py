@@ -91,6 +91,17 @@ def _days(text: str) -> list[str]:
     return [day.strip() for day in text.split(",") if day.strip()]
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that several processes may carry out together."""
+    parser.add_argument("--processes", type=positive_int, metavar="W",
+                        help="W processes on this machine, each with its share of the work and of large tables "
+                        "(default 1; docs/cluster.md)")  # fmt: skip
+    parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N", help="with --processes: "
+                        "when one fails, start all again, up to N times (default 0)")  # fmt: skip
+    parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
+                        help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
+
+
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every training command; methods add their own hyper-parameters to it."""
     parser = Parser(description=description, others=SCRIPT_OPTIONS)
@@ -120,13 +131,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--num_random_items", type=random_items, metavar="N", help="up to N items of a batch's other "
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
-    parser.add_argument("--processes", type=positive_int, metavar="W",
-                        help="train by W processes on this machine, each with its share of batch and tables (default "
-                        "1; docs/cluster.md)")  # fmt: skip
-    parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N",
-                        help="of --processes: when one fails, start all again at most N times (default 0)")  # fmt: skip
-    parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
-                        help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
+    add_process_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
@@ -159,6 +164,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     _add_data_arguments(parser)
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
+    add_process_arguments(parser)
     parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--test_random_items", type=random_items, metavar="N", help="up to N items of the day's other "
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip

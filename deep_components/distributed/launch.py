@@ -27,14 +27,15 @@ _OF_OTHERS = (1, -signal.SIGTERM, 130)  # exit codes of processes that end becau
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(args: argparse.Namespace, module: str, argv: Sequence[str]) -> bool:
-    """Start the processes that --processes asks for and wait for them; False, at once, for a training that is this
-    process's own: --processes is 1 or not given, or this is one of several.
+def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: bool = True) -> bool:
+    """Start the processes that --processes asks for and wait for them; False, at once, for work that is this process's
+    own: --processes is 1 or not given, or this is one of several.
 
     Args:
         args: the command's, parsed.
         module: which has the command, as ``python -m`` takes it.
         argv: the command's.
+        trains: whether it does, and may go on when it is given again.
 
     InputError for what the processes would refuse; EndedError with the exit code of the first one that failed.
     """
@@ -44,7 +45,8 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str]) -> bool:
     count = (args.processes or 1) if args.epochs else 1  # an untrained cascade is quickly written
     if started is not None or count == 1:
         return False
-    check_arguments(args, count)
+    if trains:
+        check_arguments(args, count)
     choose_device(args)
     command = ["-u", "-m", "deep_components.experiments.attached", str(os.getpid()), module, *argv]
     config = LaunchConfig(
@@ -57,20 +59,21 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str]) -> bool:
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
-            raise _ended(error.failures, count) from error
+            raise _ended(error.failures, count, trains) from error
         except SignalException as error:  # the processes have said what it made them do
             raise EndedError("", 128 + error.sigval) from error
     return True
 
 
-def _ended(failures: Mapping[int, ProcessFailure], count: int) -> EndedError:
+def _ended(failures: Mapping[int, ProcessFailure], count: int, trains: bool) -> EndedError:
     """The error of the process that failed first; the agent's clock counts whole seconds."""
     rank, first = min(failures.items(), key=lambda item: (item[1].exitcode in _OF_OTHERS, item[1].timestamp))
     if first.exitcode >= 0:
         return EndedError("", first.exitcode)  # it has said why
     memory = " (was there enough memory?)" if first.exitcode == -signal.SIGKILL else ""
     said = f"error: process {rank} of {count} was ended by {first.signal_name()}{memory}"
-    return EndedError(f"{said}; go on with the same command and --resume", 128 - first.exitcode)
+    how = "go on with the same command and --resume" if trains else "give the command again"
+    return EndedError(f"{said}; {how}", 128 - first.exitcode)
 
 
 def _for_processes(count: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatures
@@ -65,18 +66,21 @@ class ShardedLookup:
         return replace(found, features=features)
 
 
-def routes(rows: Mapping[str, Tensor], processes: Processes) -> dict[str, Route]:
-    """Routes of the distinct rows [U] of each table; two exchanges over the loader's group for all tables together."""
+def routes(
+    rows: Mapping[str, Tensor], processes: Processes, group: dist.ProcessGroup | None = None
+) -> dict[str, Route]:
+    """Routes of the distinct rows [U] of each table; two exchanges for all tables together, over the loader's group
+    unless another ``group`` of CPUs is given."""
     if not rows:
         return {}
-    count = processes.count
+    count, group = processes.count, group or processes.ahead
     owners = {table: distinct % count for table, distinct in rows.items()}
     order = {table: owner.argsort(stable=True) for table, owner in owners.items()}
     sent = torch.stack([owner.bincount(minlength=count) for owner in owners.values()], dim=1)  # [W, tables]
-    received = processes.exchange(sent, [1] * count, [1] * count, processes.ahead)
+    received = processes.exchange(sent, [1] * count, [1] * count, group)
     wanted = {table: (distinct[order[table]] // count).to(torch.int32) for table, distinct in rows.items()}
     asked = processes.exchange(
-        _by_process(wanted.values(), sent), sent.sum(1).tolist(), received.sum(1).tolist(), processes.ahead
+        _by_process(wanted.values(), sent), sent.sum(1).tolist(), received.sum(1).tolist(), group
     )
     found = {}
     for table, asked_rows, out, back in zip(rows, _by_table(asked, received), sent.T, received.T, strict=True):

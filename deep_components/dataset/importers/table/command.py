@@ -7,6 +7,7 @@ and scales are learnt from the training days, and the days are encoded. All pass
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -285,6 +286,11 @@ def main(argv: list[str]) -> None:
         return
     if args.jobs < 1:
         raise InputError(f"--jobs={args.jobs}: is 1 or more")
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "a launcher such as torchrun has started several processes, and each would make the whole log; start one, "
+            "with --jobs on one machine, --engine=ray on several"
+        )
     with _stopped_by_sigterm():
         if args.check:
             from deep_components.dataset.importers.table.check import check_table
