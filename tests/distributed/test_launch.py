@@ -19,6 +19,7 @@ from deep_components.distributed.launch import launch
 from deep_components.distributed.refusals import check_alike, check_models
 from deep_components.errors import InputError
 from deep_components.files import read_json
+from deep_components.runs.folder import COST_FILE
 from tests.helpers import config, logged_steps, train, training_arguments
 
 PROJECT = Path(__file__).parents[2]
@@ -151,4 +152,4 @@ def test_the_command_starts_its_processes(log: Path, tmp_path: Path) -> None:
     for one, two in zip(logged_steps(tmp_path / "one"), logged_steps(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     assert config(tmp_path / "two")["threads"] == 1
-    assert read_json(tmp_path / "two" / "cost.json")["steps"] == 4
+    assert read_json(tmp_path / "two" / COST_FILE)["steps"] == 4
