@@ -13,7 +13,6 @@ process never computes: it must have no threads when it forks.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -37,7 +36,6 @@ from deep_components.cli import run_command
 from deep_components.dataset.simulate import SimulationSettings, simulate
 from deep_components.kernels import load_kernels
 from deep_components.runs.folder import COST_FILE, LOCK_FILE, STATE_FILE, STEP_LOG_FILE
-from deep_components.training import loop as training
 from deep_components.training.step import Trainer
 
 DAYS = ("2024-01-13", "2024-01-14", "2024-01-15")
@@ -49,21 +47,20 @@ SECONDS_TO_FINISH = 120
 
 
 class Variant(NamedTuple):
-    """One way of training; ``deferred`` has deferred Adam take all tables, however small."""
+    """One way of training."""
 
     flags: tuple[str, ...] = ()
-    deferred: bool = False
     own_cache: bool = False  # encodes the log anew: it may be killed there too
 
 
 VARIANTS = {
     "saved after each day": Variant(),
     "saved after each step": Variant((EVERY_STEP,)),
-    "compacted and deferred": Variant((EVERY_STEP, "--compact_from=1"), deferred=True),
+    "compacted and deferred": Variant((EVERY_STEP, "--compact_from=1", "--pull_from=1")),
     "sparse_adam": Variant(("--optimizer=sparse_adam", EVERY_STEP)),
-    "pytorch's operators": Variant(("--no-compile", EVERY_STEP), deferred=True),
+    "pytorch's operators": Variant(("--no-compile", EVERY_STEP, "--pull_from=1")),
     "the best models kept": Variant(
-        (EVERY_STEP, "--validate_every=1", "--keep=best", "--compact_from=1"), deferred=True
+        (EVERY_STEP, "--validate_every=1", "--keep=best", "--compact_from=1", "--pull_from=1")
     ),
     "stopped early": Variant(("--validate_every=1", "--keep=best", "--patience=1")),
     "cold cache": Variant(own_cache=True),
@@ -152,8 +149,6 @@ class Soak:
         argv = [*ARGUMENTS, *variant.flags, f"--data_dir={self.log}", f"--output_dir={run}", f"--cache_dir={cache}"]
 
         def command() -> int:
-            if variant.deferred:
-                training.Trainer = functools.partial(Trainer, large_table=0)  # type: ignore[assignment, misc]
             points = CrashPoints(self.folder if variant.own_cache else run, die_at)
             code = run_command(run_train2.main, [*argv, *flags])
             report.write_text(json.dumps(points.passed))

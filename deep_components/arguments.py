@@ -23,6 +23,7 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 MOST_SAMPLES = 1 << 12  # of the bound: memory grows with them
+PULL_FROM = 1 << 20  # about where the two ways cost the same at a batch of 1,024
 COMPACT_FROM = 1 << 20  # a smaller table costs less than knowing which of its ids occur
 LOGGED_ITEMS = ""  # what --corpus alone says
 INDEXES = ("flat", "ivf", "hnsw")
@@ -118,6 +119,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--num_random_items", type=random_items, metavar="N", help="up to N items of a batch's other "
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
+    parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
+                        help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
@@ -133,6 +136,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="stop after K validations in a row without a better one (default 0: never)")  # fmt: skip
     parser.add_argument("--compact_from", type=positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
+    parser.add_argument("--pull_from", type=positive_int, default=PULL_FROM, metavar="ROWS",
+                        help="tables this large cost what a step touches of them, and are shared out among several "
+                        f"processes (default {PULL_FROM})")  # fmt: skip
     parser.add_argument("--table_memory", choices=["device", "host"], default="device",
                         help="where the large ID tables lie; from host memory only a batch's rows travel")  # fmt: skip
     parser.add_argument("--day_on_device", action="store_true", help="keep the whole day in the device's memory")

@@ -45,7 +45,7 @@ class SlotFeatures:
     history: Mapping[str, Tensor]
     item: Mapping[str, Tensor]
     history_mask: Tensor
-    rows: Mapping[str, Tensor]  # table -> [U] int64, distinct
+    rows: Mapping[str, Any]  # table -> [U] int64, distinct; of shards how they are fetched (distributed/sharding.py)
 
 
 @dataclass(frozen=True)

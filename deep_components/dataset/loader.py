@@ -14,8 +14,9 @@ from deep_components.errors import InputError
 _REQUESTS_PER_COPY = 8192
 _SHORT = (torch.int8, torch.int16, torch.int32)
 
-# (batch, day, its requests) -> the batch with more items (dataset/random_items.py)
-Join = Callable[[CascadeBatch[Any], DayCache, np.ndarray], CascadeBatch[Any]]
+# (batch, day, its requests, those of the whole batch of which it is a part) -> the batch with more items
+# (dataset/random_items.py)
+Join = Callable[[CascadeBatch[Any], DayCache, np.ndarray, np.ndarray], CascadeBatch[Any]]
 
 
 class Prepare(Protocol):
@@ -60,6 +61,7 @@ def batches(
     prepare: Prepare,
     day_on_device: bool = False,
     join: Join | None = None,
+    part: slice = slice(None),
 ) -> Iterator[CascadeBatch[SlotFeatures]]:
     """The day's requests in the given order, ``batch_size`` at a time (the last batch may be smaller), on ``device``.
 
@@ -74,9 +76,10 @@ def batches(
         return
     pieces = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
-    def assemble(requests: np.ndarray) -> CascadeBatch[SlotFeatures]:
+    def assemble(whole: np.ndarray) -> CascadeBatch[SlotFeatures]:
+        requests = whole[part]
         read = day.batch(requests)
-        batch = prepare(join(read, day, requests) if join is not None else read)
+        batch = prepare(join(read, day, requests, whole) if join is not None else read)
         return batch.pin_memory() if device.type == "cuda" else batch  # no views of a row
 
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -104,7 +107,7 @@ def _resident_batches(
         requests, columns = order[first : first + batch_size], iter(whole)
         chosen = positions[first : first + batch_size]
         taken = batch.apply(lambda _: _long(next(columns)[chosen])).first_items(day.longest(requests))  # noqa: B023
-        yield prepare.slots(join(taken, day, requests) if join is not None else taken)
+        yield prepare.slots(join(taken, day, requests, requests) if join is not None else taken)
 
 
 def _short(values: torch.Tensor) -> torch.Tensor:

@@ -28,19 +28,24 @@ _EVALUATION = 0x4C434153  # in the place of a training's seed, epoch and day
 
 
 def with_items_of_batch(
-    batch: CascadeBatch[F], day: DayCache, requests: np.ndarray, count: int, group: int, seed: int, epoch: int
-) -> CascadeBatch[F]:
-    """The batch, of the ``requests`` of the day, with up to ``count`` items of the batch's other requests for each.
+    batch: CascadeBatch[F], day: DayCache, requests: np.ndarray, whole: np.ndarray, count: int, group: int, seed: int,
+    epoch: int,
+) -> CascadeBatch[F]:  # fmt: skip
+    """The batch, of the ``requests`` of the day, with up to ``count`` items of the other requests of the ``whole``
+    batch, of which it is a part, for each.
 
-    They depend on (seed, epoch, day), the request, and the batch's requests in their order."""
+    They depend on (seed, epoch, day), the request, and the whole batch's requests in their order."""
     own = day.item_digests(requests)
-    pool = np.flatnonzero(own.ravel() != ABSENT)
-    digests = own.ravel()[pool]
+    everyone = len(requests) == len(whole)
+    of_whole = (own if everyone else day.item_digests(whole)).ravel()
+    there = batch.features.item if everyone else day.batch(whole).features.item
+    pool = np.flatnonzero(of_whole != ABSENT)
+    digests = of_whole[pool]
     start = _hash((seed, epoch, int(day.day.replace("-", ""))), requests)
-    chosen, there = _draw(own, start, count, len(pool), lambda positions: digests[positions])
+    chosen, found = _draw(own, start, count, len(pool), lambda positions: digests[positions])
     slots = torch.from_numpy(pool[chosen] if len(pool) else chosen)
-    items = {name: values.flatten(0, 1)[slots.to(values.device)] for name, values in batch.features.item.items()}
-    return _joined(batch, items, torch.from_numpy(there), group)
+    items = {name: values.flatten(0, 1)[slots.to(values.device)] for name, values in there.items()}
+    return _joined(batch, items, torch.from_numpy(found), group)
 
 
 def with_items_of_day(

@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,10 @@ def _scores(
         [*models.values(), *stores.values()], load_kernels(dtype) if args.compile and device.type == "cpu" else None
     )
     count = args.test_random_items
-    join = partial(with_items_of_day, count=count, group=len(cascade.groups)) if count else None
+    group = len(cascade.groups)
+    join: Join | None = (
+        (lambda batch, day, requests, whole: with_items_of_day(batch, day, requests, count, group)) if count else None
+    )
     return score_day(models, stores, day, _requests_at_a_time(args.batch_size, day, count or 0), device, join)
 
 

@@ -4,7 +4,9 @@ Shapes: B requests, N items; ``mask`` is [B, N] bool, False where the item is mi
 its score, label and group may be anything, NaN included, and its gradient is zero.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
 
 import torch
@@ -60,14 +62,48 @@ def _kind(values: Tensor) -> str:
     return "bool" if values.dtype == torch.bool else "complex numbers" if values.is_complex() else "integers"
 
 
+# ---- reductions ------------------------------------------------------------------------------------------------------
+
+# (*sums, by_number=...) -> the sums over the whole batch; None where this process has it all.
+_reduce: ContextVar[Callable[..., tuple[Tensor, ...]] | None] = ContextVar("reduce", default=None)
+
+
+@contextmanager
+def totals_by(reduce: Callable[..., tuple[Tensor, ...]] | None) -> Iterator[None]:
+    """Inside, :func:`batch_totals` is ``reduce``; None for sums that are those of the whole batch already."""
+    token = _reduce.set(reduce)
+    try:
+        yield
+    finally:
+        _reduce.reset(token)
+
+
+def batch_totals(*sums: Tensor, by_number: bool = False) -> tuple[Tensor, ...]:
+    """Sums over the requests at hand -> the same over the whole batch, with gradients; the very same tensors unless
+    several processes share the batch.
+
+    A sum over requests goes through here before anything but sums is made of it, above all before it is divided;
+    :func:`masked_mean` does so. What is made of totals that have a gradient is made of them and of parameters alone,
+    so that all processes find the same. Not to be called in a function of :func:`in_blocks`.
+
+    Args:
+        sums: of any shapes, the same in all processes; counts, as integers or in float64, have no gradient.
+        by_number: the sums are vectors by a number, as a group's, and may end earlier in other processes.
+    """
+    reduce = _reduce.get()
+    return sums if reduce is None else reduce(*sums, by_number=by_number)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``values`` where ``mask``; 0, with zero gradients, where the mask is empty. Shapes broadcast."""
-    total, count = masked_sum(values, mask)
+    """Mean of ``values`` where ``mask``; 0, with zero gradients, where the mask is empty. Shapes broadcast.
+
+    Of a batch that several processes share it is the mean over the whole batch."""
+    total, count = batch_totals(*masked_sum(values, mask))
     return total / count.clamp(min=1)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of ``values`` where ``mask``, and how many these are. Shapes broadcast."""
+    """Sum of ``values`` where ``mask``, and how many these are, of the requests at hand. Shapes broadcast."""
     mask = mask.expand_as(values)
     return torch.where(mask, values, 0).sum(), mask.sum()
 
@@ -202,15 +238,21 @@ def groupwise_ranknet(scores: Tensor, targets: Targets) -> Tensor:
         return (penalty.sum(dim=(0, 2)), ordered.sum(dim=(0, 2))) if shared else (penalty.sum(-1), ordered.sum(-1))
 
     total, num_pairs = in_blocks(sums, scores, targets.group, targets.mask)
+    row, there = targets.group[:1], targets.mask.any(dim=0)
+    group = torch.where(there, row[0], 0) if shared else torch.where(targets.mask, targets.group, 0)
+    # float64 counts exactly what float32 does not, beyond 2^24 pairs.
+    counts = torch.bincount(group.flatten(), weights=num_pairs.to(torch.float64).flatten())
+    (group_pairs,) = batch_totals(counts, by_number=True)
+    pairs_of_group = group_pairs[group].to(total.dtype).clamp(min=1)
     if shared:
-        row = targets.group[0]
-        same = (row.unsqueeze(-1) == row).to(total.dtype)  # [N, N]
-        total, num_pairs = total @ same, num_pairs.to(total.dtype) @ same
-        return (total / num_pairs.clamp(min=1) / same.sum(dim=-1)).sum()  # each mean is in it once a slot
-    group = torch.where(targets.mask, targets.group, 0)
-    pairs_of_item = num_pairs.to(torch.float64)  # [B, N], of each item with those of later groups
-    group_pairs = torch.bincount(group.flatten(), weights=pairs_of_item.flatten())[group]  # [B, N], of its group
-    return (total / group_pairs.to(total.dtype).clamp(min=1)).sum()
+        same = row.mT == row  # [N, N]
+        pairs_of_group = torch.where(same & there, pairs_of_group, 1).amax(dim=-1)  # also of a slot that nobody has
+        same = same.to(total.dtype)
+        means = total @ same / pairs_of_group / same.sum(dim=-1)  # each mean is in it once a slot
+    else:
+        means = total / pairs_of_group
+    (loss,) = batch_totals(means.sum())
+    return loss
 
 
 def _group_pairs(scores: Tensor, group: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

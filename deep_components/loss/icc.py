@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deep_components.loss.functional import (
     Targets,
+    batch_totals,
     check_inputs,
     in_blocks,
     masked_sum,
@@ -48,7 +49,7 @@ class ICC(nn.Module):
             decided = kept if stage == last else 1 - kept
             expected = expected + self.weights[stage] * reaches * decided * clean
             reaches = reaches * kept
-        total, count = in_blocks(_upper_pairs, expected, targets.labels, mask)
+        total, count = batch_totals(*in_blocks(_upper_pairs, expected, targets.labels, mask))
         return {"loss": total / count.clamp(min=1)}
 
 

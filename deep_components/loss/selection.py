@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deep_components.loss.functional import Targets, in_blocks, masked_sum, without_missing
+from deep_components.loss.functional import Targets, batch_totals, in_blocks, masked_sum, without_missing
 
 EPSILON = 1e-6
 
@@ -504,5 +504,6 @@ def order_terms(
         return count, torch.stack(totals), *found
 
     count, totals, *found = in_blocks(parts, targets.labels, targets.mask, *scores.values())
+    totals, count = batch_totals(totals, count)
     orders, each = (totals / count.clamp(min=1)).unbind(), len(found) // len(scores)
     return {stage: (orders[i], found[each * i : each * (i + 1)]) for i, stage in enumerate(scores)}

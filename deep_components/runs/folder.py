@@ -1,5 +1,6 @@
 """A run's folder: the names of its files, its JSON files, what is removed when, and who may write in it."""
 
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ LOG_FILE = "run.log"
 BEST_FOLDER = "best_at_step_"  # of a validated training, followed by the step: the models to go on from
 LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
 
+# A shard of the state: step, rank, number of processes; and what a killed writer leaves of one.
+_SHARD, _HALF_SHARD = (
+    re.compile(pattern) for pattern in (r"training_state\.\d+\.\d+-of-\d+\.safetensors",
+                                        r"\.training_state\.\d+\.\d+-of-\d+\.safetensors\..*\.tmp")
+)  # fmt: skip
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
 _OPTIONAL_CONFIG_FIELDS = {"data_checksums": dict, "init_from_checksums": dict}  # of earlier versions not there
 MAX_EMB_DIM, MAX_NN_UNITS = 1 << 16, 1 << 20
@@ -61,9 +67,26 @@ def remove_best(run: Path, but: Collection[int] = ()) -> None:
             files.remove(path)
 
 
+def shard_file(step: int, rank: int, count: int) -> str:
+    """The name of the file that the process of ``rank``, of ``count``, saves beside STATE_FILE at a step."""
+    return f"training_state.{step}.{rank}-of-{count}.safetensors"
+
+
+def remove_shards(run: Path, but: Collection[str] = ()) -> None:
+    """Remove all shards ``but`` those of these names, which STATE_FILE needs."""
+    _remove(run, lambda name: _SHARD.fullmatch(name) is not None and name not in but)
+
+
+def _remove(run: Path, chosen: Callable[[str], bool]) -> None:
+    for path in list(run.iterdir()) if run.is_dir() else ():
+        if chosen(path.name):
+            files.remove(path)
+
+
 def remove_state(run: Path) -> None:
     """Remove all that a training would go on from: the state first, which names the rest."""
     (run / STATE_FILE).unlink(missing_ok=True)
+    remove_shards(run)
     remove_best(run)
 
 
@@ -146,10 +169,14 @@ def remove_run(run: Path, stages: Iterable[str]) -> None:
 
 
 def remove_leftovers(run: Path, stages: Iterable[str]) -> None:
-    """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there."""
+    """Remove what a training that was killed while it wrote a file left of it; nobody else may be training there. Whole
+    shards that STATE_FILE does not name go with the next save, or :func:`remove_shards`."""
     for name in (STATE_FILE, CONFIG_FILE, STEP_LOG_FILE, COST_FILE, ENCODING_FOLDER, *_model_files(run, stages)):
         for leftover in temporaries(run / name):
             files.remove(leftover)
+    _remove(run, lambda name: _HALF_SHARD.fullmatch(name) is not None)
+    if not (run / STATE_FILE).exists():
+        remove_shards(run)
 
 
 def _model_files(run: Path, stages: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from deep_components.runs import code
 # Arguments of a training that lead to the same numbers, to rounding: where things lie, what is saved and shown.
 EXECUTION_ARGUMENTS = (
     *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
-    *("resume", "any_code", "save_minutes", "print_freq", "tensorboard"),
+    *("resume", "any_code", "save_minutes", "print_freq", "tensorboard", "pull_from", "timeout"),
 )
 # Arguments that an untrained cascade depends on, beside its seed.
 UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")

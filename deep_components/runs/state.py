@@ -4,35 +4,26 @@ They hold named arrays and metadata, each under a SHA-256 that is verified when 
 a model's file lists beside a table ``embedding.<table>`` the ids of its rows, ascending, as ``ids.<table>``.
 """
 
-import hashlib
-import json
-import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from deep_components.errors import InputError
-from deep_components.files import atomic_path, regular, sha256_of
-from deep_components.runs.folder import CONFIG_FILE, model_file
+from deep_components.files import sha256_of
+from deep_components.runs.checked import CHECKSUM, Blocks, CheckedFile, opened
+from deep_components.runs.checked import load as load
+from deep_components.runs.checked import save as save
+from deep_components.runs.folder import CONFIG_FILE, model_file, remove_shards, shard_file
 from deep_components.runs.identity import fingerprint
+from deep_components.runs.shards import SHARDS, SavedState
 
 TABLE, IDS = "embedding.", "ids."  # how the names of a model's tables, and of their rows' ids, begin
 
-_METADATA = "run"
 _RUN = "of_run"  # entry of the metadata: the run's fingerprint
-_ARRAY_CHECKSUMS, _CHECKSUM = "tensor_sha256", "sha256"  # entries of the metadata; the second one covers all others
 _ROWS_AT_A_TIME = 1 << 20  # bounds the temporary memory of making a table whole
-_POSITION = ("epoch", "day", "batch", "step", "skipped")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,15 +65,24 @@ class SavedModel:
 
 def save_models(
     run: Path,
-    models: Mapping[str, Mapping[str, np.ndarray]],
+    models: Mapping[str, Mapping[str, np.ndarray | Blocks]],
     note: Mapping[str, Any],
-    ids: Mapping[str, np.ndarray] | None = None,
+    ids: Mapping[str, np.ndarray | Blocks] | None = None,
 ) -> None:
-    """Write every stage's model: stage -> parameter -> values. ``note`` goes into the files' metadata; ``initial_seed``
-    in it, and ``ids``, are those of :class:`SavedModel`."""
+    """Write every stage's model: stage -> parameter -> values, large ones in :class:`Blocks` (``written_order`` of
+    runs/checked.py says in which order they are asked for). ``note`` goes into the files' metadata; ``initial_seed`` in
+    it, and ``ids``, are those of :class:`SavedModel`."""
     listed = {f"{IDS}{table}": known for table, known in (ids or {}).items()}
     for stage, arrays in models.items():
         save(run / model_file(stage), {**arrays, **listed}, note)
+
+
+def copy_model(source: Path, run: Path, stage: str, note: Mapping[str, Any]) -> None:
+    """Write a stage's model as it stands in another folder, a block at a time. InputError as :func:`load_model`."""
+    file = CheckedFile(source / model_file(stage))
+    small = file.read(name for name, shape in file.shapes.items() if not shape)
+    large = {name: Blocks(shape, file.dtypes[name], file.blocks(name)) for name, shape in file.shapes.items() if shape}
+    save(run / model_file(stage), {**small, **large}, note)
 
 
 def load_model(run: Path, stage: str) -> SavedModel:
@@ -100,14 +100,14 @@ def model_checksum(run: Path, stage: str) -> str:
     """The SHA-256 of a stage's model, as its file notes it: of all tensors and the metadata. It is verified when the
     model is read. InputError when the file is missing or no checkpoint."""
     path = run / model_file(stage)
-    with _opened(path) as (_, metadata):
-        noted = metadata.get(_CHECKSUM)
+    with opened(path) as (_, metadata):
+        noted = metadata.get(CHECKSUM)
         return noted if isinstance(noted, str) else sha256_of(path)
 
 
 def saved_shapes(run: Path, stage: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the arrays in a stage's file, of which nothing else is read. InputError when it cannot be."""
-    with _opened(run / model_file(stage)) as (file, _):
+    with opened(run / model_file(stage)) as (file, _):
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
 
 
@@ -123,11 +123,18 @@ def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
 
 
 def save_state(
-    path: Path, arrays: Mapping[str, np.ndarray], position: Mapping[str, int], note: Mapping[str, Any] | None = None
+    path: Path,
+    arrays: Mapping[str, np.ndarray],
+    position: Mapping[str, int],
+    note: Mapping[str, Any] | None = None,
+    shards: Sequence[str] = (),
 ) -> None:
-    """Write all that training needs to go on, in one file: named arrays and the position reached. ``note`` goes into
-    the file's metadata."""
-    save(path, arrays, {**(note or {}), "position": dict(position)})
+    """Write all that training needs to go on: named arrays and the position reached. ``note`` goes into the file's
+    metadata. ``shards``, of several processes: the checksums, by rank, that ``save_shard`` returned at this position's
+    step; ``arrays`` are then those that all processes share. Shards of other saves beside the file are removed."""
+    named = {SHARDS: list(shards)} if shards else {}
+    save(path, arrays, {**(note or {}), **named, "position": dict(position)})
+    remove_shards(path.parent, {shard_file(position["step"], rank, len(shards)) for rank in range(len(shards))})
 
 
 def run_note(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +145,7 @@ def run_note(config: Mapping[str, Any]) -> dict[str, Any]:
 def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
     """InputError when a model or state is of another run than the config.json beside it says; one that notes no run, as
     of an earlier version or another program, may be of any. Also InputError when it cannot be read."""
-    with _opened(path) as (_, metadata):
+    with opened(path) as (_, metadata):
         noted = metadata.get(_RUN)
     found, wanted = noted if isinstance(noted, dict) else {}, fingerprint(config)
     different = sorted(name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
@@ -150,92 +157,7 @@ def check_same_run(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """What :func:`save_state` wrote. InputError when the file is missing or damaged."""
-    arrays, metadata = load(path)
-    position = metadata.get("position")
-    if isinstance(position, dict):
-        position = {"skipped": 0, **position}  # earlier versions did not count them
-    if (
-        not isinstance(position, dict)
-        or position.keys() != set(_POSITION)
-        or not all(type(number) is int and 0 <= number < 1 << 63 for number in position.values())
-    ):
-        raise InputError(f"{path}: not the state of a training run; train again without --resume")
-    return arrays, position
-
-
-def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Write arrays and metadata, with checksums, atomically."""
-    contiguous = {name: np.ascontiguousarray(values).reshape(values.shape) for name, values in arrays.items()}
-    sealed = dict(metadata) | {_ARRAY_CHECKSUMS: {name: _sha256(values) for name, values in contiguous.items()}}
-    sealed[_CHECKSUM] = _metadata_sha256(sealed)
-    try:
-        with (
-            atomic_path(path) as temporary,
-            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder,
-        ):
-            # safetensors has a temporary file of its own, under a name that tells nothing: killed, it must be found.
-            written = Path(folder) / path.name
-            # One entry: safetensors writes several in random order.
-            save_file(contiguous, written, metadata={_METADATA: json.dumps(sealed, sort_keys=True)})
-            temporary.touch()
-            written.chmod(temporary.stat().st_mode & 0o777)  # as any file; safetensors' are for their owner alone
-            written.replace(temporary)
-    except SafetensorError as error:
-        raise InputError(f"{path}: cannot be written ({error}); free the space or name another folder") from error
-
-
-def load(path: Path, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays whose names begin with ``prefix``, and the metadata, of a safetensors file; checksums are verified.
-
-    A file without checksums was not written by this project; it is taken with a warning. Raises InputError when the
-    file is missing or damaged.
-    """
-    with _opened(path) as (file, metadata):
-        names = set(file.keys())
-        arrays = {name: file.get_tensor(name) for name in sorted(names) if name.startswith(prefix)}
-    damaged = _damage(path, metadata, names, arrays)
-    if damaged:
-        raise InputError(f"{path}: damaged: {damaged} not match the checksum; copy the file again, or train again")
-    return arrays, {name: value for name, value in metadata.items() if name not in (_ARRAY_CHECKSUMS, _CHECKSUM)}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A safetensors file and our metadata in it. InputError when it is missing or damaged, before or in the block."""
-    try:
-        os.close(regular(str(path), os.O_RDONLY))  # a pipe would wait for a writer
-        with safe_open(path, framework="np") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-            if not isinstance(metadata, dict):
-                raise ValueError("its metadata are not an object")
-            yield file, metadata
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; train first") from error
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({error}); train again") from error
-
-
-def _damage(path: Path, metadata: dict[str, Any], names: set[str], arrays: Mapping[str, np.ndarray]) -> str:
-    """What does not match the checksums in the metadata; "" if all does."""
-    if not metadata.keys() & {_CHECKSUM, _ARRAY_CHECKSUMS}:
-        logger.warning("%s: has no checksums, so damage in it would not be seen", path)
-        return ""
-    if metadata.get(_CHECKSUM) != _metadata_sha256(metadata):
-        return "its metadata do"
-    known = metadata.get(_ARRAY_CHECKSUMS)
-    if not isinstance(known, dict) or known.keys() != names:
-        return "its list of tensors does"
-    return next((f"tensor {name} does" for name in arrays if _sha256(arrays[name]) != known[name]), "")
-
-
-def _sha256(values: np.ndarray) -> str:
-    """Of a contiguous array's type (by its name in PyTorch), shape and bytes."""
-    digest = hashlib.sha256(json.dumps([f"torch.{values.dtype.name}", list(values.shape)]).encode())
-    digest.update(values.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _metadata_sha256(metadata: Mapping[str, Any]) -> str:
-    covered = {name: value for name, value in metadata.items() if name != _CHECKSUM}
-    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+    """What :func:`save_state` wrote, all of it, as of one process: the arrays and the position of :class:`SavedState`.
+    InputError when a file is missing or damaged."""
+    state = SavedState(path)
+    return state.arrays(), state.position

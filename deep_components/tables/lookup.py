@@ -12,18 +12,24 @@ from deep_components.errors import InputError
 from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
 
+NO_ROW = -1
+
 
 class TableLookup:
     """Translates the ids of batches; belongs to the thread that assembles them.
 
     ``ids``: table -> the log's indices that it has rows for, in their order; other tables have a row per index.
-    ``pulled``: table -> its number of rows; for these tables the distinct rows of a batch are listed.
+    ``pulled``: table -> its number of rows; for these tables the distinct rows of a batch are listed: in the order of
+    their first use, which takes 4 bytes for each row of the table, or ``by_sorting`` them.
     """
 
-    def __init__(self, schema: Schema, ids: Mapping[str, IdSet], pulled: Mapping[str, int]) -> None:
+    def __init__(
+        self, schema: Schema, ids: Mapping[str, IdSet], pulled: Mapping[str, int], by_sorting: bool = False
+    ) -> None:
         self.ids, self._tables, self._uses = dict(ids), schema.tables, table_uses(schema)
         self._padding = {table: padding_row(schema, self.ids, table) for table in schema.tables}
-        self._first_use = {table: np.empty(rows, np.int32) for table, rows in pulled.items()}
+        self._pulled = dict(pulled)
+        self._first_use = {} if by_sorting else {table: np.empty(rows, np.int32) for table, rows in pulled.items()}
 
     def __call__(self, batch: CascadeBatch[Features]) -> CascadeBatch[SlotFeatures]:
         """Both steps."""
@@ -35,12 +41,13 @@ class TableLookup:
         return CascadeBatch(batch.request_id, RowFeatures(**self._replaced(batch.features, new)), batch.targets)
 
     def slots(self, batch: CascadeBatch[RowFeatures]) -> CascadeBatch[SlotFeatures]:
-        """Slots in place of the rows of the pulled tables; their distinct rows are listed in the order of first use,
-        after the padding row. IndexError when a table lacks a row."""
+        """Slots in place of the rows of the pulled tables; their distinct rows are listed after the padding row.
+        IndexError when a table lacks a row."""
         rows, new = dict[str, Tensor](), dict[str, Tensor]()
-        for table in self._first_use:
+        for table in self._pulled:
             used = _concatenated(batch.features, self._uses[table])
-            rows[table], new[table] = (self._distinct_cuda if used.is_cuda else self._distinct)(table, used)
+            sorts = used.is_cuda or table not in self._first_use
+            rows[table], new[table] = (self._distinct_sorted if sorts else self._distinct)(table, used)
         features = SlotFeatures(**self._replaced(batch.features, new), rows=rows)
         return CascadeBatch(batch.request_id, features, batch.targets)
 
@@ -75,9 +82,11 @@ class TableLookup:
         slots = (np.cumsum(is_first) - 1)[first][1:]
         return torch.from_numpy(rows[is_first]), torch.from_numpy(slots)
 
-    def _distinct_cuda(self, table: str, used: Tensor) -> tuple[Tensor, Tensor]:
+    def _distinct_sorted(self, table: str, used: Tensor) -> tuple[Tensor, Tensor]:
         """The same on the ids' own device, by sorting; it is waited for, as nobody knows how many rows there are."""
         rows, slots = torch.cat([used.new_tensor([self._padding[table]]), used]).unique(return_inverse=True)
+        if not used.is_cuda and not 0 <= int(rows[0]) <= int(rows[-1]) < self._pulled[table]:
+            raise IndexError(f"{rows[0]} or {rows[-1]} is not a row of the table {table}")
         padding = slots[0].clone()
         rows = torch.cat([rows[padding : padding + 1], rows[:padding], rows[padding + 1 :]])
         slots = torch.where(slots == padding, 0, slots + (slots < padding))
@@ -95,9 +104,11 @@ def table_uses(schema: Schema) -> dict[str, list[tuple[str, str]]]:
 
 
 def padding_row(schema: Schema, ids: Mapping[str, IdSet], table: str) -> int:
-    """The row of a table that belongs to its padding index."""
-    padding = schema.tables[table].padding
-    return int(ids[table].rows(np.array([padding]))[0]) if table in ids else padding
+    """The row of a table that belongs to its padding index; NO_ROW where a shard of the table lacks it."""
+    padding = np.array([schema.tables[table].padding])
+    if table not in ids:
+        return int(padding[0])
+    return int(ids[table].rows(padding)[0]) if ids[table].contains(padding).all() else NO_ROW
 
 
 def _concatenated(features: Features | RowFeatures, uses: list[tuple[str, str]]) -> Tensor:

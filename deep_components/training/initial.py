@@ -12,6 +12,8 @@ from deep_components.arguments import DTYPES
 from deep_components.cascade import Cascade
 from deep_components.checkpoint import load_trained
 from deep_components.dataset.columnar import DayCache
+from deep_components.distributed.processes import Processes
+from deep_components.distributed.sharding import shard
 from deep_components.errors import InputError
 from deep_components.models import build_models, parameter_shapes
 from deep_components.runs.state import saved_ids
@@ -19,7 +21,7 @@ from deep_components.schema import Schema
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore, build_stores
 from deep_components.training import memory
-from deep_components.training.step import pulled_tables
+from deep_components.training.step import Shards, pulled_tables
 
 
 def initial_cascade(
@@ -30,12 +32,17 @@ def initial_cascade(
     history_length: int,
     device: torch.device,
     validation_day: DayCache | None = None,
-) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], int | None]:
-    """Models and tables before the first step, on their devices, and the seed of the initial values of ids that the
-    tables lack. InputError when the memory does not suffice."""
+    processes: Processes | None = None,
+) -> tuple[dict[str, nn.Module], dict[str, EmbeddingStore], int | None, Shards | None]:
+    """Models and tables before the first step, on their devices; the seed of the initial values of ids that the tables
+    lack; and with several processes what all their shards are. InputError when the memory does not suffice."""
     ids = compacted_ids(cascade, schema, args, days)
     rows = {name: len(ids[name]) if name in ids else table.size for name, table in schema.tables.items()}
-    pulled = pulled_tables(rows, args.optimizer)
+    pulled, shards = pulled_tables(rows, args.optimizer, args.pull_from), None
+    if processes is not None:
+        shards = Shards(processes, ids, rows)
+        ids = ids | {name: shard(ids.get(name), schema.tables[name].size, processes) for name in pulled}
+        rows = rows | {name: len(ids[name]) for name in pulled}
     if args.table_memory == "host" and args.optimizer == "adam":
         raise InputError("--table_memory=host: --optimizer=adam moves all rows in each step; use deferred_adam")
     host = pulled if args.table_memory == "host" else ()
@@ -48,7 +55,8 @@ def initial_cascade(
         in_pulled, in_dense = memory.table_bytes(rows, args.emb_dim, pulled, itemsize)
         longest = longest_list(args, days) or cascade.num_items
         units = max(stage.nn_units or args.nn_units for stage in cascade.stages)
-        step = memory.step_bytes(args.batch_size, longest, history_length, units, stages, itemsize)
+        requests = args.batch_size if processes is None else -(-args.batch_size // processes.count)
+        step = memory.step_bytes(requests, longest, history_length, units, stages, itemsize)
         needed = {device: stages * in_dense + step + 4 * itemsize * parameters}  # gradients, and Adam's moments
         home = torch.device("cpu") if args.table_memory == "host" else device
         needed[home] = needed.get(home, 0) + stages * in_pulled
@@ -67,7 +75,7 @@ def initial_cascade(
         stores[stage].to(device, DTYPES[args.dtype], host)
     if args.init_from is not None:
         seed = load_trained(args.init_from, models, stores)
-    return models, stores, seed
+    return models, stores, seed, shards
 
 
 def longest_list(args: argparse.Namespace, days: Sequence[DayCache]) -> int:

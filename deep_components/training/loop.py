@@ -7,10 +7,11 @@ day) alone.
 
 import argparse
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ from deep_components.dataset.loader import Join, batches, steps_of, training_ord
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
 from deep_components.dataset.log import open_log
 from deep_components.dataset.random_items import with_items_of_batch
+from deep_components.distributed.processes import Processes, agreed, joined
+from deep_components.distributed.saving import OwnState, save_together, save_trained_together
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
@@ -52,12 +55,14 @@ from deep_components.runs.folder import (
     write_json,
 )
 from deep_components.runs.identity import first_difference
-from deep_components.runs.state import check_same_run, load_model, load_state, run_note, save_models, save_state
+from deep_components.runs.shards import SavedState
+from deep_components.runs.state import check_same_run, copy_model, load_model, run_note, save_state
+from deep_components.tables.id_set import IdSet
 from deep_components.training import memory
 from deep_components.training.config import environment, run_config
 from deep_components.training.initial import initial_cascade, longest_list
 from deep_components.training.signals import stop_signals
-from deep_components.training.step import Trainer
+from deep_components.training.step import Shards, Trainer
 from deep_components.training.step_log import StepLog
 from deep_components.training.tensorboard import ScalarLog, check_installed, scalar_log
 from deep_components.training.validation import Best, Validation
@@ -91,6 +96,7 @@ class Run:
     steps: Sequence[int]  # of each day
     device: torch.device
     initial_seed: int | None  # of ids that the tables lack
+    processes: Processes | None = None  # of which this is one
     validation: Validation | None = None
     best: Best = field(default_factory=Best)  # of the validations so far
     saved_best: int = 0  # the step of those that the saved state names
@@ -98,6 +104,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.args.output_dir)
+
+    @property
+    def is_first(self) -> bool:
+        """This process alone writes the run's folder and speaks."""
+        return self.processes is None or self.processes.is_first
 
     @property
     def keeps_best(self) -> bool:
@@ -116,9 +127,40 @@ class Run:
     def save(self, position: Position) -> None:
         arrays = {name: as_array(values) for name, values in self.trainer.state().items()}
         arrays |= self.best.state() if self.validation is not None else {}
-        save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
+        if self.shards is None:
+            save_state(self.folder / STATE_FILE, arrays, asdict(position), run_note(self.config))
+        else:
+            compacted = {table: table in self.shards.ids for table in self.trainer.pulled}
+            save_together(
+                self.folder, arrays, compacted, asdict(position), run_note(self.config), self.shards.processes
+            )
         self.saved_best = self.best.step
-        remove_best(self.folder, {self.saved_best})
+        if self.is_first:
+            remove_best(self.folder, {self.saved_best})
+
+    def restore(self) -> dict[str, int]:
+        """Go on from the saved state; the position it was saved at."""
+        rank, ids = 0, dict[str, IdSet]()
+        if self.processes is not None:
+            rank, ids = self.processes.rank, {table: self.trainer.ids[table] for table in self.trainer.pulled}
+        saved = SavedState(self.folder / STATE_FILE, rank)
+        self.trainer.restore(OwnState(saved, ids, rank))
+        if self.validation is not None:
+            self.best = Best.restored(saved, saved.position["step"])
+            self.saved_best = self.best.step
+        return saved.position
+
+    def save_models(self, folder: Path) -> None:
+        """Write the models as they are now."""
+        models, stores, shards = self.trainer.models, self.trainer.stores, self.shards
+        if shards is None:
+            save_trained(folder, models, stores, self.note())
+        else:
+            save_trained_together(folder, models, stores, self.note(), shards.ids, shards.rows, shards.processes)
+
+    @property
+    def shards(self) -> Shards | None:
+        return self.trainer.shards
 
 
 def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> None:
@@ -130,13 +172,18 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
             f"--init_from={args.init_from} is --output_dir, where the training would remove the models that it starts "
             "from; name another --output_dir"
         )
-    run = prepare(cascade, args, loss)
-    with only_user(run.folder, LOCK_FILE, "training in this folder"), _generators(args.seed, run.device):
+    with joined(choose_device(args), args.timeout) as processes:
+        _train(cascade, args, loss, processes)
+
+
+def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
+    run = agreed(processes, lambda: prepare(cascade, args, loss, processes))
+    with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
-        with scalar_log(run.folder, args.tensorboard, args.batch_size, before) as scalars:
+        with scalar_log(run.folder, args.tensorboard and run.is_first, args.batch_size, before) as scalars:
             position, seconds = _train_days(run, position, scalars)
         _finish(run, position, seconds)
     if not args.epochs:
@@ -150,7 +197,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
     )  # fmt: skip
 
 
-def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
+def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None = None) -> Run:
     """Open the data and build what trains; nothing is written to the run's folder."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
@@ -170,14 +217,16 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -> Run:
     config |= environment(device, kernels is not None)
     _check_start(args, config)
     length = config["arguments"]["seq_len"]
-    models, stores, initial_seed = initial_cascade(cascade, log.schema, args, days, length, device, validation_day)
+    models, stores, initial_seed, shards = initial_cascade(
+        cascade, log.schema, args, days, length, device, validation_day, processes
+    )
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
-        models, stores, loss, args.lr, args.optimizer, kernels=kernels, autocast=AUTOCAST[args.autocast],
-        skip_nonfinite=args.on_nonfinite == "skip",
+        models, stores, loss, args.lr, args.optimizer, args.pull_from, kernels, AUTOCAST[args.autocast],
+        skip_nonfinite=args.on_nonfinite == "skip", shards=shards,
     )  # fmt: skip
     validation = None if validation_day is None else Validation(cascade, validation_day, device, initial_seed)
-    return Run(args, config, trainer, days, steps, device, initial_seed, validation)
+    return Run(args, config, trainer, days, steps, device, initial_seed, processes, validation)
 
 
 def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
@@ -191,28 +240,45 @@ def _check_start(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _generators(seed: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's generators seeded, for losses that draw random numbers; afterwards as they were."""
+def _only_user(run: Run) -> Iterator[None]:
+    """Hold the lock of the run's folder: the first process for all."""
+    with ExitStack() as stack:
+        lock = partial(only_user, run.folder, LOCK_FILE, "training in this folder")
+        agreed(run.processes, lambda: stack.enter_context(lock()) if run.is_first else None)
+        yield
+
+
+@contextmanager
+def _generators(seed: int, device: torch.device, processes: Processes | None) -> Iterator[None]:
+    """PyTorch's generators seeded, for losses that draw random numbers, differently in each process; afterwards as they
+    were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + (processes.rank << 32 if processes is not None else 0))
         yield
 
 
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
-    folder, stages, position = run.folder, list(run.trainer.models), Position()
-    resumes = run.args.resume and _can_resume(run)
-    if resumes:
-        arrays, saved = load_state(folder / STATE_FILE)
-        run.trainer.restore({name: torch.from_numpy(values) for name, values in arrays.items()})
-        position = Position(**saved)
-        if run.validation is not None:
-            run.best = Best.restored(arrays, position.step)
-            run.saved_best = run.best.step
-        before = read_training(folder)
-        run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
-        _check_position(run, position)
-        _check_best(run)
+    resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
+    if run.processes is not None:
+        resumes = run.processes.gather(resumes)[0]
+    position = agreed(run.processes, lambda: _restored(run)) if resumes else Position()
+    agreed(run.processes, lambda: _prepare_folder(run, resumes) if run.is_first else None)
+    return position
+
+
+def _restored(run: Run) -> Position:
+    """Go on from the folder's state; the position that it is of."""
+    position = Position(**run.restore())
+    before = read_training(run.folder)
+    run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
+    _check_position(run, position)
+    _check_best(run)
+    return position
+
+
+def _prepare_folder(run: Run, resumes: bool) -> None:
+    folder, stages = run.folder, list(run.trainer.models)
     remove_results(folder, stages)  # they must not stand beside this training's
     if not resumes:
         remove_state(folder)  # first: an old state never stands beside a new config.json
@@ -222,7 +288,6 @@ def _start(run: Run) -> Position:
     if checksum is not None:
         copy_folder(run.args.data_dir / ENCODING_OF_LOG, folder / ENCODING_FOLDER, checksum)
     write_json(folder / CONFIG_FILE, run.config)
-    return position
 
 
 def _check_position(run: Run, position: Position) -> None:
@@ -293,12 +358,15 @@ def _train_days(run: Run, position: Position, scalars: ScalarLog | None) -> tupl
     args, path = run.args, run.folder / STEP_LOG_FILE
     total = args.epochs * sum(run.steps)
     may_skip = max(1, int(SKIPPED_SHARE * total)) if run.trainer.skip_nonfinite else 0
-    log = StepLog(path, run.config["data"], args.loss_type, position.step, may_skip, position.skipped, scalars)
+    log = StepLog(
+        path if run.is_first else None, run.config["data"], args.loss_type, position.step, may_skip, position.skipped,
+        scalars,
+    )  # fmt: skip
     if 0 < total < FEW_STEPS:
         logger.warning("only %d training steps: the models will hardly learn; lower --batch_size", total)
     progress = tqdm(
         total=total * args.batch_size, initial=position.step * args.batch_size, unit="req", desc=args.loss_type,
-        disable=not sys.stderr.isatty(),
+        disable=not (run.is_first and sys.stderr.isatty()),
     )  # fmt: skip
     with stop_signals() as stops, progress as bar:
         while not run.is_exhausted:
@@ -317,8 +385,10 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
     args, day, join = run.args, run.days[position.day], _random_items(run, position.epoch)
     order = training_order(day, args.seed, position.epoch, args.shuffle)
     order = order[position.batch * args.batch_size : run.steps[position.day] * args.batch_size]
+    part = slice(None) if run.processes is None else run.processes.slice_of(args.batch_size)
     began = saved = time.perf_counter()
-    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join):
+    for batch in batches(day, order, args.batch_size, run.device, run.trainer.prepare, args.day_on_device, join, part):
+        run.trainer.wishes = _wishes(args, stops, began - saved)
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
@@ -328,18 +398,19 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
             _validate(run, position, log)
         if position.step % args.print_freq == 0:
             bar.set_postfix(day=day.day, loss=f"{log.flush():.4f}")
-        if stops:
+        wishes = _wishes(args, stops, ended - saved) if run.processes is None else run.trainer.wishes
+        if wishes["stop"]:
             log.flush()
             run.save(replace(position, skipped=log.skipped))
             raise StoppedError(
                 f"stopped at step {position.step}, day {day.day}; the state is saved in {run.folder}: go on with the "
                 "same command and --resume",
-                stops[0],
+                stops[0] if stops else signal.SIGTERM,
             )
         if run.is_exhausted:
             break
         began = time.perf_counter()
-        if args.save_minutes and began - saved > 60 * args.save_minutes:
+        if wishes["save"]:
             log.flush()
             run.save(replace(position, skipped=log.skipped))
             saved = began = time.perf_counter()
@@ -349,6 +420,11 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         position = replace(position, day=position.day + 1, batch=0)
     run.save(position)
     return position
+
+
+def _wishes(args: argparse.Namespace, stops: Sequence[int], unsaved: float) -> dict[str, bool]:
+    """What this process wants after a step, ``unsaved`` seconds after the state was last saved."""
+    return {"stop": bool(stops), "save": bool(args.save_minutes) and unsaved > 60 * args.save_minutes}
 
 
 def _random_items(run: Run, epoch: int) -> Join | None:
@@ -373,20 +449,20 @@ def _validate(run: Run, position: Position, log: StepLog) -> None:
     log.validated(position.step, metrics)
     run.best = run.best.after(recall, position.step)
     if run.keeps_best and run.best.step == position.step:
-        save_trained(best_folder(run.folder, position.step), models, stores, run.note())
-        remove_best(run.folder, {run.saved_best, position.step})
+        run.save_models(best_folder(run.folder, position.step))
+        if run.is_first:
+            remove_best(run.folder, {run.saved_best, position.step})
 
 
 def _finish(run: Run, position: Position, seconds: float) -> None:
     """Write the models, and at last what the training took."""
-    models, stores = run.trainer.models, run.trainer.stores
-    if run.keeps_best:
-        for stage in models:
-            kept = load_model(best_folder(run.folder, run.best.step), stage)
-            save_models(run.folder, {stage: kept.arrays}, run.note(), kept.ids)
-    else:
+    if not run.keeps_best:
         run.trainer.flush()  # in place: nothing follows
-        save_trained(run.folder, models, stores, run.note())
+        run.save_models(run.folder)
+    if not run.is_first:
+        return
+    for stage in run.trainer.models if run.keeps_best else ():
+        copy_model(best_folder(run.folder, run.best.step), run.folder, stage, run.note())
     cost = {
         "steps": position.step,
         "skipped_steps": position.skipped,

@@ -5,7 +5,8 @@ stage, and methods that train each stage by its own step are the sum of their lo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
-from deep_components.batch import CascadeBatch, SlotFeatures
+from deep_components.arguments import PULL_FROM
+from deep_components.batch import CascadeBatch, SlotFeatures, Targets
+from deep_components.dataset.loader import Prepare
+from deep_components.distributed.gradients import sum_gradients
+from deep_components.distributed.processes import Processes
+from deep_components.distributed.sharding import ShardedLookup, fetch, send_gradients
+from deep_components.distributed.whole_batch import check_is_of_totals, global_terms
 from deep_components.errors import InputError
 from deep_components.kernels import Kernels, use_kernels
 from deep_components.runs.folder import STATE_FILE
@@ -24,9 +31,19 @@ from deep_components.tables.sparse_adam import SparseAdam
 from deep_components.tables.store import EmbeddingStore
 
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
-LARGE_TABLE = 1 << 20  # about where the two cost the same at a batch of 1,024
+
+WISHES = ("stop", "save")  # what a process may want all to do after a step
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim's names of Adam's two moments
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tables of a training on several processes: of all of them, so that each knows which rows lie where."""
+
+    processes: Processes
+    ids: Mapping[str, IdSet]  # compacted table -> its ids
+    rows: Mapping[str, int]  # table -> its rows
 
 
 class Trainer:
@@ -38,6 +55,7 @@ class Trainer:
       them), "adam" (torch's, dense), or "sparse_adam" (torch's SparseAdam for all ID tables: another algorithm).
     * ``kernels``: compiled loops for models and tables on a CPU.
     * ``autocast``: the type that layers compute in where PyTorch's autocast allows it; None for the parameters' own.
+    * ``shards``: of a training on several processes; the pulled tables of ``stores`` are then shards.
     * ``skip_nonfinite``: leave out steps whose loss or gradient is not finite; the device is waited for.
 
     ``prepare`` rewrites a log's batch for :meth:`step`; a loader's thread may call it ahead.
@@ -45,14 +63,22 @@ class Trainer:
 
     def __init__(
         self, models: Mapping[str, nn.Module], stores: Mapping[str, EmbeddingStore], loss: nn.Module, lr: float,
-        optimizer: str = "deferred_adam", large_table: int = LARGE_TABLE, kernels: Kernels | None = None,
-        autocast: torch.dtype | None = None, skip_nonfinite: bool = False,
+        optimizer: str = "deferred_adam", large_table: int = PULL_FROM, kernels: Kernels | None = None,
+        autocast: torch.dtype | None = None, skip_nonfinite: bool = False, shards: Shards | None = None,
     ) -> None:  # fmt: skip
         self.models, self.stores, self.loss = models, stores, loss
-        self.autocast, self.skip_nonfinite = autocast, skip_nonfinite
+        self.autocast, self.skip_nonfinite, self.shards = autocast, skip_nonfinite, shards
         first = next(iter(stores.values()))
-        self.pulled = pulled_tables(first.rows, optimizer, large_table)
-        self.prepare = TableLookup(first.schema, first.ids, {table: first.rows[table] for table in self.pulled})
+        self.ids = first.ids
+        self.pulled = pulled_tables(first.rows if shards is None else shards.rows, optimizer, large_table)
+        self.prepare: Prepare
+        if shards is None:
+            self.prepare = TableLookup(first.schema, first.ids, {table: first.rows[table] for table in self.pulled})
+        else:
+            whole = TableLookup(first.schema, shards.ids, {t: shards.rows[t] for t in self.pulled}, by_sorting=True)
+            self.prepare = ShardedLookup(whole, shards.processes)
+        self.checked = False  # the loss, on the first step of several processes
+        self.wishes = dict.fromkeys(WISHES, False)
         self.parameters = {f"{stage}/{name}": p for stage in models for name, p in self._stage_parameters(stage)}
         self.parameters |= {f"loss/{name}": p for name, p in loss.named_parameters()}
         pulled = {f"{stage}/embedding.{table}" for stage in models for table in self.pulled}
@@ -72,10 +98,12 @@ class Trainer:
 
     def step(self, batch: CascadeBatch[SlotFeatures]) -> dict[str, Tensor]:
         """One optimizer step; returns the loss, its terms and ``gradient_norm.<stage>``, detached and still on the
-        device. ``batch`` comes from ``prepare``."""
+        device. ``batch`` comes from ``prepare``. With several processes it is this one's part of the batch, all must
+        call it, and what is returned is of the whole batch; ``wishes`` that one process has all have afterwards."""
         self.dense_optimizer.zero_grad(set_to_none=True)
+        rows: Mapping[str, Any] = batch.features.rows
         with record_function("step.pull"):  # names that a profiler shows, benchmarks/step.py among them
-            pulled = {stage: self._pull(store, batch.features.rows) for stage, store in self.stores.items()}
+            pulled = self._pull(rows)
         with (
             record_function("step.forward"),
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
@@ -85,19 +113,19 @@ class Trainer:
                 for stage, model in self.models.items()
             }
         with record_function("step.loss"):
-            terms = self.loss(scores, batch.targets)
-            _check_terms(self.loss, terms)
+            terms = self._terms(scores, batch.targets)
         with record_function("step.backward"):
-            terms["loss"].backward()
+            (terms["loss"] if self.shards is None else terms["loss"] / self.shards.processes.count).backward()
         values = {name: term.detach().clone() for name, term in terms.items()}  # a weight is about to change in place
-        values |= {f"gradient_norm.{stage}": self._gradient_norm(stage, pulled[stage]) for stage in self.models}
-        if self.skip_nonfinite and not all(value.isfinite() for value in values.values()):
+        with record_function("step.exchange"):
+            gradients, norms, broken = self._gradients(pulled, rows, values)
+        values |= {f"gradient_norm.{stage}": norm for stage, norm in norms.items()}
+        if self.skip_nonfinite and (broken or not all(value.isfinite() for value in values.values())):
             return values
         with record_function("step.optimizer"):
             for stage, store in self.stores.items():
-                for table, rows in batch.features.rows.items():
-                    gradient = pulled[stage][table].grad
-                    store.push(table, rows, torch.zeros_like(pulled[stage][table]) if gradient is None else gradient)
+                for table, gradient in gradients[stage].items():
+                    store.push(table, rows[table] if self.shards is None else rows[table].rows, gradient)
             self.dense_optimizer.step()
         return values
 
@@ -106,12 +134,68 @@ class Trainer:
         tables = [(f"embedding.{table}", parameter) for table, parameter in self.stores[stage].tables.items()]
         return [*tables, *self.models[stage].named_parameters()]
 
-    def _pull(self, store: EmbeddingStore, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values of the batch's distinct rows, as leaves of the step's graph."""
-        return {
-            table: store.pull(table, distinct).to(self.device, non_blocking=True).requires_grad_()
-            for table, distinct in rows.items()
+    def _pull(self, rows: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """Stage -> table -> the values of the batch's distinct rows, as leaves of the step's graph."""
+        if self.shards is not None:
+            pulled = fetch(self.stores, rows, self.shards.processes, self.device)
+        else:
+            pulled = {
+                stage: {
+                    table: store.pull(table, distinct).to(self.device, non_blocking=True)
+                    for table, distinct in rows.items()
+                }
+                for stage, store in self.stores.items()
+            }
+        for of_stage in pulled.values():
+            for values in of_stage.values():
+                values.requires_grad_()
+        return pulled
+
+    def _terms(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        """What the loss returns, of the whole batch of all processes."""
+        if self.shards is None:
+            terms = self.loss(scores, targets)
+            _check_terms(self.loss, terms)
+            return terms
+        processes = self.shards.processes
+        terms = global_terms(self.loss, scores, targets, processes)
+        _check_terms(self.loss, terms)
+        if not self.checked:
+            check_is_of_totals(self.loss, scores, targets, processes)
+            self.checked = True
+        return terms
+
+    def _gradients(
+        self, pulled: Mapping[str, Mapping[str, Tensor]], rows: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], bool]:
+        """Stage -> table -> the gradient of the rows of this process that the batch has; stage -> the Euclidean norm of
+        the loss's gradient with respect to all its parameters; and whether another process saw a term that is not
+        finite."""
+        gradients = {
+            stage: {table: _gradient(leaf) for table, leaf in of_stage.items()} for stage, of_stage in pulled.items()
         }
+        if self.shards is None:
+            return gradients, {stage: self._gradient_norm(stage, pulled[stage]) for stage in self.models}, False
+        processes = self.shards.processes
+        gradients = send_gradients(gradients, rows, processes)
+        # A sum of squares beside what all must know, in the one collective that adds up the other gradients.
+        squares = [self._square(gradients[stage].values()) for stage in self.models]
+        broken = self.skip_nonfinite and not all(value.isfinite() for value in values.values())
+        flags = torch.tensor([*self.wishes.values(), broken], dtype=self.dtype, device=self.device)
+        sums = sum_gradients(
+            self.dense_optimizer.param_groups[0]["params"], torch.cat([torch.stack(squares), flags]), processes
+        )
+        norms = {
+            stage: (square + self._gradient_norm(stage, {}) ** 2).sqrt()
+            for stage, square in zip(self.models, sums[: len(squares)], strict=True)
+        }
+        *wished, any_broken = (flag > 0 for flag in sums[len(squares) :].tolist())
+        self.wishes = dict(zip(self.wishes, wished, strict=True))
+        return gradients, norms, any_broken
+
+    def _square(self, gradients: Iterable[Tensor]) -> Tensor:
+        norms = torch._foreach_norm(list(gradients))
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
 
     def _gradient_norm(self, stage: str, pulled: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of the loss's gradient with respect to all parameters of the stage."""
@@ -131,7 +215,7 @@ class Trainer:
         of compacted tables, and the state of PyTorch's generators."""
         state = {f"parameter/{name}": value.detach() for name, value in self.parameters.items()}
         state |= {f"buffer/{name}": value for name, value in self._buffers()}
-        state |= {f"ids/{table}": torch.from_numpy(known.ids()) for table, known in self.prepare.ids.items()}
+        state |= {f"ids/{table}": torch.from_numpy(known.ids()) for table, known in self.ids.items()}
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         for parameter, entries in self.dense_optimizer.state.items():
             state |= {f"{key}/{names[id(parameter)]}": torch.as_tensor(value) for key, value in entries.items()}
@@ -157,6 +241,8 @@ class Trainer:
         for stage, store in self.stores.items():
             for table in store.optimizers:
                 self._restore_table(stage, table, state)
+        if self.shards is not None and "generator/cpu" not in state:
+            return  # saved by fewer processes: this one's stays as it was seeded
         try:
             torch.set_rng_state(state["generator/cpu"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -191,8 +277,8 @@ class Trainer:
             return  # no step has been made
         try:
             rows = None
-            if f"ids/{table}" in state and table in self.prepare.ids:
-                rows = saved_rows(self.prepare.ids[table], state[f"ids/{table}"], len(own["exp_avg"]))
+            if f"ids/{table}" in state and table in self.ids:
+                rows = saved_rows(self.ids[table], state[f"ids/{table}"], len(own["exp_avg"]))
                 if rows is None:
                     raise ValueError("its ids are not those of this log")
             self.stores[stage].optimizers[table].restore(own, rows)
@@ -203,8 +289,8 @@ class Trainer:
         """Copy the saved ``kind/name``; that of a compacted table row by row."""
         saved, table = state.get(f"{kind}/{name}"), name.rpartition("embedding.")[2]
         known = state.get(f"ids/{table}") if "embedding." in name else None
-        if saved is not None and known is not None and table in self.prepare.ids:
-            rows = saved_rows(self.prepare.ids[table], known, len(saved))
+        if saved is not None and known is not None and table in self.ids:
+            rows = saved_rows(self.ids[table], known, len(saved))
             if rows is None or saved.shape[1:] != target.shape[1:]:
                 raise _does_not_fit(f"{name} has other ids or another shape")
             target[rows.to(target.device)] = saved.to(target)
@@ -213,6 +299,10 @@ class Trainer:
             raise _does_not_fit(f"{kind} {name} {problem}")
         else:
             target.copy_(saved)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _check_terms(loss: nn.Module, terms: Any) -> None:
@@ -244,7 +334,7 @@ def saved_rows(known: IdSet, saved_ids: Tensor, count: int) -> Tensor | None:
     return torch.from_numpy(known.rows(ids)) if np.all(known.contains(ids)) else None
 
 
-def pulled_tables(rows: Mapping[str, int], optimizer: str, large_table: int = LARGE_TABLE) -> tuple[str, ...]:
+def pulled_tables(rows: Mapping[str, int], optimizer: str, large_table: int = PULL_FROM) -> tuple[str, ...]:
     """The tables of which a step reads and moves the batch's distinct rows alone; ``rows`` are those of each table."""
     limit = {"deferred_adam": large_table, "sparse_adam": 0}.get(optimizer, math.inf)
     return tuple(sorted(table for table, count in rows.items() if count >= limit))

@@ -1,5 +1,6 @@
 """train.jsonl: an object for each step of a training."""
 
+import io
 import json
 import logging
 import math
@@ -23,21 +24,23 @@ class StepLog:
     ``kept_steps`` have been made before: of the file at ``path`` their lines stay, but for damaged ones, which are
     dropped with a warning, as nothing but curves and times is taken from them. ``origin`` says what the data are,
     ``method`` names the loss, and ``scalars`` also gets every step. ``may_skip`` of all steps may be left out because
-    they were not finite; more are an error. ``skipped`` have been, ``seconds`` are those of all steps.
+    they were not finite; more are an error. ``skipped`` have been, ``seconds`` are those of all steps. Without a path
+    nothing is written, as by all processes of a training but the first.
     """
 
     def __init__(
-        self, path: Path, origin: str, method: str, kept_steps: int, may_skip: int = 0, skipped: int = 0,
+        self, path: Path | None, origin: str, method: str, kept_steps: int, may_skip: int = 0, skipped: int = 0,
         scalars: ScalarLog | None = None,
     ) -> None:  # fmt: skip
         self.path, self.origin, self.method, self.scalars = path, origin, method, scalars
         self.may_skip, self.skipped = may_skip, skipped
-        kept = _sound_lines(path, kept_steps) if kept_steps else {}
-        if len(kept) < kept_steps:
+        kept = _sound_lines(path, kept_steps) if kept_steps and path is not None else {}
+        if len(kept) < kept_steps and path is not None:
             missing = kept_steps - len(kept)
             logger.warning("%s: %d of %d steps are damaged or missing; curves lack them", path, missing, kept_steps)
         self.seconds = sum((seconds for _, seconds in kept.values()), start=0.0)
-        write_atomically(path, lambda file: file.write(b"".join(line for line, _ in kept.values())))
+        if path is not None:
+            write_atomically(path, lambda file: file.write(b"".join(line for line, _ in kept.values())))
         self._waiting: list[tuple[int, str, float, dict[str, Tensor]]] = []
         self._validated: dict[int, Mapping[str, float]] = {}
 
@@ -55,7 +58,7 @@ class StepLog:
             return math.nan
         names = list(self._waiting[0][3])
         values = torch.stack([torch.stack([terms[name].double() for name in names]) for *_, terms in self._waiting])
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") if self.path is not None else io.StringIO() as file:
             for (step, day, seconds, _), row in zip(self._waiting, values.tolist(), strict=True):
                 terms = dict(zip(names, row, strict=True))
                 record = {"step": step, "day": day} | {n: v if math.isfinite(v) else None for n, v in terms.items()}
@@ -71,7 +74,8 @@ class StepLog:
                 if self.scalars is not None:
                     self.scalars.add(record)
             file.flush()
-            os.fsync(file.fileno())  # a state that is saved next must not outlive these lines when the power fails
+            if self.path is not None:
+                os.fsync(file.fileno())  # a state that is saved next must not outlive these lines when the power fails
         if self.scalars is not None:
             self.scalars.flush()
         self._waiting.clear()

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def items(batch: CascadeBatch[Features], first: int | None = None, last: int | N
 
 
 def of_batch(day: DayCache, requests: np.ndarray, count: int, seed: int = 30, epoch: int = 0) -> CascadeBatch[Features]:
-    return with_items_of_batch(day.batch(requests), day, requests, count, GROUP, seed, epoch)
+    return with_items_of_batch(day.batch(requests), day, requests, requests, count, GROUP, seed, epoch)
 
 
 def of_day(day: DayCache, requests: np.ndarray, count: int) -> CascadeBatch[Features]:
@@ -169,12 +168,17 @@ def test_those_of_the_day_do_not_depend_on_the_batch(day: DayCache, size: int) -
 def test_the_loader_joins_them_before_it_looks_up_rows(day: DayCache, join: Callable[..., Any]) -> None:
     ids = {name: day.ids(name) for name in SCHEMA.tables}
     lookup = TableLookup(SCHEMA, ids, {"video": len(ids["video"])})
-    more = partial(join, count=6, group=GROUP, **({"seed": 1, "epoch": 2} if join is with_items_of_batch else {}))
+
+    def more(batch: Any, day: DayCache, requests: np.ndarray, whole: np.ndarray) -> Any:
+        if join is with_items_of_day:
+            return with_items_of_day(batch, day, requests, 6, GROUP)
+        return with_items_of_batch(batch, day, requests, whole, 6, GROUP, seed=1, epoch=2)
+
     order = np.random.default_rng(1).permutation(REQUESTS)
     found = list(batches(day, order, 7, CPU, lookup, join=more))
     for batch, first in zip(found, range(0, REQUESTS, 7), strict=True):
         requests = order[first : first + 7]
-        assert same(batch, lookup(more(day.batch(requests), day, requests)))
+        assert same(batch, lookup(more(day.batch(requests), day, requests, requests)))
     if join is with_items_of_batch:
         resident = list(batches(day, order, 7, CPU, lookup, day_on_device=True, join=more))
         assert all(map(same, found, resident))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
 
 from deep_components.errors import InputError
+from deep_components.files import temporaries
 from deep_components.runs import state
+from deep_components.runs.checked import Blocks
 from deep_components.runs.folder import STATE_FILE
 from deep_components.runs.state import (
     load,
@@ -140,19 +143,19 @@ def test_metadata_that_are_not_ours(text: str, tmp_path: Path) -> None:
         load_model(tmp_path, "rank")
 
 
-def test_a_file_half_written_by_a_killed_process_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """safetensors writes to a file of its own naming first: that too must lie where it is looked for."""
-    seen: list[Path] = []
+def test_a_file_half_written_by_a_killed_process_is_found(tmp_path: Path) -> None:
+    """It must lie where it is looked for."""
+    seen: list[list[Path]] = []
 
-    def watched(*args: Any, **options: Any) -> None:
-        save_file(*args, **options)
-        seen.extend(path for path in tmp_path.rglob("*") if not path.is_dir())
+    def blocks() -> Iterator[np.ndarray]:
+        seen.append(list(tmp_path.iterdir()))
+        yield np.zeros(2)
 
-    monkeypatch.setattr(state, "save_file", watched)
-    save_state(tmp_path / STATE_FILE, {"a": np.zeros(2)}, {})
-    [written] = seen
-    assert written.parent.parent == tmp_path and written.parent.name.startswith(f".{STATE_FILE}.")
-    assert list(tmp_path.iterdir()) == [tmp_path / STATE_FILE]
+    save(tmp_path / STATE_FILE, {"a": Blocks((2,), np.dtype(float), blocks())}, {})
+    assert [[path] for path in tmp_path.iterdir()] == [[tmp_path / STATE_FILE]]
+    [[written]] = seen
+    written.touch()
+    assert temporaries(tmp_path / STATE_FILE) == [written]
 
 
 def test_files_may_be_read_by_whom_other_files_may_be(tmp_path: Path) -> None:

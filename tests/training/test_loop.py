@@ -597,13 +597,15 @@ TESTED_BELOW = {
     "on_nonfinite": "test_flag_on_nonfinite",
     "compile": "test_flag_compile",
     "compact_from": "test_flag_compact_from",
+    "pull_from": "test_flag_pull_from",
     "table_memory": "test_flag_table_memory",
     "day_on_device": "test_flag_day_on_device",
     "autocast": "test_flag_autocast",
 }
 
 
-ELSEWHERE = {"validate_every", "keep", "patience", "num_random_items"}  # in test_validation.py and test_random_items.py
+# In test_validation.py, test_random_items.py and tests/distributed.
+ELSEWHERE = {"validate_every", "keep", "patience", "num_random_items", "timeout", "processes", "max_restarts"}
 
 
 def test_every_flag_is_tested() -> None:
@@ -935,6 +937,17 @@ def test_trainer_is_adam_with_dense_semantics(log: Path, day: DayCache) -> None:
 def run_steps(trainer: Trainer, day: DayCache, starts: range) -> list[float]:
     prepared = (trainer.prepare(day.batch(np.arange(start, start + 10))) for start in starts)
     return [trainer.step(batch)["loss"].item() for batch in prepared]
+
+
+def test_flag_pull_from(log: Path, tmp_path: Path) -> None:
+    """Rows that are pulled train as all rows do, and the state says since when each has not been touched."""
+    sizes = {"whole": 1 << 30, "pulled": 1}
+    whole, pulled = (train(log, tmp_path / n, f"--pull_from={rows}", "--dtype=float64") for n, rows in sizes.items())
+    for stage in TWO_STAGE.stage_names:
+        ours, theirs = (load_file(run / f"{stage}.safetensors") for run in (pulled, whole))
+        assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-9) for name in theirs)
+    assert "last/rank/embedding.video" in load_file(pulled / STATE_FILE)
+    assert "last/rank/embedding.video" not in load_file(whole / STATE_FILE)
 
 
 def test_only_large_tables_are_deferred(log: Path) -> None:

@@ -41,7 +41,7 @@ def test_every_method_learns_that_random_items_are_worst(method: str, setting: s
     flags = [f"--loss_type={method}", "--num_random_items=30", "--data_dir=D", "--output_dir=O"]
     loss = command.build_loss(command.parse_args(flags))
     day, requests = open_log(log).open_day(DAYS[0], cascade), np.arange(12)
-    batch = with_items_of_batch(day.batch(requests), day, requests, 30, len(cascade.groups), seed=30, epoch=0)
+    batch = with_items_of_batch(day.batch(requests), day, requests, requests, 30, len(cascade.groups), seed=30, epoch=0)
     models, stores = build_models(cascade, day.schema, 4, 16, seed=1), build_stores(cascade, day.schema, 4, seed=1)
     trainer = Trainer(models, stores, loss, lr=0.01)
     values = trainer.step(trainer.prepare(batch))

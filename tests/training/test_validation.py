@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from deep_components.runs.folder import STATE_FILE, best_folder
 from deep_components.runs.identity import first_difference
 from deep_components.runs.state import load_state
 from deep_components.training import loop as training
-from deep_components.training.step import Trainer
 from tests.helpers import (
     DAYS,
     REQUESTS_PER_DAY,
@@ -67,17 +65,15 @@ def best(log: Path, tmp_path_factory: pytest.TempPathFactory, short_rules: None)
 
 TABLES = {
     "whole": (),
-    "compacted and deferred": ("--compact_from=1",),
-    "compacted and deferred, by pytorch's operators": ("--compact_from=1", "--no-compile"),
+    "compacted and deferred": ("--compact_from=1", "--pull_from=1"),
+    "compacted and deferred, by pytorch's operators": ("--compact_from=1", "--pull_from=1", "--no-compile"),
     "sparse_adam": ("--optimizer=sparse_adam",),
 }
 
 
 @pytest.mark.parametrize("tables", TABLES)
-def test_a_validation_changes_nothing(tables: str, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_validation_changes_nothing(tables: str, log: Path, tmp_path: Path) -> None:
     """Beside it stands a training of the same day alone; and what it measures is what `lcron test` does."""
-    if "deferred" in tables:
-        monkeypatch.setattr(training, "Trainer", partial(Trainer, large_table=0))
     alone = train(log, tmp_path / "alone", *FLAGS, f"--train_days={TRAINED}", *TABLES[tables])
     run = train(log, tmp_path / "run", *FLAGS, "--validate_every=3", *TABLES[tables])
     assert same_parameters(run, alone)
