@@ -51,7 +51,7 @@ def number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) ->
 
 
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
-_non_negative_int = number(int, lambda value: value >= 0, "a whole number from 0")
+non_negative_int = number(int, lambda value: value >= 0, "a whole number from 0")
 _samples = number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
 _seed = number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
@@ -83,7 +83,7 @@ def _indexes(text: str) -> list[str]:
 
 def random_items(text: str) -> int | None:
     """A number of random items a request; None for 0, as for the option that is not given."""
-    return _non_negative_int(text) or None
+    return non_negative_int(text) or None
 
 
 def _days(text: str) -> list[str]:
@@ -103,7 +103,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
     parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests a step (default 1024)")
-    parser.add_argument("--epochs", type=_non_negative_int, default=1,
+    parser.add_argument("--epochs", type=non_negative_int, default=1,
                         help="passes over the training days (default 1; 0 writes the untrained cascade)")  # fmt: skip
     parser.add_argument("--emb_dim", type=_emb_dim, default=8, help="embedding dimension (default 8)")
     parser.add_argument("--nn_units", type=_tower_width, default=128, help="width of the towers (default 128)")
@@ -127,12 +127,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         help="save the state every so many minutes too (default 10; 0: after each day)")  # fmt: skip
     parser.add_argument("--on_nonfinite", choices=["stop", "skip"], default="stop",
                         help="what a step with a loss or gradient that is not finite does (default stop)")  # fmt: skip
-    parser.add_argument("--validate_every", type=_non_negative_int, default=0, metavar="STEPS",
+    parser.add_argument("--validate_every", type=non_negative_int, default=0, metavar="STEPS",
                         help="hold the last training day out, and measure the metrics on it every so many steps and "
                         "after each pass (default 0: never)")  # fmt: skip
     parser.add_argument("--keep", choices=["best", "last"], default="last",
                         help="save the models of the best joint recall on that day, or the last (default)")  # fmt: skip
-    parser.add_argument("--patience", type=_non_negative_int, default=0, metavar="K",
+    parser.add_argument("--patience", type=non_negative_int, default=0, metavar="K",
                         help="stop after K validations in a row without a better one (default 0: never)")  # fmt: skip
     parser.add_argument("--compact_from", type=positive_int, default=COMPACT_FROM, metavar="ROWS",
                         help=f"tables this large hold only ids that occur (default {COMPACT_FROM})")  # fmt: skip
@@ -180,7 +180,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=folder, required=True, help="the run's folder")
     parser.add_argument("--cache_dir", type=folder, help="where the columnar cache lies (default: DATA_DIR/cache)")
     device = parser.add_mutually_exclusive_group()
-    device.add_argument("--cuda", type=_non_negative_int, metavar="K", help="use the K-th CUDA device")
+    device.add_argument("--cuda", type=non_negative_int, metavar="K", help="use the K-th CUDA device")
     device.add_argument("--device", help="cpu, cuda or cuda:K (default: CUDA when there is one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True,
                         help="use kernels compiled by the C compiler, on a CPU (default)")  # fmt: skip

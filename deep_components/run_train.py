@@ -16,6 +16,7 @@ from deep_components.arguments import (
 )
 from deep_components.cascade import SETTINGS, Cascade, named_cascade
 from deep_components.cli import run_command
+from deep_components.distributed.launch import launch, launch_options
 from deep_components.errors import InputError
 from deep_components.loss.arf import ARF
 from deep_components.loss.arf_v2 import ARFv2
@@ -28,6 +29,8 @@ from deep_components.loss.rankflow import RankFlow
 from deep_components.loss.sorting import SortingCrossEntropy
 from deep_components.models import check_models
 from deep_components.training.loop import train_cascade
+
+MODULE = "deep_components.run_train"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -77,10 +80,12 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
 
 
 def main(argv: list[str]) -> None:
+    options, argv = launch_options(argv)
     args = parse_args(argv)
     loss = build_loss(args)
     # A run keeps its cascade whole, not the name of a file that may change; the rest is as run_train2's.
-    train_cascade(vars(args).pop("cascade"), args, loss)
+    cascade = vars(args).pop("cascade")
+    launch(options, MODULE, argv, args, lambda: train_cascade(cascade, args, loss))
 
 
 if __name__ == "__main__":

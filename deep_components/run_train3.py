@@ -16,6 +16,7 @@ from deep_components.arguments import (
 )
 from deep_components.cascade import THREE_STAGE as CASCADE
 from deep_components.cli import run_command
+from deep_components.distributed.launch import launch, launch_options
 from deep_components.loss.arf import ARF
 from deep_components.loss.arf_v2 import ARFv2
 from deep_components.loss.bce import BCE
@@ -26,6 +27,8 @@ from deep_components.loss.lcron import LCRON
 from deep_components.loss.rankflow import RankFlow
 from deep_components.loss.sorting import SortingCrossEntropy
 from deep_components.training.loop import train_cascade
+
+MODULE = "deep_components.run_train3"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -60,8 +63,10 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
 
 
 def main(argv: list[str]) -> None:
+    options, argv = launch_options(argv)
     args = parse_args(argv)
-    train_cascade(CASCADE, args, build_loss(args))
+    loss = build_loss(args)
+    launch(options, MODULE, argv, args, lambda: train_cascade(CASCADE, args, loss))
 
 
 if __name__ == "__main__":
