@@ -63,25 +63,25 @@ class OwnState(Mapping[str, Tensor]):
     as they were saved. Its own generators' states are absent where there was no such process."""
 
     def __init__(self, saved: SavedState, ids: Mapping[str, IdSet], rank: int) -> None:
-        self._saved, self._rank = saved, rank
+        self.state, self._rank = saved, rank
         self._found: dict[str, np.ndarray] = {}
         self._ids = {table: known.ids() for table, known in ids.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._saved)
+        return iter(self.state)
 
     def __len__(self) -> int:
-        return len(self._saved)
+        return len(self.state)
 
     def __contains__(self, name: object) -> bool:
         if isinstance(name, str) and name.startswith(_OWN):
-            return name in self._saved and self._saved.of_rank(name, self._rank) is not None
-        return name in self._saved or (isinstance(name, str) and name.removeprefix(_IDS) in self._ids)
+            return name in self.state and self.state.of_rank(name, self._rank) is not None
+        return name in self.state or (isinstance(name, str) and name.removeprefix(_IDS) in self._ids)
 
     def __getitem__(self, name: str) -> Tensor:
         table = name.rpartition(_TABLE)[2]
         if name.startswith(_OWN):
-            values = self._saved.of_rank(name, self._rank)
+            values = self.state.of_rank(name, self._rank)
             if values is None:
                 raise KeyError(name)
         elif name.removeprefix(_IDS) in self._ids:
@@ -90,21 +90,32 @@ class OwnState(Mapping[str, Tensor]):
         elif table in self._ids and _TABLE in name and not name.startswith(_STEP):
             values = self._rows(name, self._ids[table][self._known(table)])
         else:
-            values = self._saved[name]
+            values = self.state[name]
         return torch.from_numpy(values)
+
+    def unknown(self, processes: Processes) -> str | None:
+        """A table of which rows were saved that no process has; None when there is none."""
+        found = processes.gather({table: int(known.sum()) for table, known in self._found.items()})
+        for table in self._found:
+            if sum(of_process[table] for of_process in found) != self.state.rows(self._parameter(table)):
+                return table
+        return None
+
+    def _parameter(self, table: str) -> str:
+        return next(name for name in self.state if name.startswith("parameter/") and name.endswith(f"{_TABLE}{table}"))
 
     def _known(self, table: str) -> np.ndarray:
         """Which of the process's ids were saved."""
         if table not in self._found:
-            name = next(name for name in self._saved if name.endswith(f"{_TABLE}{table}") and "parameter/" in name)
-            like, ids = self._saved.like(name), self._ids[table]
-            self._found[table] = self._saved.copy_rows(name, ids, np.empty((len(ids), *like.shape[1:]), like.dtype))
+            name, ids = self._parameter(table), self._ids[table]
+            like = self.state.like(name)
+            self._found[table] = self.state.copy_rows(name, ids, np.empty((len(ids), *like.shape[1:]), like.dtype))
         return self._found[table]
 
     def _rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        like = self._saved.like(name)
+        like = self.state.like(name)
         values = np.empty((len(ids), *like.shape[1:]), like.dtype)
-        self._saved.copy_rows(name, ids, values)
+        self.state.copy_rows(name, ids, values)
         return values
 
 

@@ -6,6 +6,7 @@ They are written and read block by block where an array is large, so that none h
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def _header(arrays: Mapping[str, np.ndarray | Blocks], metadata: Mapping[str, An
     end = 0
     for name in written_order(arrays):
         shape, dtype = arrays[name].shape, arrays[name].dtype
-        start, end = end, end + int(np.prod(shape, dtype=object)) * dtype.itemsize
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _TYPES[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -95,7 +96,7 @@ def _write(file: BinaryIO, values: np.ndarray | Blocks) -> str:
         data = np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data
         digest.update(data)
         file.write(data)
-    assert file.tell() - start == int(np.prod(values.shape, dtype=object)) * dtype.itemsize
+    assert file.tell() - start == math.prod(values.shape) * dtype.itemsize
     return digest.hexdigest()
 
 

@@ -53,9 +53,9 @@ class _Source:
         """The ids of a table's rows, ascending; those of a whole table take no memory."""
         if (name := f"{_IDS}{table}") not in self.file.shapes:
             return range(self.rank, self.rank + rows * self.count, self.count)
-        ids = self.file.read([name])[name]
-        if ids.dtype != np.int64 or ids.shape != (rows,) or (rows and ids[0] < 0) or (np.diff(ids) <= 0).any():
-            raise _unfit(self.file.path, f"{name} is not a list of ascending ids of the table's rows")
+        ids = _ids(self, name)
+        if len(ids) != rows:
+            raise _unfit(self.file.path, f"{name} lists {len(ids)} ids, but the table has {rows} rows")
         return ids
 
 
@@ -106,7 +106,7 @@ class SavedState(Mapping[str, np.ndarray]):
         if name in self._whole.shapes:
             return self._whole.read([name])[name]
         if name.startswith(_IDS):
-            return np.sort(np.concatenate([_of(source, name) for source in self._by_rank]))
+            return np.sort(np.concatenate([_ids(source, name) for source in self._by_rank]))
         if _TABLE not in name:
             return _of(self._by_rank[0], name)
         ids, first, rows = f"{_IDS}{_table(name)}", self._by_rank[0].file, self.rows(name)
@@ -190,6 +190,13 @@ def _copy_rows(source: _Source, name: str, ids: np.ndarray, into: np.ndarray, fo
         known = there[at] == ids[first:last]
         into[first:last][known] = block[at[known]]
         found[first:last] |= known
+
+
+def _ids(source: _Source, name: str) -> np.ndarray:
+    ids = _of(source, name)
+    if ids.dtype != np.int64 or ids.ndim != 1 or (ids[:1] < 0).any() or (np.diff(ids) <= 0).any():
+        raise _unfit(source.file.path, f"{name} is not a list of ascending ids")
+    return ids
 
 
 def _of(source: _Source, name: str) -> np.ndarray:

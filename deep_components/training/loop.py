@@ -51,6 +51,7 @@ from deep_components.runs.folder import (
     remove_best,
     remove_leftovers,
     remove_results,
+    remove_shards,
     remove_state,
     write_json,
 )
@@ -138,17 +139,18 @@ class Run:
         if self.is_first:
             remove_best(self.folder, {self.saved_best})
 
-    def restore(self) -> dict[str, int]:
-        """Go on from the saved state; the position it was saved at."""
+    def restore(self) -> OwnState:
+        """Go on from the saved state, and return it."""
         rank, ids = 0, dict[str, IdSet]()
         if self.processes is not None:
             rank, ids = self.processes.rank, {table: self.trainer.ids[table] for table in self.trainer.pulled}
         saved = SavedState(self.folder / STATE_FILE, rank)
-        self.trainer.restore(OwnState(saved, ids, rank))
+        own = OwnState(saved, ids, rank)
+        self.trainer.restore(own)
         if self.validation is not None:
             self.best = Best.restored(saved, saved.position["step"])
             self.saved_best = self.best.step
-        return saved.position
+        return own
 
     def save_models(self, folder: Path) -> None:
         """Write the models as they are now."""
@@ -262,19 +264,26 @@ def _start(run: Run) -> Position:
     resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
     if run.processes is not None:
         resumes = run.processes.gather(resumes)[0]
-    position = agreed(run.processes, lambda: _restored(run)) if resumes else Position()
+    position = Position()
+    if resumes:
+        saved = agreed(run.processes, lambda: _restored(run))
+        position = Position(**saved.state.position)
+        if run.processes is not None and (table := saved.unknown(run.processes)) is not None:
+            raise InputError(
+                f"{run.folder / STATE_FILE}: its ids of {table} are not those of this log; train again without --resume"
+            )
     agreed(run.processes, lambda: _prepare_folder(run, resumes) if run.is_first else None)
     return position
 
 
-def _restored(run: Run) -> Position:
-    """Go on from the folder's state; the position that it is of."""
-    position = Position(**run.restore())
+def _restored(run: Run) -> OwnState:
+    """Go on from the folder's state, and return it."""
+    saved = run.restore()
     before = read_training(run.folder)
     run.config = {**run.config, "code": continued(before.get("code"), run.config["code"])}
-    _check_position(run, position)
+    _check_position(run, Position(**saved.state.position))
     _check_best(run)
-    return position
+    return saved
 
 
 def _prepare_folder(run: Run, resumes: bool) -> None:
@@ -284,6 +293,7 @@ def _prepare_folder(run: Run, resumes: bool) -> None:
         remove_state(folder)  # first: an old state never stands beside a new config.json
     remove_best(folder, {run.saved_best})
     remove_leftovers(folder, stages)
+    remove_shards(folder, SavedState(folder / STATE_FILE).shards if resumes else ())
     checksum = run.config["encoding_checksum"]
     if checksum is not None:
         copy_folder(run.args.data_dir / ENCODING_OF_LOG, folder / ENCODING_FOLDER, checksum)

@@ -316,7 +316,7 @@ def test_a_forged_list_of_shards(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"ids/video": IDS[::-1]}, "ids/video is not a list of ascending ids"),
-        ({"ids/video": IDS[:2]}, "ids/video is not a list of ascending ids"),
+        ({"ids/video": IDS[:2]}, "ids/video lists 2 ids, but the table has 5 rows"),
         ({"ids/video": IDS.astype(float)}, "ids/video is not a list of ascending ids"),
         ({COMPACTED: np.zeros((5, 3))}, r"has rows of shape \(3,\), not \(2,\)"),
         ({COMPACTED: np.zeros(())}, f"{COMPACTED} has no rows"),
@@ -338,10 +338,14 @@ def test_ids_of_a_shard_that_are_elsewhere(tmp_path: Path) -> None:
 
 
 def test_shards_of_unequal_parts(tmp_path: Path) -> None:
-    """Rows of a whole table that no shard has, and arrays that one of them lacks."""
+    """Rows of a whole table that no shard has, ids that are no list, and arrays that one of them lacks."""
     uneven = [save_shard(tmp_path, 6, rank, 2, {WHOLE: np.zeros((rows, 2))}, NOTE) for rank, rows in ((0, 2), (1, 5))]
     save_state(tmp_path / STATE_FILE, {}, position(6), NOTE, uneven)
     with pytest.raises(InputError, match=f"{WHOLE} lacks rows"):
+        load_state(tmp_path / STATE_FILE)
+    unlisted = [save_shard(tmp_path, 6, 0, 1, {COMPACTED: np.zeros((1, 2)), "ids/video": np.array(4)}, NOTE)]
+    save_state(tmp_path / STATE_FILE, {}, position(6), NOTE, unlisted)
+    with pytest.raises(InputError, match=f"{shard_file(6, 0, 1)}: ids/video is not a list of ascending ids"):
         load_state(tmp_path / STATE_FILE)
     lacking = [save_shard(tmp_path, 7, rank, 2, {WHOLE: np.zeros((2, 2))} if rank == 0 else {}, {}) for rank in (0, 1)]
     save_state(tmp_path / STATE_FILE, {}, position(7), NOTE, lacking)
