@@ -92,7 +92,8 @@ def _days(text: str) -> list[str]:
 
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every training command; methods add their own hyper-parameters to it."""
-    parser = Parser(description=description, others=SCRIPT_OPTIONS)
+    elsewhere = "--engine=ray --processes=W --max_restarts=N: in W processes of a Ray cluster (docs/cluster.md)"
+    parser = Parser(description=description, epilog=elsewhere, others=SCRIPT_OPTIONS)
     parser.add_argument("--loss_type", required=True, help="the method; a file of deep_components/loss has its name")
     _add_data_arguments(parser)
     parser.add_argument(

@@ -40,6 +40,7 @@ def ray_cluster(**variables: str) -> Iterator[Any]:
         raise InputError(
             f"--engine=ray: {sys.executable} lacks ray; run: {sys.executable} -m pip install -r requirements-ray.txt"
         ) from error
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     known = {"env_vars": environment() | variables}
     with chdir(_PROJECT):  # workers import from the folder in which this is called

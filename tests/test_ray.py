@@ -1,4 +1,4 @@
-"""What runs on Ray: runs and imports on a local cluster of two CPUs whose workers are killed.
+"""What runs on Ray: runs, imports and one training, on a local cluster of two CPUs whose workers are killed.
 
 pip install -r requirements-ray.txt && pytest tests/test_ray.py
 """
@@ -14,6 +14,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from deep_components.experiments.execution import Options, Slot
 from deep_components.ray_cluster import ray_cluster
 from tests.dataset.importers import tables
 from tests.experiments.runs import fake_run, record
-from tests.helpers import SMALL
+from tests.helpers import SMALL, contents
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)"
@@ -36,9 +38,15 @@ TOKEN = uuid.uuid4().hex * 2
 SECONDS = 180.0  # in which anything here ends on a busy machine
 
 
+@dataclass
+class Cluster:
+    address: str
+    pid: int  # of the process that started all others
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster of two CPUs, for one test after another."""
+def cluster() -> Iterator[Cluster]:
+    """A cluster of two CPUs, for one test after another."""
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a short path: that of a socket has 107 letters at most
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2", "--port=0"]
     command += ["--node-ip-address=127.0.0.1"]
@@ -49,7 +57,7 @@ def cluster() -> Iterator[str]:
         address = folder / "ray_current_cluster"
         wait_for(lambda: process.poll() is not None or (address.exists() and bool(address.read_text())))
         assert process.poll() is None, (folder / "log").read_text()
-        yield address.read_text().strip()
+        yield Cluster(address.read_text().strip(), process.pid)
     finally:
         process.terminate()
         process.wait(SECONDS)
@@ -78,12 +86,30 @@ def start(address: str, cwd: Path, *words: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """The exit code, and what was said on standard error."""
+    _, said = process.communicate(timeout=SECONDS)
+    return process.returncode, said
 
 
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that one has started, and theirs."""
+    found = []
+    with suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += [int(child) for child in path.read_text().split()]
+    return found + [below for child in found for below in descendants(child)]
+
+
+def command_line(pid: int) -> str:
+    """The words of a process's command, each followed by a zero character; "" when it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
 
 
 _RUNS = """
@@ -102,7 +128,7 @@ print(json.dumps({outcome.run.seed: outcome.status for outcomes in engine for ou
 @pytest.mark.parametrize("own", [True, False], ids=["started", "joined"])
 def test_ray_makes_the_same_records(own: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """On a cluster that the runner starts, and on one that is there; one run fails, and the others do not."""
-    process = start("" if own else request.getfixturevalue("cluster"), tmp_path, "-c", _RUNS, str(tmp_path))
+    process = start("" if own else request.getfixturevalue("cluster").address, tmp_path, "-c", _RUNS, str(tmp_path))
     output, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, said
     assert json.loads(output.splitlines()[-1]) == {"30": "finished", "31": "failed", "32": "finished"}
@@ -112,7 +138,7 @@ def test_ray_makes_the_same_records(own: bool, request: pytest.FixtureRequest, t
     assert again == {30: "kept", 31: "failed", 32: "kept"}
 
 
-def test_a_run_whose_worker_is_killed_ends_in_the_same_bytes(cluster: str, log: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_is_killed_ends_in_the_same_bytes(cluster: Cluster, log: Path, tmp_path: Path) -> None:
     """The training is told by Linux that its worker ended, saves its state, and goes on in another worker."""
 
     def words(folder: Path, *more: str) -> list[str]:
@@ -123,26 +149,17 @@ def test_a_run_whose_worker_is_killed_ends_in_the_same_bytes(cluster: str, log: 
     run_experiments.main(words(tmp_path / "local", "--threads=1"))
     folder = tmp_path / "ray"
     command = ["-m", "deep_components.run_experiments", *words(folder, "--threads=1", "--engine=ray")]
-    process = start(cluster, tmp_path, *command)
+    process = start(cluster.address, tmp_path, *command)
     steps = folder / "seed30/train.jsonl"
     wait_for(lambda: process.poll() is not None or (steps.exists() and steps.stat().st_size > 0))
     assert process.poll() is None, process.communicate()
-    training = next(int(path.name) for path in Path("/proc").glob("[0-9]*") if _trains_in(path, folder))
+    (training,) = (p for p in descendants(cluster.pid) if "experiments.attached" in command_line(p))
     os.kill(parent(training), signal.SIGKILL)
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, said
+    assert ended(process)[0] == 0
     attempts = json.loads((folder / "seed30/run.json").read_text())["attempts"]
     assert [attempt.get("status") for attempt in attempts][1:] == ["finished"]
     for name in ("retrieval.safetensors", "rank.safetensors"):
         assert (folder / "seed30" / name).read_bytes() == (tmp_path / "local/seed30" / name).read_bytes()
-
-
-def _trains_in(process: Path, folder: Path) -> bool:
-    try:
-        words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    return "deep_components.experiments.attached" in words and f"--output_dir={folder / 'seed30'}" in words
 
 
 _KILLING = """
@@ -179,29 +196,28 @@ sys.exit(run_command(command.main, sys.argv[2:]))
 """
 
 
-def test_an_import_whose_workers_are_killed_makes_the_same_log(cluster: str, tmp_path: Path) -> None:
+def test_an_import_whose_workers_are_killed_makes_the_same_log(cluster: Cluster, tmp_path: Path) -> None:
     """In each pass one in the middle of a task, and one that has done all of it but not said so."""
     path = tables.write(tmp_path / "in", tables.table(), files=4)
     import_table(path, tmp_path / "local")
     (marks := tmp_path / "marks").mkdir()
     words = [f"--mapping={path}", f"--output_dir={tmp_path / 'log'}", "--jobs=2", "--engine=ray"]
-    process = start(cluster, tmp_path, "-c", _KILLING, str(marks), *words)
-    _, said = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, said
+    process = start(cluster.address, tmp_path, "-c", _KILLING, str(marks), *words)
+    assert ended(process)[0] == 0
     passes = {f"{name}.{when}" for name in ("scan", "clean") for when in ("within", "after")}
     assert {mark.name for mark in marks.iterdir()} >= passes | {"derive.after", "assemble.after"}
     assert tables.contents(tmp_path / "log") == tables.contents(tmp_path / "local")
     assert {entry.name for entry in tmp_path.iterdir()} == {"in", "local", "log", "marks", "numpy.py"}
 
 
-def test_a_problem_of_the_table_is_a_sentence(cluster: str, tmp_path: Path) -> None:
+def test_a_problem_of_the_table_is_a_sentence(cluster: Cluster, tmp_path: Path) -> None:
     rows = tables.table(40)
     rows["left_at"] = "lost"
     path = tables.write(tmp_path / "in", rows)
     words = [f"--mapping={path}", f"--output_dir={tmp_path / 'log'}", "--engine=ray", "--jobs=2"]
-    process = start(cluster, tmp_path, "-m", "deep_components", "import", *words)
-    _, said = process.communicate(timeout=SECONDS)
-    assert (process.returncode, said.count("\n")) == (2, 1), said
+    process = start(cluster.address, tmp_path, "-m", "deep_components", "import", *words)
+    code, said = ended(process)
+    assert (code, said.count("\n")) == (2, 1), said
     assert said.startswith("error: ") and "holds 'lost', which order of [groups] does not name" in said
 
 
@@ -212,3 +228,75 @@ def test_an_address_without_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         ray_cluster(),
     ):
         pass
+
+
+# ---- one training ----------------------------------------------------------------------------------------------------
+
+MODELS = ("retrieval.safetensors", "rank.safetensors")
+TRAINING = [*SMALL, "--device=cpu", "--epochs=40", "--save_minutes=0", "--pull_from=50", "--print_freq=1"]
+
+
+def train(cluster: Cluster, log: Path, folder: Path, *more: str) -> "subprocess.Popen[str]":
+    words = ["deep_components.run_train2", *TRAINING, f"--data_dir={log}", f"--output_dir={folder}"]
+    return start(cluster.address, folder.parent, "-m", *words, "--engine=ray", "--processes=2", *more)
+
+
+@pytest.fixture(scope="module")
+def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that torchrun's two processes make."""
+    folder = tmp_path_factory.mktemp("torchrun") / "run"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "deep_components.run_train2"]
+    command += [*TRAINING, f"--data_dir={log}", f"--output_dir={folder}"]
+    subprocess.run([sys.executable, *command], cwd=PROJECT, env=environment(""), check=True, timeout=SECONDS)
+    return folder
+
+
+def kill_one(cluster: Cluster, process: "subprocess.Popen[str]", folder: Path, last: float = 0.0) -> None:
+    """Kill a process of the training when a state was saved later than the one of time ``last``."""
+    state = folder / "training_state.safetensors"
+    wait_for(lambda: process.poll() is not None or (state.exists() and state.stat().st_mtime > last))
+    assert process.poll() is None, process.communicate()
+    workers = [pid for pid in descendants(cluster.pid) if "RayTrainWorker" in command_line(pid)]
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+
+
+def test_a_training_whose_process_is_killed_ends_in_the_same_bytes(
+    cluster: Cluster, log: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Those of torchrun's. Without a restart left, a sentence says how to go on."""
+    folder = tmp_path / "run"
+    process = train(cluster, log, folder)
+    kill_one(cluster, process, folder)
+    code, said = ended(process)
+    assert code == 2 and "was killed" in said.splitlines()[-1] and "--resume goes on" in said, said
+    assert "Traceback" not in said
+    state = folder / "training_state.safetensors"
+    process = train(cluster, log, folder, "--resume", "--max_restarts=1")
+    kill_one(cluster, process, folder, state.stat().st_mtime)
+    code, said = ended(process)
+    assert code == 0 and "160 steps" in said, said
+    assert contents(folder, *MODELS) == contents(trained, *MODELS)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "numpy.py"}
+
+
+def test_a_training_that_is_stopped_goes_on(cluster: Cluster, log: Path, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = train(cluster, log, folder)
+    state = folder / "training_state.safetensors"
+    wait_for(lambda: process.poll() is not None or state.exists())
+    process.send_signal(signal.SIGTERM)
+    code, said = ended(process)
+    assert code == 143 and "the state is saved" in said.splitlines()[-1], said
+    assert "Traceback" not in said
+    code, said = ended(train(cluster, log, folder, "--resume"))
+    assert code == 0, said
+    assert contents(folder, *MODELS) == contents(trained, *MODELS)
+
+
+def test_what_a_training_refuses_is_a_sentence(cluster: Cluster, log: Path, tmp_path: Path) -> None:
+    process = train(cluster, log, tmp_path / "run", "--train_days=2020-01-01", "--max_restarts=3")
+    code, said = ended(process)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert said.startswith("error: ") and "2020-01-01" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"numpy.py"}

@@ -1,6 +1,5 @@
 """A task whose process is killed anywhere is undone, and done again as if it had not been begun."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ class KilledError(Exception):
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Iterator[Plan]:
+def plan(tmp_path: Path) -> Plan:
     mapping = load_mapping(tables.write(tmp_path, tables.table(20)))
     made = make_plan(mapping, open_source(mapping, needed_columns(mapping)), tmp_path / "scratch", strict=True)
     (made.scratch / "0").mkdir(parents=True)
