@@ -160,19 +160,19 @@ def _look(ray: Any, desk: Any) -> Said | None:
 
 
 def _reason(error: Exception, max_restarts: int) -> Exception:
-    """InputError when a process was killed; another error is a defect of ours, and stays what it is."""
-    from ray.exceptions import RayActorError
+    """InputError when a process was killed; another error, with its traceback there, is a defect of ours."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for rank, failure in sorted(failures.items()):
-        if isinstance(failure, RayActorError) or isinstance(failure.__cause__, RayActorError):
+        if isinstance(failure, (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)):
             return InputError(
                 f"--engine=ray: the process of rank {rank} was killed, most often for lack of memory, after "
                 f"{max_restarts} restarts; the same command with --resume goes on from the saved state, and "
                 f"--max_restarts={max_restarts + 1} starts it once more by itself"
             )
-    return error
+    return failures[min(failures)] if failures else error
 
 
 @contextlib.contextmanager
