@@ -57,9 +57,9 @@ def run_locally(runs: Sequence[Run], slots: Sequence[Slot], options: Options) ->
 
 
 def run_on_ray(runs: Sequence[Run], slot: Slot, gpus: bool, options: Options) -> Iterator[list[Outcome]]:
-    """Make the runs as tasks of a Ray cluster (:func:`deep_components.ray_cluster.ray_cluster`). Each
-    process of a run takes ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU. A run whose
-    worker was killed goes on from its saved state in another."""
+    """Make the runs as tasks of a Ray cluster (:func:`deep_components.ray_cluster.ray_cluster`). A run takes,
+    for each of its processes, ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU. One
+    whose worker was killed goes on from its saved state in another."""
     with ray_cluster() as ray:
         one_gpu = 1 if gpus and ray.cluster_resources().get("GPU") else 0
         cpus = (slot.threads or 1) * slot.processes
