@@ -133,9 +133,8 @@ def start(
         if namespace:
             with Path(namespace).open() as file:
                 ctypes.CDLL(None).setns(file.fileno(), 0)
-        SubprocessHandler._popen = (  # type: ignore[method-assign]
-            lambda _, words, environment: _Forked(words, environment, output, fault)
-        )
+        agent: Any = SubprocessHandler
+        agent._popen = lambda _, words, environment: _Forked(words, environment, output, fault)
         return _train(argv, output, fault)
 
     child = os.fork()
