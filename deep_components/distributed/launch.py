@@ -10,13 +10,16 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,6 +30,7 @@ from deep_components.errors import EndedError, InputError
 
 _SECONDS_TO_SAVE = 600  # a large state, when a signal has come
 _OF_OTHERS = (1, -signal.SIGTERM, 130)  # exit codes of processes that end because one has
+_ONE_SIGNAL = 1.0  # second
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -60,11 +64,11 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: b
     command = ["-u", "-m", "deep_components.experiments.attached", str(os.getpid()), module, *argv]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=args.max_restarts, logs_specs=DefaultLogsSpecs(os.devnull),
-        signals_to_handle=",".join(s.name for s in _SIGNALS if signal.getsignal(s) is not signal.SIG_IGN),
-        shutdown_timeout=_SECONDS_TO_SAVE,
+        rdzv_endpoint="localhost:0", max_restarts=args.max_restarts, logs_specs=_NoLogs(os.devnull),
+        signals_to_handle="SIGQUIT",         shutdown_timeout=_SECONDS_TO_SAVE,
     )  # fmt: skip
     with _environment(_for_processes(count)), _silent("torch.distributed.elastic"), _signals_put_back():
+        _handle_signals()
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
@@ -72,6 +76,29 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: b
         except SignalException as error:  # the processes have said what it made them do
             raise EndedError("", 128 + error.sigval) from error
     return True
+
+
+class _NoLogs(DefaultLogsSpecs):
+    """No files of what processes say, and no threads that read these: one that is not stopped would keep the agent."""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        return replace(super().reify(envs), tee_stdouts={}, tee_stderrs={})
+
+
+def _handle_signals() -> None:
+    """A signal ends the agent as torch's own handler does; one soon after it is the same one: Linux may send a killed
+    runner's SIGTERM once for each of its threads. What is ignored stays so."""
+    first: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        if not first or time.monotonic() - first[0] > _ONE_SIGNAL:
+            first.append(time.monotonic())
+            raise SignalException(f"signal {number}", signal.Signals(number))
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handle)
 
 
 def _started() -> int | None:
