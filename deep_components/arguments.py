@@ -132,6 +132,8 @@ def training_parser(description: str) -> argparse.ArgumentParser:
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
     add_process_arguments(parser)
+    parser.add_argument("--engine", choices=["local", "ray"], default="local",
+                        help="where --processes are started: here (default), or on a Ray cluster")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,

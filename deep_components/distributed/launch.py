@@ -1,6 +1,7 @@
 """Several processes of a training on this machine: the command becomes torchrun's agent, which starts itself W times.
+With --engine=ray they are started on a Ray cluster instead.
 
-Each process is ``python -m MODULE`` with the command's own arguments, and ends with the agent: where that is killed
+Each process here is ``python -m MODULE`` with the command's own arguments, and ends with the agent: where that is killed
 outright, Linux sends them SIGTERM, so that they save the state and stop.
 """
 
@@ -14,11 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deep_components.arguments import choose_device
+from deep_components.distributed.ray_train import train_on_ray
 from deep_components.distributed.refusals import check_arguments
 from deep_components.errors import EndedError, InputError
 
@@ -39,14 +42,18 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: b
 
     InputError for what the processes would refuse; EndedError with the exit code of the first one that failed.
     """
-    started = int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+    started = _started()
     if started is not None and args.processes not in (None, started):
         raise InputError(f"--processes={args.processes}, but the launcher has started {started}; leave it out")
-    count = args.processes or 1
-    if started is not None or count == 1:
+    count, on_ray = args.processes or 1, trains and args.engine == "ray"
+    if started is not None or (count == 1 and not on_ray):
         return False
     if trains:
         check_arguments(args, count)
+    if on_ray:
+        gpus = args.device != "cpu"
+        train_on_ray(argv, module, args.output_dir, count, args.max_restarts, args.timeout, gpus)
+        return True
     choose_device(args)
     command = ["-u", "-m", "deep_components.experiments.attached", str(os.getpid()), module, *argv]
     config = LaunchConfig(
@@ -65,12 +72,19 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: b
     return True
 
 
+def _started() -> int | None:
+    """How many processes a launcher has started, of which this is one; None without a launcher."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+
+
 def _ended(failures: Mapping[int, ProcessFailure], count: int, trains: bool) -> EndedError:
     """The error of the process that failed first; the agent's clock counts whole seconds."""
     rank, first = min(failures.items(), key=lambda item: (item[1].exitcode in _OF_OTHERS, item[1].timestamp))
     if first.exitcode >= 0:
         return EndedError("", first.exitcode)  # it has said why
-    memory = "; was there enough memory?" if first.exitcode == -signal.SIGKILL else ""
+    memory = " (was there enough memory?)" if first.exitcode == -signal.SIGKILL else ""
     said = f"error: process {rank} of {count} was ended by {first.signal_name()}{memory}"
     how = "go on with the same command and --resume" if trains else "give the command again"
     return EndedError(f"{said}; {how}", 128 - first.exitcode)

@@ -186,6 +186,8 @@ def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processe
         check_alike(run.config, processes)
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
+        if processes is not None:
+            processes.begun()
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
@@ -284,7 +286,8 @@ def _generators(seed: int, device: torch.device, processes: Processes | None) ->
 
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
-    resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
+    goes_on = run.args.resume or (run.processes is not None and run.processes.is_restart)
+    resumes = agreed(run.processes, lambda: goes_on and _can_resume(run))
     if run.processes is not None:
         resumes = run.processes.gather(resumes)[0]
     position = Position()

@@ -69,7 +69,7 @@ def import_table(mapping_path: Path, output_dir: Path, jobs: int = 1, engine: st
     mapping, source = _opened(mapping_path)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir}: is there already; remove it or name another folder")
-    with _scratch(output_dir) as folder, workers(jobs, engine) as run:
+    with _scratch(output_dir) as folder, workers(jobs, folder, engine) as run:
         read = read_rows(run, make_plan(mapping, source, folder, strict=True), source)
         for problem in row_problems(read, source):
             raise InputError(problem)
