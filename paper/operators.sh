@@ -8,7 +8,7 @@
 #   --budget=6       trainings of each method on the validation day, of the nine settings of its grid; seed 30
 #   --seeds=30,31    of the tests; default: 30 to 39
 #   --data_dir=D     a log in RecFlow's layout; default: as in the other scripts
-#   --output_dir=O   default: runs/operators; parts lie in O/<data folder>
+#   --output_dir=O   default: runs/operators; parts lie in O/<data folder>, their tables in O/<data folder>.md and .csv
 #   --measure        also time the steps of the parts, last; only on a machine that does nothing else
 #   --tables         make no runs, only the tables of those that are there
 # --batch_size, --jobs, --threads, --cache_dir and all else go to `lcron sweep`. A list of 40 is a request's own items, of
@@ -119,9 +119,8 @@ for setting in ${settings//,/ }; do
     if [ -n "$measure" ]; then measure_steps "$setting"; fi
     if [ -e "$output/steps_$setting.json" ]; then steps+=(--steps="$output/steps_$setting.json"); fi
 done
-for format in md csv; do
+for destination in --output="$output/$name.md" --output="$output/$name.csv" --format=text; do
     "$PYTHON" -m deep_components table --kind=choices --compare=neural_sort --test=paired "${steps[@]}" \
-        --output="$output/$name.$format" "$output/$name"
+        "$destination" "$output/$name"
 done
-cat "$output/$name.md"
 exit "$failed"

@@ -175,7 +175,7 @@ def _difference(cell: pd.Series) -> dict[str, Any]:
 
 def _verdict(row: Mapping[Any, Any]) -> str:
     if pd.isna(row["p"]) or pd.isna(row["interval_low"]):
-        return NOTHING
+        return ""
     if row["p_holm_all"] > SIGNIFICANCE or row["interval_low"] <= 0 <= row["interval_high"]:
         return "not shown"
     return "higher" if row["difference"] > 0 else "lower"
@@ -194,7 +194,7 @@ def _table(group: pd.DataFrame, style: Style) -> Table:
         words = [*values, mean_and_std(row, style.plus_minus), fixed(row["difference"], "+")]
         words += [NOTHING if NOTHING in (low, high) else f"[{low}, {high}]"]
         words += [NOTHING if pd.isna(row[name]) else p_value(row[name]) for name in ("p", "p_holm", "p_holm_all")]
-        words += [row["verdict"], str(row["seeds"])]
+        words += [row["verdict"] or NOTHING, str(row["seeds"])]
         words += ([NOTHING if pd.isna(row["step_seconds"]) else f"{1000 * row['step_seconds']:.1f}"]) if timed else []
         rows.append([style.name(row["method"]), *map(style.escape, words)])
     names = [name.removeprefix("chosen.") for name in options]
