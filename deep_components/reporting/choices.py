@@ -11,7 +11,7 @@ from deep_components.errors import InputError
 from deep_components.experiments.sweep import SWEEP_FILE, tested_folder
 from deep_components.files import read_bytes, read_json
 from deep_components.reporting.frame import ARGUMENT, read_runs
-from deep_components.reporting.results import Results, build_results
+from deep_components.reporting.results import OUR_METHOD, Results, build_results
 from deep_components.reporting.statistics import CONFIDENCE, RESAMPLES, SIGNIFICANCE, Test, holm
 from deep_components.reporting.tables import (
     NOTHING,
@@ -42,28 +42,27 @@ def choices_document(
 
     InputError when no sweep is there, none has a tested choice, or one's file is damaged.
     """
-    found = [_of_sweep(folder, compare, test, steps, any_code) for folder in _sweeps(paths)]
-    data = pd.concat([frame for frame, _ in found], ignore_index=True)
-    if data.empty:
-        raise InputError(
-            f"{', '.join(map(str, paths))}: no chosen setting is tested; give lcron sweep --test_seeds=30,31"
-        )
+    compare = compare or OUR_METHOD
+    found = {name: _of_sweep(folder, compare, test, steps, any_code) for folder, name in _sweeps(paths).items()}
+    tables = [rows.assign(sweep=name) for name, (rows, _) in found.items() if len(rows)]
+    if not tables:
+        named = ", ".join(map(str, paths))
+        raise InputError(f"{named}: no chosen setting is tested; give lcron sweep --test_seeds=30,31")
+    data = pd.concat(tables, ignore_index=True)
     tested = data["p"].notna()
     data["p_holm_all"] = pd.Series(holm(data.loc[tested, "p"].tolist()), data.index[tested], dtype="float64")
     data["verdict"] = [_verdict(row) for row in data.to_dict("records")]
-    tables = [_table(group, style) for _, group in data.groupby("sweep", sort=False)]
-    about = (
-        f"settings chosen on the validation day, then tested; mean +- standard deviation over seeds; {compare or ''}"
-    )
-    about = about.rstrip("; ") if compare is None else f"{about} is compared with every other method"
+    count = int(tested.sum())
+    about = "settings chosen on the validation day, then tested; mean +- standard deviation over seeds; differences to "
     rule = (
-        f"Two-sided {TEST_NAMES[test]}; {CONFIDENCE:.0%} bootstrap intervals over requests. Holm's correction over the "
-        f"comparisons of a table, and over all {int(tested.sum())} here. Higher, lower: the latter p is at most "
-        f"{SIGNIFICANCE} and the interval lacks 0.{END} marks the lowest or highest value tried."
+        f"p: two-sided {TEST_NAMES[test]}, with Holm's correction over the comparisons of a table, and of all "
+        f"{count}. Interval: {CONFIDENCE:.0%} bootstrap over requests. Higher, lower: the last p is at most "
+        f"{SIGNIFICANCE}, and the interval lacks 0.{END} marks the lowest or highest value tried."
     )
-    more = {"test": TEST_NAMES[test], "resamples": RESAMPLES, "comparisons": int(tested.sum())}
-    notes = [note for _, said in found for note in said]
-    return Document([style.escape(about), style.escape(rule)], tables, [*map(style.escape, notes)], data, more)
+    notes = [rule, *_notes({name: said for name, (_, said) in found.items()})]
+    more = {"compare": compare, "test": TEST_NAMES[test], "resamples": RESAMPLES, "comparisons": count}
+    shown = [_table(rows, style) for _, rows in data.groupby("sweep", sort=False)]
+    return Document([style.escape(about + compare)], shown, [*map(style.escape, notes)], data, more)
 
 
 def step_seconds(files: Sequence[Path]) -> dict[tuple[str, str, int], float]:
@@ -81,40 +80,43 @@ def step_seconds(files: Sequence[Path]) -> dict[tuple[str, str, int], float]:
     return seconds
 
 
-def _sweeps(paths: Sequence[Path]) -> list[Path]:
-    folders = dict.fromkeys(file.parent for path in paths for file in sorted(path.rglob(SWEEP_FILE)))
+def _sweeps(paths: Sequence[Path]) -> dict[Path, str]:
+    """The folders of sweeps, and their names without the paths that the user gave."""
+    folders = {file.parent: path for path in paths for file in sorted(path.rglob(SWEEP_FILE))}
     if not folders:
         raise InputError(f"{', '.join(map(str, paths))}: no {SWEEP_FILE}; name folders of lcron sweep")
-    return list(folders)
+    return {
+        folder: folder.name if folder == path else str(folder.relative_to(path)) for folder, path in folders.items()
+    }
 
 
-def _of_sweep(
-    folder: Path, compare: str | None, test: Test, steps: Steps, any_code: bool
-) -> tuple[pd.DataFrame, list[str]]:
+def _notes(said: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is said of sweeps, each sentence once; with their names unless it is said of all."""
+    names: dict[str, list[str]] = {}
+    for name, sentences in said.items():
+        for sentence in sentences:
+            names.setdefault(sentence, []).append(name)
+    return [s if len(found) == len(said) else f"{', '.join(found)}: {s}" for s, found in names.items()]
+
+
+def _of_sweep(folder: Path, compare: str, test: Test, steps: Steps, any_code: bool) -> tuple[pd.DataFrame, list[str]]:
     """A row per method whose choice is tested, and what is missing."""
     content = _read(folder / SWEEP_FILE)
-    chosen = {trial["method"]: trial for trial in content["trials"] if trial["chosen"]}
-    planned = [tested_folder(folder) / name for trial in chosen.values() for name in trial["tested"]]
-    done = [path for path in planned if (path / METRICS_FILE).exists()]
-    notes = (
-        [f"{folder}: {len(done)} of {len(planned)} tests are done."] if len(done) < len(planned) or not planned else []
-    )
+    trials = {tested_folder(folder) / name: trial for trial in content["trials"] for name in trial["tested"]}
+    done = [path for path in trials if (path / METRICS_FILE).exists()]
+    notes = [] if trials and len(done) == len(trials) else [f"{len(done)} of {len(trials)} tests are done."]
     if not done:
         return pd.DataFrame(), notes
     collected = read_runs(done)
     there = compare if compare in set(collected.runs["method"]) else None
     results = build_results(collected, there, test, any_code)
-    said = (*results.left_out.values(), *results.warnings, *results.remarks.below_without_column)
-    notes += [f"{folder}: {sentence}" for sentence in said]
-    cells = results.of(results.headline)
-    first = results.runs.drop_duplicates("row").set_index("row")
-    rows = []
-    for name, cell in cells.iterrows():
-        trial, run = chosen[first.loc[name, "method"]], first.loc[name]
+    notes += [*results.left_out.values(), *results.warnings, *results.remarks.below_without_column]
+    cells, rows = results.of(results.headline), []
+    for run in results.runs.drop_duplicates("row").to_dict("records"):
+        trial, cell = trials[run["folder"]], cells.loc[run["row"]]
         key = run["setting"], f"{run['loss_type']}_{run.get(f'{ARGUMENT}topk_op')}", int(run["test_random_items"])
-        rows.append(_about(results, run) | _choice(trial, content) | _difference(cell) | {
-            "sweep": str(folder), "method": name, "budget": content["budget"], "step_seconds": steps.get(key),
-        })  # fmt: skip
+        row = {"method": run["row"], "budget": content["budget"], "step_seconds": steps.get(key)}
+        rows.append(_about(results, run) | row | _choice(trial, content) | _difference(cell))
     return pd.DataFrame(rows), notes
 
 
@@ -137,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _about(results: Results, run: pd.Series) -> dict[str, Any]:
+def _about(results: Results, run: Mapping[Any, Any]) -> dict[str, Any]:
     """What a table is about."""
     return {
         **{name: results.about[name] for name in ("setting", "data", "test_day", "num_requests", "test_random_items")},
