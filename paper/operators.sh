@@ -5,7 +5,7 @@
 # A part is one setting, number of random items and loss. The user's arguments, each as --name=value:
 #   --settings=two_stage,three_stage  --lists=40,200  --losses=lcron,arf_v2      the parts, in this order
 #   --operators=neural_sort,soft_sort,dftopk,lapsum,lml,sparse_topk              the methods of a part
-#   --budget=6       trainings of each method on the validation day, of the nine settings of its grid; seed 30
+#   --budget=9       trainings of each method on the validation day: all nine settings of its grid, or a random part; seed 30
 #   --seeds=30,31    of the tests; default: 30 to 39
 #   --data_dir=D     a log in RecFlow's layout; default: as in the other scripts
 #   --output_dir=O   default: runs/operators; parts lie in O/<data folder>, their tables in O/<data folder>.md and .csv
@@ -18,7 +18,7 @@
 set -euo pipefail
 root=$(realpath -- "${BASH_SOURCE[0]}")
 root=${root%/*/*}
-settings=two_stage,three_stage lists=40,200 losses=lcron,arf_v2 budget=6 seeds=30,31,32,33,34,35,36,37,38,39
+settings=two_stage,three_stage lists=40,200 losses=lcron,arf_v2 budget=9 seeds=30,31,32,33,34,35,36,37,38,39
 operators=neural_sort,soft_sort,dftopk,lapsum,lml,sparse_topk
 log='' output=$root/runs/operators measure='' tables='' users=() simulated=()
 for argument in "$@"; do
@@ -69,7 +69,7 @@ make_part() { # SETTING LIST LOSS
     done
     "$PYTHON" -m deep_components sweep --setting="$setting" --train=deep_components.run_train$stages \
         --evaluate=deep_components.run_test$stages "${simulated[@]}" --budget="$budget" --test_seeds="$seeds" \
-        --grid=lr=0.005,0.01,0.02 "${grids[@]}" "${words[@]}" -- --data_dir="$log" --output_dir="$part" \
+        --grid=lr=0.01,0.02,0.04 "${grids[@]}" "${words[@]}" -- --data_dir="$log" --output_dir="$part" \
         --test_random_items="$items" "${users[@]}" || status=$?
     # A training that failed counts as tried, and the next part is made; a stop, or a mistake in the arguments, ends all.
     if [ "$status" -ge 128 ] || { [ "$status" -ne 0 ] && [ ! -e "$part/sweep.json" ]; }; then exit "$status"; fi

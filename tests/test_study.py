@@ -13,12 +13,12 @@ from deep_components.loss.selection import SELECTION_OPERATORS, TEMPERATURES
 from tests.test_scripts import Recorded
 
 SCRIPT = "paper/operators"
-RATES = ("0.005", "0.01", "0.02")
+RATES = ("0.01", "0.02", "0.04")
 DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of a method without --tau
     loss: dict.fromkeys(("neural_sort", "soft_sort"), sorts) | TEMPERATURES
     for loss, sorts in (("lcron", 50.0), ("arf_v2", 200.0))
 }
-BUDGET = 6
+BUDGET = 9
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_every_method_has_the_same_budget(whole: list[Part]) -> None:
         assert part.own.test_seeds == [*range(30, 40)]
         assert [axis.values for axis in part.own.axes if axis.method is None] == [RATES]
         tried = part.positions("neural_sort")
-        assert len(tried) == BUDGET and (1, 1) in tried
+        assert tried == [(rate, tau) for rate in range(3) for tau in range(3)]
         for name, axis in part.taus.items():
             default = DEFAULTS[part.loss][name]
             assert [float(value) for value in axis.values] == pytest.approx([default / 5, default, default * 5])
