@@ -81,12 +81,14 @@ def step_seconds(files: Sequence[Path]) -> dict[tuple[str, str, int], float]:
 
 
 def _sweeps(paths: Sequence[Path]) -> dict[Path, str]:
-    """The folders of sweeps, and their names without the paths that the user gave."""
+    """The folders of sweeps, and their names: without the path that the user gave, where it is one."""
     folders = {file.parent: path for path in paths for file in sorted(path.rglob(SWEEP_FILE))}
     if not folders:
         raise InputError(f"{', '.join(map(str, paths))}: no {SWEEP_FILE}; name folders of lcron sweep")
+    if len(paths) > 1:
+        return {folder: str(folder) for folder in folders}
     return {
-        folder: folder.name if folder == path else str(folder.relative_to(path)) for folder, path in folders.items()
+        folder: str(folder.relative_to(path.parent if folder == path else path)) for folder, path in folders.items()
     }
 
 

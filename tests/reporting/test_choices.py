@@ -111,6 +111,20 @@ def test_the_numbers(study: Path) -> None:
     assert verdicts == {("lcron", "lml"): "higher", ("lcron", "dftopk"): "not shown", ("arf_v2", "lml"): "lower"}
 
 
+def test_sweeps_of_several_folders_are_corrected_together(tmp_path: Path) -> None:
+    """Also where they have the same name."""
+    folders = [write_sweep(tmp_path / log / "lcron", "lcron").parent for log in ("a", "b")]
+    content = as_csv(partial(choices_document, folders, "neural_sort", "paired", {}))
+    found = [row for row in csv.DictReader(io.StringIO(content)) if row["method"] == "lml"]
+    assert [row["sweep"] for row in found] == [str(folder / "lcron") for folder in folders]
+    for (
+        row
+    ) in found:  # two comparisons of a sweep, four in all; the equal p of the other log comes right before or after
+        assert [float(row[name]) for name in ("p_holm", "p_holm_all")] == pytest.approx(
+            [2 * float(row["p"]), 4 * float(row["p"])]
+        )
+
+
 def test_an_interval_over_requests_that_holds_0_shows_nothing(study: Path) -> None:
     """The seeds alone would show a difference."""
     assert rows([study])["lcron", "lml"]["verdict"] == "higher"
