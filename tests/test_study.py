@@ -140,6 +140,30 @@ def test_only_the_tables(recorded: Recorded) -> None:
     assert recorded.calls("sweep") == []
 
 
+def test_the_steps_are_timed(recorded: Recorded) -> None:
+    """As many random items as the parts have, and no runs; the results of an earlier time go into the tables."""
+    (recorded.folder / "O").mkdir()
+    (recorded.folder / "O/steps_three_stage.json").touch()
+    words = (
+        "--data_dir=D",
+        "--output_dir=O",
+        "--settings=three_stage",
+        "--losses=arf_v2",
+        "--operators=neural_sort,lml",
+    )
+    recorded.run(*words, "--tables", "--measure", script=SCRIPT)
+    first = recorded.calls_file.read_text().split("\x1e")[0].split("\x1f")
+    expected = (
+        "benchmarks.long_lists",
+        "--setting=three_stage",
+        "--items=50,210",
+        "--methods=arf_v2_neural_sort,arf_v2_lml",
+    )
+    assert {*expected, "--output=O/steps_three_stage.json"} <= {*first}
+    assert recorded.calls("sweep") == []
+    assert all("--steps=O/steps_three_stage.json" in call for call in recorded.calls("table"))
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -158,12 +182,12 @@ def test_mistakes(argument: str, said: str, recorded: Recorded) -> None:
 
 def test_failures(recorded: Recorded) -> None:
     """A refused command ends the study; one that has made its part, but not all trainings, does not."""
-    arguments = ("--data_dir=D", "--output_dir=O", "--budget=0", "--lists=40")
+    arguments = ("--data_dir=D", "--output_dir=F", "--budget=0", "--lists=40")
     assert recorded.run(*arguments, script=SCRIPT, check=False, FAIL_ON="--budget=0") == ""
     assert (recorded.result.returncode, len(recorded.calls("sweep"))) == (2, 1)
     for setting in ("two_stage", "three_stage"):
         for loss in ("lcron", "arf_v2"):
-            part = recorded.folder / "O/D" / setting / "random0" / loss
+            part = recorded.folder / "F/D" / setting / "random0" / loss
             part.mkdir(parents=True)
             (part / "sweep.json").touch()
     recorded.run(*arguments, script=SCRIPT, check=False, FAIL_ON="--budget=0")
