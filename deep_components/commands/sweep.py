@@ -27,10 +27,11 @@ from deep_components.cli import Parser, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.experiments.execution import Outcome
 from deep_components.experiments.plan import Method, Run, make_plan, parse_training
-from deep_components.experiments.sweep import SWEEP_FILE, Trial, axis_of, tested_folder, trials_of
+from deep_components.experiments.sweep import Trial, axis_of, trials_of
 from deep_components.files import write_json
 from deep_components.reporting.sweep import sweep_document
 from deep_components.reporting.tables import text
+from deep_components.runs.folder import SWEEP_FILE, tested_folder
 from deep_components.runs.records import read_folder
 
 SEED = "--seeds=30"

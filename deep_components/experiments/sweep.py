@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -14,15 +13,8 @@ from deep_components.errors import InputError
 from deep_components.experiments.plan import Method
 from deep_components.runs.identity import EXECUTION_ARGUMENTS
 
-SWEEP_FILE = "sweep.json"  # in a sweep's folder
-
 # Arguments of a training that are no hyper-parameters of its method, beside those of the execution.
 _NOT_VARIED = ("help", "loss_type", "train_days", "seed", "time_zone", "init_from", "on_nonfinite", "compact_from")
-
-
-def tested_folder(folder: Path) -> Path:
-    """Where the chosen settings of the sweep in ``folder`` are tested."""
-    return folder.absolute().with_name(f"{folder.absolute().name}_test")
 
 
 @dataclass(frozen=True)

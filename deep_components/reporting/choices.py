@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from deep_components.errors import InputError
-from deep_components.experiments.sweep import SWEEP_FILE, tested_folder
 from deep_components.files import read_bytes, read_json
 from deep_components.reporting.frame import ARGUMENT, read_runs
 from deep_components.reporting.results import OUR_METHOD, Results, build_results
@@ -23,7 +22,7 @@ from deep_components.reporting.tables import (
     mean_and_std,
     p_value,
 )
-from deep_components.runs.folder import METRICS_FILE
+from deep_components.runs.folder import METRICS_FILE, SWEEP_FILE, tested_folder
 
 END = " (end)"  # after a chosen value that is the lowest or highest of those tried
 
