@@ -106,11 +106,12 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_long_lists(tmp_path: Path) -> None:
-    results = run("long_lists", tmp_path, "--items=40,55", "--methods=lcron_lml,fs_ranknet")["results"]
-    for method in ("lcron_lml", "fs_ranknet"):
+    results = run("long_lists", tmp_path, "--items=40,55", "--methods=arf_v2_lml,fs_ranknet")["results"]
+    for method in ("arf_v2_lml", "fs_ranknet"):
         for items in (40, 55):
-            assert results[method][str(items)]["items"] == items
-            assert results[method][str(items)]["process"] > 0
+            measured = results[method][str(items)]
+            assert (measured["items"], measured["random_items"]) == (items, items - 40)
+            assert measured["process"] > 0 and measured["seconds"] > 0
     with pytest.raises(InputError, match="--methods are of"):
         run("long_lists", tmp_path, "--methods=none")
 

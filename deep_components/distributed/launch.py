@@ -1,8 +1,8 @@
 """Several processes of a training on this machine: the command becomes torchrun's agent, which starts itself W times.
 With --engine=ray they are started on a Ray cluster instead.
 
-Each process here is ``python -m MODULE`` with the command's own arguments, and ends with the agent: where that is killed
-outright, Linux sends them SIGTERM, so that they save the state and stop.
+Each process here is ``python -m MODULE`` with the command's own arguments, and ends with the agent: where that is
+killed outright, Linux sends them SIGTERM, so that they save the state and stop.
 """
 
 import argparse

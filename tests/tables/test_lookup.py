@@ -76,7 +76,7 @@ def test_sorting_on_the_device_gives_the_same_but_for_the_order(drawn: Drawn) ->
     schema, batch = drawn
     for table in schema.tables:
         ids, lookup = all_ids(schema, batch.features, table), listing[id(schema)]
-        rows, slots = lookup._distinct_cuda(table, ids)  # what a CUDA tensor takes; runs on any device
+        rows, slots = lookup._distinct_sorted(table, ids)  # what a CUDA tensor takes; runs on any device
         assert torch.equal(rows[slots], ids) and rows[0] == schema.tables[table].padding
         assert sorted(rows.tolist()) == sorted(lookup._distinct(table, ids)[0].tolist())
 
