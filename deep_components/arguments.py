@@ -1,6 +1,7 @@
 """Arguments shared by the training commands, and those shared by the evaluation commands."""
 
 import argparse
+import os
 import pkgutil
 import reprlib
 from collections.abc import Callable
@@ -90,6 +91,17 @@ def _days(text: str) -> list[str]:
     return [day.strip() for day in text.split(",") if day.strip()]
 
 
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that several processes may carry out together."""
+    parser.add_argument("--processes", type=positive_int, metavar="W",
+                        help="W processes on this machine, each with its share of the work and of large tables "
+                        "(default 1; docs/cluster.md)")  # fmt: skip
+    parser.add_argument("--max_restarts", type=_non_negative_int, default=0, metavar="N", help="with --processes: "
+                        "when one fails, start all again, up to N times (default 0)")  # fmt: skip
+    parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
+                        help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
+
+
 def training_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of every training command; methods add their own hyper-parameters to it."""
     parser = Parser(description=description, others=SCRIPT_OPTIONS)
@@ -119,8 +131,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--num_random_items", type=random_items, metavar="N", help="up to N items of a batch's other "
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
     parser.add_argument("--init_from", type=folder, metavar="RUN", help="start from the models of another run's folder")
-    parser.add_argument("--timeout", type=_positive_float, default=600.0, metavar="SECONDS",
-                        help="several processes: how long one waits for another at most (default 600)")  # fmt: skip
+    add_process_arguments(parser)
+    parser.add_argument("--engine", choices=["local", "ray"], default="local",
+                        help="where --processes are started: here (default), or on a Ray cluster")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the state that --output_dir holds")
     parser.add_argument("--any_code", action="store_true", help="let --resume go on with a run of other code")
     parser.add_argument("--save_minutes", type=_non_negative_float, default=10.0,
@@ -153,6 +166,7 @@ def evaluation_parser(description: str) -> argparse.ArgumentParser:
     _add_data_arguments(parser)
     parser.add_argument("--time_zone", help="of the log (default: the training's)")
     parser.add_argument("--test_day", help="default: the last day; on RecFlow 2024-02-04")
+    add_process_arguments(parser)
     parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests scored at a time")
     parser.add_argument("--test_random_items", type=random_items, metavar="N", help="up to N items of the day's other "
                         "requests join each request's own, as the worst of them (default 0)")  # fmt: skip
@@ -290,6 +304,17 @@ def choose_device(args: argparse.Namespace) -> torch.device:
     Raises InputError when the device is unknown or not there.
     """
     name = args.device or (f"cuda:{args.cuda}" if args.cuda is not None else None)
+    launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else getattr(args, "processes", None) or 1
+    if count > 1 and (name == "cuda" or (name is None and torch.cuda.is_available())):
+        if count > torch.cuda.device_count():
+            raise InputError(
+                f"{count} processes, but there are {torch.cuda.device_count()} CUDA devices here; start at most one "
+                "for each, or use --device=cpu"
+            )
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else 0)
+    if count > 1 and name is not None and name.startswith("cuda"):
+        raise InputError(f"{name}: {count} processes cannot share a CUDA device; leave it out: each takes its own")
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,6 +1,6 @@
 """A run's models and embedding tables, to and from its files (runs/state.py)."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from deep_components.cascade import Cascade
 from deep_components.errors import InputError
 from deep_components.models import build_models, parameter_shapes
 from deep_components.runs.folder import CONFIG_FILE, model_file
-from deep_components.runs.state import TABLE, SavedModel, load_model, save_models, saved_ids, saved_shapes
+from deep_components.runs.state import TABLE, OpenModel, save_models, saved_ids, saved_shapes
 from deep_components.schema import Schema
 from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore, build_stores
@@ -75,17 +75,15 @@ def load_trained(run: Path, models: Mapping[str, nn.Module], stores: Mapping[str
     """
     seed = None
     for stage, model in models.items():
-        saved, store = load_model(run, stage), stores[stage]
+        saved, store = OpenModel(run, stage), stores[stage]
         seed = saved.initial_seed
-        arrays = dict(saved.arrays)
-        for table in saved.ids.keys() | store.ids.keys():
-            if f"{TABLE}{table}" in arrays and table in store.tables:
-                arrays[f"{TABLE}{table}"] = _rows(saved, store, table)
+        tables = {f"{TABLE}{table}": table for table in saved.tables | store.ids.keys() if table in store.tables}
         targets: dict[str, Tensor] = {f"{TABLE}{table}": values for table, values in store.tables.items()}
         targets |= model.state_dict()
-        _check_shapes(saved.path, arrays, targets)
+        _check_shapes(saved, targets, tables)
         for name, target in targets.items():
-            target.copy_(torch.from_numpy(arrays[name]))
+            values = _rows(saved, store, tables[name]) if name in tables else saved.array(name)
+            target.copy_(torch.from_numpy(values))
     return seed
 
 
@@ -102,30 +100,30 @@ def check_sizes(run: Path, cascade: Cascade, schema: Schema, emb_dim: int, nn_un
                 )
 
 
-def _rows(saved: SavedModel, store: EmbeddingStore, table: str) -> np.ndarray:
+def _rows(saved: OpenModel, store: EmbeddingStore, table: str) -> np.ndarray:
     """The saved rows of the ids that the store's table has."""
-    ids = store.ids[table].ids() if table in store.ids else np.arange(store.rows[table])
-    width, dim = saved.arrays[f"{TABLE}{table}"].shape[-1:], store.tables[table].shape[-1:]
-    if width != dim:
-        return saved.arrays[f"{TABLE}{table}"]  # the comparison of shapes names it
 
     def initial(table: str, ids: np.ndarray) -> np.ndarray:
         assert saved.initial_seed is not None
         return as_array(store.initial_values(table, ids, saved.initial_seed))
 
-    return saved.rows(table, ids, initial)
+    return saved.rows(table, store.ids[table].ids() if table in store.ids else np.arange(store.rows[table]), initial)
 
 
-def _check_shapes(path: Path, arrays: Mapping[str, np.ndarray], targets: Mapping[str, Tensor]) -> None:
-    for name in sorted(targets.keys() | arrays.keys()):
-        if name not in arrays:
+def _check_shapes(saved: OpenModel, targets: Mapping[str, Tensor], tables: Collection[str]) -> None:
+    """InputError unless the file has what is wanted; of ``tables`` rows may be taken."""
+    for name in sorted(targets.keys() | saved.shapes.keys()):
+        first = 1 if name in tables else 0
+        if name not in saved.shapes:
             problem = f"lacks parameter {name} of the model"
         elif name not in targets:
             problem = f"has a parameter {name} that the model has not"
-        elif arrays[name].shape != targets[name].shape:
-            shapes = arrays[name].shape, tuple(targets[name].shape)
+        elif saved.shapes[name][first:] != targets[name].shape[first:]:
+            shapes = saved.shapes[name], tuple(targets[name].shape)
             problem = f"parameter {name} has shape {shapes[0]}, but the model wants {shapes[1]}"
         else:
             continue
-        raise InputError(f"{path}: {problem}; use the model, the data and the sizes (--emb_dim, --nn_units) that it "
-                         "was trained with")  # fmt: skip
+        raise InputError(
+            f"{saved.path}: {problem}; use the model, the data and the sizes (--emb_dim, --nn_units) that it was "
+            "trained with"
+        )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from deep_components.errors import InputError, StoppedError
+from deep_components.errors import EndedError, InputError, StoppedError
 
 T = TypeVar("T")
 
@@ -49,10 +49,12 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
 
     0 on success, 1 when nobody reads the output any more, 2 for an :class:`InputError` (its sentence goes to stderr),
     130 or 143 when SIGINT or SIGTERM stopped it. Anything else is a defect of ours and keeps its traceback.
+    Of several processes of one training the first speaks for all, but for errors.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    speaks = int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if speaks else logging.ERROR, handlers=[handler])
     try:
         command(sys.argv[1:] if argv is None else argv)
     except InputError as error:
@@ -61,11 +63,14 @@ def run_command(command: Callable[[list[str]], None], argv: list[str] | None = N
     except StoppedError as error:
         sys.stderr.write(f"{printable(str(error))}\n")
         return 128 + error.signal_number
+    except EndedError as error:
+        sys.stderr.write(f"{printable(str(error))}\n" if str(error) else "")
+        return error.code
     except BrokenPipeError:  # who reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write("interrupted\n" if speaks else "")
         return 130
     return 0
 

@@ -15,3 +15,12 @@ class StoppedError(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class EndedError(Exception):
+    """The work ended with another process of it; the message, which may be empty, says what is not said elsewhere.
+    Commands exit with ``code``."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -5,12 +5,14 @@ import sys
 from deep_components.arguments import evaluation_parser
 from deep_components.cascade import THREE_STAGE
 from deep_components.cli import run_command
-from deep_components.evaluation.day import evaluate_cascade
+from deep_components.distributed.evaluation import evaluate
+from deep_components.distributed.launch import launch
 
 
 def main(argv: list[str]) -> None:
     args = evaluation_parser("Evaluate a three-stage run on a test day.").parse_args(argv)
-    evaluate_cascade(args, THREE_STAGE)
+    if not launch(args, "deep_components.run_test3", argv, trains=False):
+        evaluate(args, THREE_STAGE)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from deep_components.arguments import (
 )
 from deep_components.cascade import SETTINGS, Cascade, named_cascade
 from deep_components.cli import run_command
+from deep_components.distributed.launch import launch
 from deep_components.errors import InputError
 from deep_components.loss.arf import ARF
 from deep_components.loss.arf_v2 import ARFv2
@@ -80,7 +81,9 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     loss = build_loss(args)
     # A run keeps its cascade whole, not the name of a file that may change; the rest is as run_train2's.
-    train_cascade(vars(args).pop("cascade"), args, loss)
+    cascade = vars(args).pop("cascade")
+    if not launch(args, "deep_components.run_train", argv):
+        train_cascade(cascade, args, loss)
 
 
 if __name__ == "__main__":

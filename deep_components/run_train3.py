@@ -16,6 +16,7 @@ from deep_components.arguments import (
 )
 from deep_components.cascade import THREE_STAGE as CASCADE
 from deep_components.cli import run_command
+from deep_components.distributed.launch import launch
 from deep_components.loss.arf import ARF
 from deep_components.loss.arf_v2 import ARFv2
 from deep_components.loss.bce import BCE
@@ -61,7 +62,9 @@ def build_loss(args: argparse.Namespace) -> nn.Module:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    train_cascade(CASCADE, args, build_loss(args))
+    loss = build_loss(args)
+    if not launch(args, "deep_components.run_train3", argv):
+        train_cascade(CASCADE, args, loss)
 
 
 if __name__ == "__main__":

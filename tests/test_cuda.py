@@ -1,7 +1,6 @@
 """What a GPU computes equals what the CPU computes. Skipped where there is none."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from deep_components.cascade import THREE_STAGE, TWO_STAGE, Cascade
 from deep_components.files import read_json
 from deep_components.models import build_models
 from deep_components.tables.store import build_stores
-from deep_components.training import loop
 from deep_components.training.step import Trainer
 from tests.helpers import DAYS, train
 from tests.schemas import RECFLOW, random_batch
@@ -66,11 +64,9 @@ def test_tables_in_host_memory_take_rows_that_lie_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("where", [(), ("--table_memory=host",)], ids=["on the device", "in host memory"])
-def test_a_validation_measures_what_a_test_does(
-    where: tuple[str, ...], log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "Trainer", partial(Trainer, large_table=0))
-    run = train(log, tmp_path, "--cuda=0", "--validate_every=1", "--keep=best", "--compact_from=1", *where)
+def test_a_validation_measures_what_a_test_does(where: tuple[str, ...], log: Path, tmp_path: Path) -> None:
+    rows = ("--compact_from=1", "--pull_from=1")
+    run = train(log, tmp_path, "--cuda=0", "--validate_every=1", "--keep=best", *rows, *where)
     run_test2.main([f"--data_dir={log}", f"--output_dir={run}", "--cuda=0", f"--test_day={DAYS[1]}"])
     best = read_json(run / "training.json")["validation"]["best_joint_recall"]
     assert read_json(run / "metrics.json")["joint_recall@10@20"] == pytest.approx(best, abs=1e-3)

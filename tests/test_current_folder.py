@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_components.experiments import execution
+from deep_components import ray_cluster
 from tests.helpers import DAYS, SMALL, small_log
 from tests.reporting.fake_runs import write_run
 
@@ -112,4 +112,4 @@ def test_a_command_typed_there(tmp_path: Path) -> None:
 def test_what_the_runner_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f":.:relative:{tmp_path}:{PROJECT}")
     expected = {"PYTHONPATH": f"{PROJECT}:{tmp_path}", "PYTHONSAFEPATH": "1"}
-    assert expected.items() <= execution.environment().items()
+    assert expected.items() <= ray_cluster.environment().items()

@@ -1,7 +1,6 @@
 """What docs/determinism.md promises: the same seed gives the same bytes on a CPU, and of what they do not depend."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from deep_components.dataset.log import open_log
 from deep_components.loss.lcron import LCRON
 from deep_components.models import build_models
 from deep_components.tables.store import build_stores
-from deep_components.training import loop as training
 from deep_components.training.step import Trainer
 from tests.helpers import DAYS, train
 
 pytestmark = pytest.mark.usefixtures("short_rules")
-VARIANTS = {"compiled": (), "pytorch": ("--no-compile",), "deferred": ("--compact_from=1",)}
+VARIANTS = {"compiled": (), "pytorch": ("--no-compile",), "deferred": ("--compact_from=1", "--pull_from=1")}
 
 
 class Course:
@@ -47,11 +45,7 @@ class Course:
 
 
 @pytest.fixture(params=VARIANTS)
-def course(
-    request: pytest.FixtureRequest, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Course]:
-    if request.param == "deferred":
-        monkeypatch.setattr(training, "Trainer", partial(Trainer, large_table=0))
+def course(request: pytest.FixtureRequest, log: Path, tmp_path: Path) -> Iterator[Course]:
     yield Course(log, tmp_path, VARIANTS[request.param])
 
 

@@ -64,7 +64,7 @@ def test_the_dependencies_are_the_pins(installed: Path) -> None:
     required = re.findall(r"^Requires-Dist: ([^;\n]+)(; .*)?$", metadata, re.MULTILINE)
     pins = [line for line in (PROJECT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert [name for name, extra in required if not extra] == pins
-    assert [name for name, extra in required if "ray" in extra] == ["ray==2.60.0"]
+    assert [name for name, extra in required if "ray" in extra] == ["ray[train]==2.60.0"]
 
 
 def test_the_installed_command_trains(

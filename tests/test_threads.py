@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_components.experiments import execution
+from deep_components import ray_cluster
 from deep_components.threads import SPINS, short_waits
 
 PROJECT = Path(__file__).parents[1]
@@ -23,10 +23,10 @@ def unset(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "7")])
 def test_the_user_s_choice_is_kept(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert short_waits() == {"GOMP_SPINCOUNT": str(SPINS)}
-    assert execution.environment()["GOMP_SPINCOUNT"] == str(SPINS)
+    assert ray_cluster.environment()["GOMP_SPINCOUNT"] == str(SPINS)
     monkeypatch.setenv(name, value)
     assert short_waits() == {}
-    assert "GOMP_SPINCOUNT" not in execution.environment()  # it inherits what is there
+    assert "GOMP_SPINCOUNT" not in ray_cluster.environment()  # it inherits what is there
 
 
 @pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}])

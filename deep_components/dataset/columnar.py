@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,10 +107,11 @@ class DayCache:
             return int(_counts(self.columns[_OFFSET], requests).max(initial=1))
         return int(self.columns["item.mask"].shape[1])
 
-    def ids(self, table: str) -> IdSet:
-        """The indices of a table that the day uses, and its padding index, that of unknown ids, and 0."""
-        bits = self.id_bits.get(table)
-        return _used_ids(self.schema, table, self.columns) if bits is None else IdSet(bits)
+    def ids(self, table: str, requests: slice | None = None) -> IdSet:
+        """The indices of a table that the day uses, or a range of its ``requests``, and its padding index, that of
+        unknown ids, and 0."""
+        bits = self.id_bits.get(table) if requests is None else None
+        return _used_ids(self.schema, table, self.columns, requests) if bits is None else IdSet(bits)
 
     def with_history(self, length: int | None) -> "DayCache":
         """The same day with the last ``length`` history positions, None = all; InputError when it has fewer."""
@@ -213,11 +214,15 @@ def _padded(values: torch.Tensor, mask: torch.Tensor, padding: int) -> torch.Ten
     return whole
 
 
-def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray]) -> IdSet:
-    """The indices of table ``name`` in the columns, its padding index, that of unknown ids, and 0."""
+def _used_ids(schema: Schema, name: str, columns: Mapping[str, np.ndarray], requests: slice | None = None) -> IdSet:
+    """The indices of table ``name`` in the columns, or in those of some ``requests``, its padding index, that of
+    unknown ids, and 0."""
     table = schema.tables[name]
     always = np.array([0, table.padding, table.padding if table.unknown is None else table.unknown])
-    used = [columns[f"{entry.side}.{entry.name}"] for entry in schema.fields if entry.table == name]
+    rows = dict.fromkeys(SIDES, requests or slice(None))
+    if requests is not None and _OFFSET in columns:
+        rows["item"] = slice(*(int(columns[_OFFSET][at]) for at in (requests.start, requests.stop)))
+    used = [columns[f"{entry.side}.{entry.name}"][rows[entry.side]] for entry in schema.fields if entry.table == name]
     pieces = (part[k : k + _ROWS_PER_PIECE] for part in used for k in range(0, len(part), _ROWS_PER_PIECE))
     return IdSet.of((always, *pieces), table.size)
 
@@ -594,7 +599,7 @@ def _verify(
     files: Mapping[str, Any],
 ) -> None:
     """InputError when a file is not what meta.json says, or holds what its schema does not allow."""
-    if _fingerprint(folder) in os.environ.get(VERIFIED, "").split():
+    if _fingerprint(folder) in verified_days():
         return
     known = columns_of(schema, ragged=_OFFSET in columns)
     try:
@@ -616,9 +621,19 @@ def _verify(
 def _note_verified(folder: Path) -> None:
     """Let this process and those that it starts know that the day's content is what it should be."""
     fingerprint = _fingerprint(folder)
-    noted = os.environ.get(VERIFIED, "").split()
-    if fingerprint is not None and fingerprint not in noted:
-        os.environ[VERIFIED] = " ".join([*noted, fingerprint])
+    add_verified([] if fingerprint is None else [fingerprint])
+
+
+def verified_days() -> list[str]:
+    """Fingerprints of the days that this process takes for verified."""
+    return os.environ.get(VERIFIED, "").split()
+
+
+def add_verified(fingerprints: Iterable[str]) -> None:
+    """Take the days that another process of this machine has verified for verified."""
+    noted = verified_days()
+    if new := [fingerprint for fingerprint in dict.fromkeys(fingerprints) if fingerprint not in noted]:
+        os.environ[VERIFIED] = " ".join([*noted, *new])
 
 
 def _fingerprint(folder: Path) -> str | None:

@@ -93,11 +93,11 @@ def violated(product: Tensor, share: Tensor, samples: int) -> Tensor:
 
 
 def keep_some(
-    scored: Iterable[Mapping[str, Tensor]], every: int, kept: list[Mapping[str, Tensor]]
+    scored: Iterable[Mapping[str, Tensor]], every: int, kept: list[Mapping[str, Tensor]], first: int = 0
 ) -> Iterator[Mapping[str, Tensor]]:
     """Hand on the batches of :func:`~deep_components.evaluation.day.score_day`; ``kept`` gets the first of every so
-    many requests, in file order."""
-    passed = 0
+    many requests, in file order; ``scored`` begin with the day's request ``first``."""
+    passed = first
     for batch in scored:
         index = passed + torch.arange(len(batch["mask"]))
         passed += len(index)

@@ -1,16 +1,13 @@
 """Where runs are made: a pool of processes on this machine, or a Ray cluster."""
 
 import queue
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import chdir
-from pathlib import Path
 from typing import Any
 
-from deep_components.errors import InputError
-from deep_components.experiments.execution import Commands, Options, Outcome, Slot, environment, execute
+from deep_components.experiments.execution import Commands, Options, Outcome, Slot, execute
 from deep_components.experiments.plan import Run
+from deep_components.ray_cluster import RETRIES, ray_cluster
 
 _TICK = 1.0  # seconds after which an engine lets its caller look at the progress
 
@@ -58,31 +55,16 @@ def run_locally(runs: Sequence[Run], slots: Sequence[Slot], options: Options) ->
 
 
 def run_on_ray(runs: Sequence[Run], slot: Slot, gpus: bool, options: Options) -> Iterator[list[Outcome]]:
-    """Make the runs as tasks of a Ray cluster: the one RAY_ADDRESS names, else one on this machine.
-
-    The nodes need the project, its packages, the data and the output folder under the same paths. A run takes
-    ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU.
-
-    Raises InputError when Ray is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(
-            f"--engine=ray: {sys.executable} lacks ray; run: {sys.executable} -m pip install -r requirements-ray.txt"
-        ) from error
-    known = {"env_vars": environment()}
-    with chdir(Path(__file__).parents[2]):  # workers import from the folder in which this is called
-        ray.init(runtime_env=known, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
+    """Make the runs as tasks of a Ray cluster (:func:`deep_components.ray_cluster.ray_cluster`). A run takes
+    ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU. One whose worker was killed goes
+    on from its saved state in another."""
+    with ray_cluster() as ray:
         one_gpu = 1 if gpus and ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=1)(execute)
+        task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=RETRIES)(execute)
         waiting: dict[Any, Run] = {task.remote(run, slot, options): run for run in runs}
         while waiting:
             ended, _ = ray.wait(list(waiting), num_returns=1, timeout=_TICK)
             yield [_outcome(ray, reference, waiting.pop(reference)) for reference in ended]
-    finally:
-        ray.shutdown()
 
 
 def _outcome(ray: Any, reference: Any, run: Run) -> Outcome:

@@ -16,6 +16,7 @@ from typing import Any
 from deep_components.errors import InputError
 from deep_components.experiments.plan import Part, Run
 from deep_components.files import read_bytes, regular
+from deep_components.ray_cluster import environment
 from deep_components.runs.folder import LOG_FILE, RUNNER_LOCK_FILE, only_user, remove_run, remove_state
 from deep_components.runs.records import (
     FolderContents,
@@ -26,7 +27,6 @@ from deep_components.runs.records import (
     read_folder,
     start_record,
 )
-from deep_components.threads import short_waits
 
 REFUSED = 2  # the exit code of a command that refuses its input
 SECONDS_TO_END = 60.0  # that the commands of a killed runner may need to save a large state
@@ -205,15 +205,6 @@ def _make_part(
         command(run.test_command(part))
     if run.streaming:
         add_streamed_day(run.folder, record, len(part.train_days))
-
-
-def environment(threads: int | None = None) -> dict[str, str]:
-    """What a process needs to find the project, and nothing in the current folder; its number of threads, and how they
-    wait."""
-    inherited = filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    paths = dict.fromkeys([str(Path(__file__).parents[2]), *inherited])
-    changes = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"} | short_waits()
-    return changes | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
 
 
 def _about(run: Run) -> dict[str, Any]:

@@ -31,6 +31,7 @@ LEFT_OUT = (
         "dataset/rows.py",
         "dataset/simulate.py",
         "dataset/movielens.py",
+        "distributed/launch.py",
     ),
     *("runs/code.py", "runs/folder.py", "runs/identity.py", "runs/records.py", "run_experiments.py", "run_test"),
     *("__main__.py", "cli.py", "collect_", "doctor.py", "report.py", "import_checkpoint.py", "export_checkpoint.py"),

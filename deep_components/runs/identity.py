@@ -16,6 +16,7 @@ from deep_components.runs import code
 EXECUTION_ARGUMENTS = (
     *("output_dir", "data_dir", "cache_dir", "device", "cuda", "table_memory", "day_on_device", "compile"),
     *("resume", "any_code", "save_minutes", "print_freq", "tensorboard", "pull_from", "timeout"),
+    *("processes", "max_restarts", "engine"),
 )
 # Arguments that an untrained cascade depends on, beside its seed.
 UNTRAINED_ARGUMENTS = ("emb_dim", "nn_units", "seq_len", "dtype", "time_zone", "init_from")

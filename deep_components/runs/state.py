@@ -35,8 +35,36 @@ class SavedModel:
     ids: dict[str, np.ndarray]  # compacted table -> the ids of its rows, ascending
     initial_seed: int | None  # gives the initial values of ids that compacted tables lack; None: all tables are whole
 
+
+class OpenModel:
+    """A stage's file of which arrays are read one at a time, and of tables some rows. Any method raises InputError when
+    the file is missing or damaged.
+
+    Attributes: ``path``; ``shapes`` of the parameters, by name; ``tables``, the compacted ones; ``initial_seed`` as of
+    :class:`SavedModel`.
+    """
+
+    def __init__(self, run: Path, stage: str) -> None:
+        self._file = CheckedFile(run / model_file(stage))
+        self.path = self._file.path
+        self.shapes = {name: shape for name, shape in self._file.shapes.items() if not name.startswith(IDS)}
+        self.tables = {name.removeprefix(IDS) for name in self._file.shapes if name.startswith(IDS)}
+        self.initial_seed = _initial_seed(self._file.metadata)
+
+    def verify(self) -> None:
+        """Read everything, a block at a time, and keep nothing."""
+        for table in self.tables:
+            _ids(self.path, table, self.array(f"{IDS}{table}"))
+        for name, shape in self.shapes.items():
+            for _ in self._file.blocks(name) if shape else [self.array(name)]:
+                pass
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of a parameter."""
+        return self._file.read([name])[name]
+
     def rows(self, table: str, wanted: np.ndarray, initial: Callable[[str, np.ndarray], np.ndarray]) -> np.ndarray:
-        """The rows [n, d] of the ``wanted`` ids [n], in any order, of a table.
+        """The rows [n, d] of the ``wanted`` ids [n], in any order, of a table, which is read a block at a time.
 
         Args:
             initial: (table, ids that the file lacks) -> their rows; it is asked only where ``initial_seed`` is known.
@@ -44,23 +72,36 @@ class SavedModel:
         Raises:
             InputError: the ids do not fit the table, or one is missing and nothing tells its initial value.
         """
-        values = self.arrays.get(f"{TABLE}{table}")
-        saved = self.ids.get(table, np.arange(0 if values is None else len(values)))
-        if values is None or values.ndim != 2 or len(values) != len(saved):
-            raise InputError(f"{self.path}: the ids of table {table} do not fit it; train again")
-        rows = np.searchsorted(saved, wanted).clip(max=max(len(saved) - 1, 0))
-        known = saved[rows] == wanted if len(saved) else np.zeros(len(wanted), bool)
-        if self.initial_seed is None and not known.all():
+        name = f"{TABLE}{table}"
+        shape = self.shapes.get(name, ())
+        rows = self._rows_of(table, wanted, shape[0] if len(shape) == 2 else -1)
+        if self.initial_seed is None and (rows < 0).any():
             raise InputError(
-                f"{self.path}: table {table} lacks id {wanted[~known][0]}; use the log that it was trained with"
+                f"{self.path}: table {table} lacks id {wanted[rows < 0][0]}; use the log that it was trained with"
             )
-        found = np.empty((len(wanted), values.shape[1]), values.dtype)
-        found[known] = values[rows[known]]
-        missing = np.flatnonzero(~known)
+        found = np.empty((len(wanted), shape[1]), self._file.dtypes[name])
+        order, end = np.argsort(rows, kind="stable"), 0
+        rising = rows[order]
+        for block in self._file.blocks(name):
+            start, end = end, end + len(block)
+            here = slice(*np.searchsorted(rising, (start, end)))
+            found[order[here]] = block[rising[here] - start]
+        missing = np.flatnonzero(rows < 0)
         for first in range(0, len(missing), _ROWS_AT_A_TIME):
             some = missing[first : first + _ROWS_AT_A_TIME]
             found[some] = initial(table, wanted[some])
         return found
+
+    def _rows_of(self, table: str, wanted: np.ndarray, count: int) -> np.ndarray:
+        """The rows [n] of ids [n] in a table of ``count`` rows; -1 of those that it lacks."""
+        if table not in self.tables and count >= 0:
+            return np.where(wanted < count, wanted, -1)
+        saved = _ids(self.path, table, self.array(f"{IDS}{table}")) if table in self.tables else np.zeros(0, np.int64)
+        if len(saved) != count:
+            raise InputError(f"{self.path}: the ids of table {table} do not fit it; train again")
+        rows = np.searchsorted(saved, wanted).clip(max=max(count - 1, 0))
+        known = saved[rows] == wanted if count else np.zeros(len(wanted), bool)
+        return np.where(known, rows, -1)
 
 
 def save_models(
@@ -115,11 +156,20 @@ def _read_model(run: Path, stage: str, prefix: str) -> SavedModel:
     path = run / model_file(stage)
     arrays, note = load(path, prefix)
     ids = {name.removeprefix(IDS): arrays.pop(name) for name in list(arrays) if name.startswith(IDS)}
-    for table, known in ids.items():
-        if known.dtype != np.int64 or known.ndim != 1 or (len(known) and known[0] < 0) or (np.diff(known) <= 0).any():
-            raise InputError(f"{path}: {IDS}{table} is not a list of ascending ids; train again")
+    ids = {table: _ids(path, table, known) for table, known in ids.items()}
+    return SavedModel(path, arrays, ids, _initial_seed(note))
+
+
+def _ids(path: Path, table: str, known: np.ndarray) -> np.ndarray:
+    """The ids of a table's rows, checked."""
+    if known.dtype != np.int64 or known.ndim != 1 or (len(known) and known[0] < 0) or (np.diff(known) <= 0).any():
+        raise InputError(f"{path}: {IDS}{table} is not a list of ascending ids; train again")
+    return known
+
+
+def _initial_seed(note: Mapping[str, Any]) -> int | None:
     seed = note.get("initial_seed")
-    return SavedModel(path, arrays, ids, seed if type(seed) is int else None)
+    return seed if type(seed) is int else None
 
 
 def save_state(

@@ -14,6 +14,7 @@ from deep_components.checkpoint import load_trained
 from deep_components.dataset.columnar import DayCache
 from deep_components.distributed.processes import Processes
 from deep_components.distributed.sharding import shard
+from deep_components.distributed.spread import share_of
 from deep_components.errors import InputError
 from deep_components.models import build_models, parameter_shapes
 from deep_components.runs.state import saved_ids
@@ -22,6 +23,7 @@ from deep_components.tables.id_set import IdSet
 from deep_components.tables.store import EmbeddingStore, build_stores
 from deep_components.training import memory
 from deep_components.training.step import Shards, pulled_tables
+from deep_components.training.validation import own_requests
 
 
 def initial_cascade(
@@ -62,7 +64,8 @@ def initial_cascade(
         needed[home] = needed.get(home, 0) + stages * in_pulled
         if validation_day is not None:
             copied = {name: rows[name] for name in rows if name in ids or name in pulled}
-            looked_up = {name: len(validation_day.ids(name)) for name in copied}
+            requests = own_requests(validation_day, share_of(processes))
+            looked_up = {name: len(validation_day.ids(name, requests)) for name in copied}
             of_day, of_best = memory.validation_bytes(copied, looked_up, args.emb_dim, stages, itemsize)
             needed[device] += of_day
             needed[home] += of_best if args.keep == "best" else 0

@@ -28,10 +28,12 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.days import hold_out_last, training_days
 from deep_components.dataset.loader import Join, batches, steps_of, training_order
 from deep_components.dataset.log import ENCODING_FOLDER as ENCODING_OF_LOG
-from deep_components.dataset.log import open_log
+from deep_components.dataset.log import Log, open_log
 from deep_components.dataset.random_items import with_items_of_batch
 from deep_components.distributed.processes import Processes, agreed, joined
+from deep_components.distributed.refusals import check_alike, check_arguments, check_models
 from deep_components.distributed.saving import OwnState, save_together, save_trained_together
+from deep_components.distributed.spread import open_days
 from deep_components.errors import InputError, StoppedError
 from deep_components.files import copy_folder
 from deep_components.kernels import keep_freed_memory, load_kernels
@@ -57,7 +59,7 @@ from deep_components.runs.folder import (
 )
 from deep_components.runs.identity import first_difference
 from deep_components.runs.shards import SavedState
-from deep_components.runs.state import check_same_run, copy_model, load_model, run_note, save_state
+from deep_components.runs.state import OpenModel, check_same_run, copy_model, run_note, save_state
 from deep_components.tables.id_set import IdSet
 from deep_components.training import memory
 from deep_components.training.config import environment, run_config
@@ -179,9 +181,13 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 
 
 def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
-    run = agreed(processes, lambda: prepare(cascade, args, loss, processes))
+    run = prepare(cascade, args, loss, processes)
+    if processes is not None:
+        check_alike(run.config, processes)
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
+        if processes is not None:
+            processes.begun()
         if run.config["data"] == "simulated":
             logger.warning("SIMULATED DATA: the numbers of this run say nothing about a real log")
         before = position.step
@@ -200,19 +206,36 @@ def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processe
 
 
 def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None = None) -> Run:
-    """Open the data and build what trains; nothing is written to the run's folder."""
+    """Open the data and build what trains; nothing is written to the run's folder. InputError of one process is raised
+    by all."""
+    if processes is not None:
+        agreed(processes, lambda: check_arguments(args, processes.count))
+    log, names, held_out = agreed(processes, lambda: _named_days(args))
+    opened = partial(log.open_day, cascade=cascade, cache_dir=args.cache_dir, zone=args.time_zone,
+                     history_length=args.seq_len)  # fmt: skip
+    wanted = [*(names if args.epochs else []), *([] if held_out is None else [held_out])]
+    days = open_days(wanted, opened, processes)
+    return agreed(processes, lambda: _prepared(cascade, args, loss, processes, log, names, held_out, days))
+
+
+def _named_days(args: argparse.Namespace) -> tuple[Log, list[str], str | None]:
+    """The log, the days to train on, and that to validate on."""
+    log = open_log(args.data_dir)
+    names = training_days(log, args.train_days)
+    if args.validate_every and args.epochs:
+        return log, *hold_out_last(log, names, "--validate_every")
+    return log, names, None
+
+
+def _prepared(
+    cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None, log: Log,
+    names: Sequence[str], held_out: str | None, opened: Mapping[str, DayCache],
+) -> Run:  # fmt: skip
+    """What trains on the days that are open."""
     device, dtype = choose_device(args), DTYPES[args.dtype]
     kernels = load_kernels(dtype) if args.compile else None
-    log = open_log(args.data_dir)
-    names, held_out = training_days(log, args.train_days), None
-    if args.validate_every and args.epochs:
-        names, held_out = hold_out_last(log, names, "--validate_every")
-
-    def opened(name: str) -> DayCache:
-        return log.open_day(name, cascade, args.cache_dir, args.time_zone, args.seq_len)
-
-    days = [opened(name) for name in names] if args.epochs else []
-    validation_day = opened(held_out) if held_out is not None else None
+    days = [opened[name] for name in names] if args.epochs else []
+    validation_day = opened[held_out] if held_out is not None else None
     steps = [steps_of(day, args.batch_size) for day in days]
     keep_freed_memory(args.batch_size * longest_list(args, days) ** 2)
     config = run_config(cascade, args, loss, log, names, days, validation_day)
@@ -222,12 +245,14 @@ def prepare(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, process
     models, stores, initial_seed, shards = initial_cascade(
         cascade, log.schema, args, days, length, device, validation_day, processes
     )
+    if processes is not None:
+        check_models(models)
     loss.to(device=device, dtype=dtype)
     trainer = Trainer(
         models, stores, loss, args.lr, args.optimizer, args.pull_from, kernels, AUTOCAST[args.autocast],
         skip_nonfinite=args.on_nonfinite == "skip", shards=shards,
     )  # fmt: skip
-    validation = None if validation_day is None else Validation(cascade, validation_day, device, initial_seed)
+    validation = None if validation_day is None else Validation(cascade, validation_day, device, initial_seed, shards)
     return Run(args, config, trainer, days, steps, device, initial_seed, processes, validation)
 
 
@@ -261,7 +286,8 @@ def _generators(seed: int, device: torch.device, processes: Processes | None) ->
 
 def _start(run: Run) -> Position:
     """Prepare the run's folder; the position to start from."""
-    resumes = agreed(run.processes, lambda: run.args.resume and _can_resume(run))
+    goes_on = run.args.resume or (run.processes is not None and run.processes.is_restart)
+    resumes = agreed(run.processes, lambda: goes_on and _can_resume(run))
     if run.processes is not None:
         resumes = run.processes.gather(resumes)[0]
     position = Position()
@@ -314,11 +340,11 @@ def _check_position(run: Run, position: Position) -> None:
 
 def _check_best(run: Run) -> None:
     """InputError when the best models that the state names are missing, damaged, or of another run."""
-    if run.keeps_best and run.best.step:
+    if run.keeps_best and run.best.step and run.is_first:
         for stage in run.trainer.models:
             folder = best_folder(run.folder, run.best.step)
             check_same_run(folder / model_file(stage), run.config)
-            load_model(folder, stage)
+            OpenModel(folder, stage).verify()
 
 
 def _can_resume(run: Run) -> bool:
@@ -401,6 +427,8 @@ def _train_day(run: Run, position: Position, log: StepLog, bar: "tqdm[Any]", sto
         run.trainer.wishes = _wishes(args, stops, began - saved)
         terms = run.trainer.step(batch)
         position = replace(position, batch=position.batch + 1, step=position.step + 1)
+        if run.processes is not None:
+            run.processes.step = position.step
         ended = time.perf_counter()  # the wait for the batch counts; a GPU may still be at work
         log.add(position.step, day.day, ended - began, terms)
         bar.update(args.batch_size)

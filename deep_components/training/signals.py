@@ -7,6 +7,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_waiting: list[list[int]] = []  # of the blocks of stop_signals under way
+
+
+def ask_to_stop(number: int) -> None:
+    """As if this process had got the signal: for one that runs beside others in a process of Ray."""
+    for received in _waiting:
+        received.append(number)
+
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
@@ -17,7 +25,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def put_back() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
         del frame
@@ -28,7 +37,9 @@ def stop_signals() -> Iterator[list[int]]:
         for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, note)
+    _waiting.append(received)
     try:
         yield received
     finally:
+        _waiting.remove(received)
         put_back()

@@ -195,8 +195,12 @@ class Trainer:
         return gradients, norms, any_broken
 
     def _square(self, gradients: Iterable[Tensor]) -> Tensor:
-        norms = torch._foreach_norm(list(gradients))
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=self.dtype, device=self.device)
+        parts = list(gradients)  # none: no table is pulled
+        return (
+            torch.stack(torch._foreach_norm(parts)).square().sum()
+            if parts
+            else torch.zeros((), dtype=self.dtype, device=self.device)
+        )
 
     def _gradient_norm(self, stage: str, pulled: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of the loss's gradient with respect to all parameters of the stage."""

@@ -1,8 +1,5 @@
 """Many runs: several at a time, a failing one among them, a pool that is killed, and Ray."""
 
-import importlib.util
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -132,32 +129,3 @@ def test_without_ray_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"lacks ray; run: .* -m pip install -r requirements-ray.txt"):
         next(run_on_ray([fake_run(tmp_path)], Slot(threads=1), False, Options()))
-
-
-_RAY = """
-import json, sys
-from pathlib import Path
-from deep_components.experiments.engines import run_on_ray
-from deep_components.experiments.execution import Options, Slot
-from tests.experiments.runs import fake_run
-
-runs = [fake_run(Path(sys.argv[1]), seed, lr=14 if seed == 31 else 0.01) for seed in (30, 31, 32)]
-engine = run_on_ray(runs, Slot(threads=1), False, Options())
-print(json.dumps({outcome.run.seed: outcome.status for outcomes in engine for outcome in outcomes}))
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)")
-def test_ray_makes_the_same_records(tmp_path: Path) -> None:
-    """On a cluster of two workers on this machine, in a process of its own; in a folder from which none may import."""
-    environment = {**os.environ, "RAY_ADDRESS": "", "PYTHONSAFEPATH": "1", "PYTHONPATH": str(PROJECT)}
-    (tmp_path / "numpy.py").write_text("raise SystemExit('executed')\n")
-    done = subprocess.run(
-        [sys.executable, "-c", _RAY, str(tmp_path)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"30": "finished", "31": "failed", "32": "finished"}
-    runs = [fake_run(tmp_path, seed, lr=14 if seed == 31 else 0.01) for seed in (30, 31, 32)]
-    assert [record(run)["status"] for run in runs] == ["finished", "failed", "finished"]
-    assert ended(run_locally(runs, [Slot()], Options())) == {30: "kept", 31: "failed", 32: "kept"}

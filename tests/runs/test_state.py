@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from deep_components.errors import InputError
 from deep_components.files import temporaries
-from deep_components.runs import state
+from deep_components.runs import checked, state
 from deep_components.runs.checked import Blocks
 from deep_components.runs.folder import STATE_FILE
 from deep_components.runs.state import (
+    OpenModel,
     load,
     load_model,
     load_state,
@@ -182,11 +183,11 @@ def initial(table: str, ids: np.ndarray) -> np.ndarray:
     return np.stack([-ids, -ids], axis=1).astype(float)
 
 
-def compacted(folder: Path, ids: np.ndarray, seed: int | None = 5) -> state.SavedModel:
+def compacted(folder: Path, ids: np.ndarray, seed: int | None = 5) -> OpenModel:
     """A saved table in which id i has the row (i, i)."""
     table = np.stack([ids, ids], axis=1).astype(float)
     save_models(folder, {"rank": {"embedding.video": table}}, {"initial_seed": seed}, {"video": ids})
-    return load_model(folder, "rank")
+    return OpenModel(folder, "rank")
 
 
 @some
@@ -197,6 +198,7 @@ def test_the_rows_of_ids(saved: np.ndarray, wanted: np.ndarray, tmp_path_factory
     model, backwards = compacted(folder, saved), wanted[::-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "_ROWS_AT_A_TIME", 3)
+        patch.setattr(checked, "_BLOCK_BYTES", 2 * 2 * 8)  # two rows
         rows = model.rows("video", backwards, initial)
     assert rows.tolist() == [[i, i] if i in saved else [-i, -i] for i in backwards]
     found, seed = saved_ids(folder, "rank")
@@ -205,7 +207,7 @@ def test_the_rows_of_ids(saved: np.ndarray, wanted: np.ndarray, tmp_path_factory
 
 def test_the_rows_of_a_whole_table(tmp_path: Path) -> None:
     save_models(tmp_path, {"rank": {"embedding.video": np.arange(10.0).reshape(5, 2)}}, {})
-    model = load_model(tmp_path, "rank")
+    model = OpenModel(tmp_path, "rank")
     assert model.rows("video", np.array([4, 1]), initial).tolist() == [[8, 9], [2, 3]]
     with pytest.raises(InputError, match="table video lacks id 5"):
         model.rows("video", np.array([4, 5]), initial)
@@ -226,4 +228,4 @@ def test_damaged_ids(ids: list[Any], tmp_path: Path) -> None:
     compacted(tmp_path, np.array([0, 4, 7]))
     save_file(load_file(path) | {"ids.video": np.array(ids)}, path)
     with pytest.raises(InputError, match=r"rank\.safetensors: .*ids.*train again"):
-        load_model(tmp_path, "rank").rows("video", np.array([0]), initial)
+        OpenModel(tmp_path, "rank").rows("video", np.array([0]), initial)

@@ -605,7 +605,7 @@ TESTED_BELOW = {
 
 
 # In test_validation.py, test_random_items.py and tests/distributed.
-ELSEWHERE = {"validate_every", "keep", "patience", "num_random_items", "timeout", "processes", "max_restarts"}
+ELSEWHERE = {"validate_every", "keep", "patience", "num_random_items", "timeout", "processes", "max_restarts", "engine"}
 
 
 def test_every_flag_is_tested() -> None:

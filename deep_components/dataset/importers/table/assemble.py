@@ -1,5 +1,6 @@
 """Last pass: a day of the log from its cleaned buckets, encoded."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from deep_components.dataset.columnar import ColumnFiles, write_day
 from deep_components.dataset.encoding import Encoding, FieldEncoding
 from deep_components.dataset.importers.table.clean import clean_request_record
 from deep_components.dataset.importers.table.plan import Plan
-from deep_components.dataset.importers.table.scan import load, remove
+from deep_components.dataset.importers.table.scratch import load, remove
+from deep_components.files import temporaries
 
 _ROWS_AT_ONCE = 1 << 17
 
@@ -20,6 +22,8 @@ def assemble(plan: Plan, folder: Path, day: str, repairs: dict[str, int]) -> str
     lengths = [load(plan, bucket, f"{day}.clean_requests", kind)["items"].copy() for bucket in range(plan.buckets)]
     counts = np.concatenate(lengths)
     offset = np.concatenate([[0], np.cumsum(counts)])
+    for leftover in (folder / day, *temporaries(folder / day)):  # of a worker that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with write_day(folder / day, encoding.schema, len(counts), offset=offset) as files:
         files.repairs |= repairs
         request = row = 0

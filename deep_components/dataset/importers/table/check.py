@@ -31,7 +31,7 @@ def check_table(mapping_path: Path, scratch: Path, jobs: int, engine: str) -> No
         problems += source.problems
         mapping = mapping.without(mapping.using(source.faulty))
         if source.files and needed_columns(mapping):
-            with workers(jobs, engine) as run:
+            with workers(jobs, scratch, engine) as run:
                 read = read_rows(run, make_plan(mapping, source, scratch, strict=False), source)
             problems += [*row_problems(read, source), *day_problems(read)]
             dated = mapping.rows.time is not None and "time" not in read.scanned.unread

@@ -12,7 +12,7 @@ import numpy as np
 
 from deep_components.dataset.encoding import MISSING, NO_VALUE
 from deep_components.dataset.importers.table.plan import Plan, Problem
-from deep_components.dataset.importers.table.scan import append, load, remove
+from deep_components.dataset.importers.table.scratch import append, load, remove
 
 ASKING = np.dtype([("user", np.uint64), ("time", np.int64), ("request", np.uint64), ("day", "<M8[D]")])
 SAMPLED = 1 << 17  # rows, about, of which the numbers' scales are learnt

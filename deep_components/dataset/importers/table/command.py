@@ -7,6 +7,7 @@ and scales are learnt from the training days, and the days are encoded. All pass
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -68,7 +69,7 @@ def import_table(mapping_path: Path, output_dir: Path, jobs: int = 1, engine: st
     mapping, source = _opened(mapping_path)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir={output_dir}: is there already; remove it or name another folder")
-    with _scratch(output_dir) as folder, workers(jobs, engine) as run:
+    with _scratch(output_dir) as folder, workers(jobs, folder, engine) as run:
         read = read_rows(run, make_plan(mapping, source, folder, strict=True), source)
         for problem in row_problems(read, source):
             raise InputError(problem)
@@ -285,6 +286,11 @@ def main(argv: list[str]) -> None:
         return
     if args.jobs < 1:
         raise InputError(f"--jobs={args.jobs}: is 1 or more")
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "a launcher such as torchrun has started several processes, and each would make the whole log; start one, "
+            "with --jobs on one machine, --engine=ray on several"
+        )
     with _stopped_by_sigterm():
         if args.check:
             from deep_components.dataset.importers.table.check import check_table

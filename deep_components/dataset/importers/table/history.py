@@ -4,7 +4,7 @@ import numpy as np
 
 from deep_components.dataset.importers.table.clean import ASKING, positive_record
 from deep_components.dataset.importers.table.plan import Plan
-from deep_components.dataset.importers.table.scan import append, load, remove
+from deep_components.dataset.importers.table.scratch import append, load, remove
 
 
 def derive(plan: Plan, bucket: int) -> None:

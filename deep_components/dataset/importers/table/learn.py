@@ -9,7 +9,7 @@ import numpy as np
 from deep_components.dataset.encoding import Encoding, FieldEncoding
 from deep_components.dataset.importers.table.clean import COUNTED, Cleaned
 from deep_components.dataset.importers.table.plan import Plan
-from deep_components.dataset.importers.table.scan import load
+from deep_components.dataset.importers.table.scratch import load
 
 _KEYS_AT_ONCE = 1 << 22
 

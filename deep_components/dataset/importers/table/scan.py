@@ -1,7 +1,5 @@
 """First pass: every row of the table, checked on its own, into the scratch files of its day and bucket."""
 
-import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from deep_components.dataset.encoding import (
 )
 from deep_components.dataset.importers.table.mapping import LogMapping, nearest
 from deep_components.dataset.importers.table.plan import Plan, Problem
+from deep_components.dataset.importers.table.scratch import append
 from deep_components.dataset.importers.table.source import Piece, batches
 from deep_components.errors import InputError
 
@@ -369,24 +368,6 @@ class _Scanner:
                 append(self.plan, bucket, f"{name}.requests", requests[low:high])
                 append(self.plan, bucket, f"{name}.items", items[stops[low] - counts[low] : stops[high - 1]])
         self._kept, self._kept_bytes = [], 0
-
-
-def append(plan: Plan, bucket: int, name: str, records: np.ndarray) -> None:
-    """Add records to a scratch file that this process alone writes."""
-    path = plan.scratch / str(bucket) / f"{name}.{platform.node()}-{os.getpid()}"
-    with path.open("ab") as file:
-        file.write(records.tobytes())
-
-
-def load(plan: Plan, bucket: int, name: str, kind: np.dtype) -> np.ndarray:
-    """The records of all processes under a name, in any order."""
-    paths = (plan.scratch / str(bucket)).glob(f"{name}.*")
-    return np.concatenate([np.zeros(0, kind), *(np.fromfile(path, kind) for path in paths)])
-
-
-def remove(plan: Plan, bucket: int, name: str) -> None:
-    for path in (plan.scratch / str(bucket)).glob(f"{name}.*"):
-        path.unlink()
 
 
 def _note_changes(column: pa.Array, change: np.ndarray) -> None:

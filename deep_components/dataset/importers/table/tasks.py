@@ -3,14 +3,17 @@
 import multiprocessing
 import os
 import signal
-import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from deep_components.dataset.importers.table.scratch import once
 from deep_components.errors import InputError
+from deep_components.ray_cluster import RETRIES, ray_cluster
 
 ENGINES = ("process", "ray")
 
@@ -24,10 +27,10 @@ def cores() -> int:
 
 
 @contextmanager
-def workers(jobs: int, engine: str = "process") -> Iterator[Run]:
+def workers(jobs: int, scratch: Path, engine: str = "process") -> Iterator[Run]:
     """A way to do tasks, ``jobs`` at a time; when the block ends, however it does, no worker is left."""
     if engine == "ray":
-        with _on_ray(jobs) as run:
+        with _on_ray(jobs, scratch) as run:
             yield run
     elif jobs == 1:
         yield lambda function, tasks: (function(*task) for task in tasks)
@@ -69,34 +72,24 @@ def _leave_signals_to_the_parent() -> None:
 
 
 @contextmanager
-def _on_ray(jobs: int) -> Iterator[Run]:
-    """Tasks of the Ray cluster that RAY_ADDRESS names, else of one on this machine. Its nodes need the project, its
-    packages, the table and the output folder under the same paths."""
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(
-            f"--engine=ray: {sys.executable} lacks ray; run: {sys.executable} -m pip install -r requirements-ray.txt"
-        ) from error
-    known = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-    ray.init(runtime_env={"env_vars": known}, include_dashboard=False, log_to_driver=False, logging_level="error")
+def _on_ray(jobs: int, scratch: Path) -> Iterator[Run]:
+    """Tasks of a Ray cluster; one whose worker was killed is done again, as if it had not been begun."""
+    with ray_cluster() as ray:
 
-    def run(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        # A task that is done twice would write its rows twice, so none is tried again.
-        task = ray.remote(num_cpus=1, max_retries=0)(function)
-        left = list(tasks)
-        waiting = [task.remote(*arguments) for arguments in left[:jobs]]
-        del left[:jobs]
-        while waiting:
-            ended, waiting = ray.wait(waiting, num_returns=1)
-            if left:
-                waiting.append(task.remote(*left.pop(0)))
-            yield _result(ray, ended[0])
+        def run(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+            task = ray.remote(num_cpus=1, max_retries=RETRIES)(once)
+            left, journals = list(tasks)[::-1], dict[Any, Path]()
+            while left or journals:
+                while left and len(journals) < jobs:
+                    journal = scratch / f"{uuid.uuid4().hex}.journal"
+                    journals[task.remote(function, journal, *left.pop())] = journal
+                (ended,), _ = ray.wait(list(journals), num_returns=1)
+                result, unneeded = _result(ray, ended)
+                for path in (*unneeded, journals.pop(ended)):
+                    path.unlink(missing_ok=True)
+                yield result
 
-    try:
         yield run
-    finally:
-        ray.shutdown()
 
 
 def _result(ray: Any, reference: Any) -> Any:
