@@ -1,10 +1,11 @@
 """Training steps on long lists: seconds, and peak memory of the whole process, for each operator and pairwise loss.
 
     python -m benchmarks.long_lists [--items=40,200,1000,4000] [--methods=lcron_lml,bce] [--batch_size=64] [--steps=2]
+        [--output=steps.json]      which lcron table --kind=choices --steps=steps.json shows beside what was chosen
 
 Each length and method has a process of its own. Requests are those of a simulated log with random items of the same
-day beside their own, up to so many in all. Seconds are those of the last step; the peak includes Python, PyTorch, the
-compiled kernels and the assembled batch.
+day beside their own, up to so many in all. Seconds are the median of the steps but the first; the peak includes Python,
+PyTorch, the compiled kernels and the assembled batch.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,13 +28,16 @@ from deep_components.loss.selection import SELECTION_OPERATORS
 from deep_components.training.loop import prepare
 
 OTHERS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_v2", "sorting")
-METHODS = {f"lcron_{name}": ("--loss_type=lcron", f"--topk_op={name}") for name in SELECTION_OPERATORS} | {
-    name: (f"--loss_type={name}",) for name in OTHERS
-}
+METHODS = {
+    f"{loss}_{name}": (f"--loss_type={loss}", f"--topk_op={name}")
+    for loss in ("lcron", "arf_v2")
+    for name in SELECTION_OPERATORS
+} | {name: (f"--loss_type={name}",) for name in OTHERS}
+DEFAULT = [name for name in METHODS if not name.startswith("arf_v2_")]
 
 
 def measure(method: str, items: int, args: argparse.Namespace, data_dir: Path) -> dict[str, float]:
-    """Seconds of the last of a few steps on one batch, and the bytes that the process took at the most."""
+    """Seconds of a step on one batch, and the bytes that the process took at the most."""
     cascade, command = SETTINGS[args.setting], common.COMMANDS[args.setting]
     namespace = common.training_arguments(args, data_dir, *METHODS[method])
     run = prepare(cascade, namespace, command.build_loss(namespace))
@@ -42,19 +47,21 @@ def measure(method: str, items: int, args: argparse.Namespace, data_dir: Path) -
         batch = with_items_of_day(batch, day, requests, more, len(cascade.groups))
     keep_freed_memory(args.batch_size * items**2)  # as for a log with such lists
     prepared = run.trainer.prepare(batch).to(run.device)
+    seconds = list[float]()
     for _ in range(args.steps):
         started = time.perf_counter()
         run.trainer.step(prepared)
         common.synchronise()
-        seconds = time.perf_counter() - started
-    return {"items": batch.targets.mask.shape[1], "seconds": seconds, **common.peak_bytes()}
+        seconds.append(time.perf_counter() - started)
+    measured = {"items": batch.targets.mask.shape[1], "random_items": more, "seconds": median(seconds[1:] or seconds)}
+    return measured | common.peak_bytes()
 
 
 def main(argv: list[str]) -> None:
     parser = common.parser(__doc__, batch_size=64, requests=2048, videos=50_000)
     parser.add_argument("--items", default="40,200,1000,4000")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--steps", type=int, default=2, help="the last one is measured")
+    parser.add_argument("--methods", default=",".join(DEFAULT))
+    parser.add_argument("--steps", type=int, default=2, help="the first one does not count")
     args = parser.parse_args(argv)
     lengths, methods = [int(items) for items in args.items.split(",")], args.methods.split(",")
     if set(methods) - METHODS.keys() or min(lengths) < SETTINGS[args.setting].num_items or args.steps < 1:

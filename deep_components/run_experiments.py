@@ -46,7 +46,7 @@ METHODS = ("bce", "icc", "rankflow", "fs_ranknet", "fs_lambdaloss", "arf", "arf_
 logger = logging.getLogger(__name__)
 
 
-def _seeds(text: str) -> list[int]:
+def seed_list(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(seed) for seed in text.split(",")))
     except ValueError as error:
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     user = parser.add_argument_group("the user's")
     user.add_argument("--data_dir", type=folder, required=True, help="a log: RecFlow's layout, or docs/format.md")
     user.add_argument("--output_dir", type=folder, help="default: RUNS_DIR/<setting>/<method>/<data folder>")
-    user.add_argument("--seeds", "--seed", type=_seeds, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
+    user.add_argument("--seeds", "--seed", type=seed_list, default=[30, 31, 32, 33, 34], help="default 30,31,32,33,34")
     user.add_argument(
         "--methods",
         type=lambda text: [*filter(None, text.split(","))],
@@ -171,14 +171,14 @@ def _make_all(args: argparse.Namespace, runs: Sequence[Run]) -> list[Outcome]:
     return [ended[run.folder] for run in runs]
 
 
-def _finished(outcomes: Sequence[Outcome]) -> list[Path]:
+def finished(outcomes: Sequence[Outcome]) -> list[Path]:
     """The folders of the finished runs, for the tables; none when nothing but untrained cascades would be in them."""
     done = [outcome.run for outcome in outcomes if outcome.done]
     return [run.folder for run in done if any(other.name != UNTRAINED for other in done)]
 
 
 def _write_list(path: Path, outcomes: Sequence[Outcome]) -> None:
-    content = b"".join(os.fsencode(folder) + b"\0" for folder in _finished(outcomes))
+    content = b"".join(os.fsencode(folder) + b"\0" for folder in finished(outcomes))
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -191,7 +191,7 @@ def _say_codes(outcomes: Sequence[Outcome]) -> None:
         logger.warning("the runs were not all made by the same code: %s; --force makes them again", counts)
 
 
-def _print_table(args: argparse.Namespace, folders: Sequence[Path]) -> None:
+def print_table(args: argparse.Namespace, folders: Sequence[Path]) -> None:
     collected = read_runs(folders)
     if args.streaming:
         write_out(text(partial(streaming_document, collected, any_code=args.any_code)))
@@ -236,8 +236,8 @@ def main(argv: list[str]) -> None:
     outcomes = make_runs(args, make_plan(args, methods, training))
     if args.run_list is not None:
         _write_list(args.run_list, outcomes)
-    elif folders := _finished(outcomes):
-        _print_table(args, folders)
+    elif folders := finished(outcomes):
+        print_table(args, folders)
     code = report_failures(outcomes)
     if code:
         raise SystemExit(code)

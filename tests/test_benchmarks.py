@@ -105,12 +105,27 @@ def test_memory(tmp_path: Path) -> None:
     assert results["distinct_ids"]["video"] <= 202
 
 
+def test_one_training_on_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real ranks; its first losses are the same, or it would be refused."""
+    sizes = [f"--memory_{name}={size}" for name, size in {"requests": 48, "videos": 200, "authors": 20}.items()]
+    results = run("distributed", tmp_path, "--steps=2", "--memory_processes=2", *sizes)
+    speed = results["speed"]
+    assert speed.keys() == results["ratio"].keys() == {"1", "2"} and results["memory"].keys() == {"2"}
+    assert min(found["requests_per_second"] for found in speed.values()) > 0
+    assert speed["1"]["bytes.rows"] == speed["1"]["waiting.training"] == 0 < speed["2"]["waiting.training"]
+    sent = speed["2"]["bytes.rows"] + speed["2"]["bytes.sums"]
+    assert speed["2"]["bytes.formula"] == pytest.approx(sent, rel=0.2)  # which leaves out the losses' sums and counts
+    table = capsys.readouterr().out.partition("| processes |")[2]
+    assert f"{speed['2']['requests_per_second']:,.0f}"[:3] in table and "peak of a rank" in table
+
+
 def test_long_lists(tmp_path: Path) -> None:
-    results = run("long_lists", tmp_path, "--items=40,55", "--methods=lcron_lml,fs_ranknet")["results"]
-    for method in ("lcron_lml", "fs_ranknet"):
+    results = run("long_lists", tmp_path, "--items=40,55", "--methods=arf_v2_lml,fs_ranknet")["results"]
+    for method in ("arf_v2_lml", "fs_ranknet"):
         for items in (40, 55):
-            assert results[method][str(items)]["items"] == items
-            assert results[method][str(items)]["process"] > 0
+            measured = results[method][str(items)]
+            assert (measured["items"], measured["random_items"]) == (items, items - 40)
+            assert measured["process"] > 0 and measured["seconds"] > 0
     with pytest.raises(InputError, match="--methods are of"):
         run("long_lists", tmp_path, "--methods=none")
 

@@ -4,9 +4,10 @@
         --grid=lr=0.005,0.01,0.02 --grid=lcron:tau=20,50 --grid=arf_v2:tau=100,200 --budget=6
 
 The validation day is the last training day, which is not trained on (--validation of `lcron experiments`); the test day
-is never read. Trainings are kept in D as those of `lcron experiments` are, whose arguments this command takes too: the
+is not read. Trainings are kept in D as those of `lcron experiments` are, whose arguments this command takes too: the
 same command goes on where it was stopped. It writes D/sweep.json, and prints the table of all settings and the command
-that tests each method's best one.
+that tests each method's best one. With --test_seeds=30,31 it does that itself, in the folder D_test, and prints its
+table; `lcron table --kind=choices D` compares what was chosen.
 """
 
 import argparse
@@ -30,9 +31,9 @@ from deep_components.experiments.sweep import Trial, axis_of, trials_of
 from deep_components.files import write_json
 from deep_components.reporting.sweep import sweep_document
 from deep_components.reporting.tables import text
+from deep_components.runs.folder import SWEEP_FILE, tested_folder
 from deep_components.runs.records import read_folder
 
-SWEEP_FILE = "sweep.json"
 SEED = "--seeds=30"
 
 _NO_PLACE = {
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=positive_int, required=True, metavar="N",
                         help="trainings of each method at most; of a larger grid a random part is tried")  # fmt: skip
     parser.add_argument("--sample_seed", type=int, default=0, help="which part that is (default 0)")
+    parser.add_argument("--test_seeds", type=run_experiments.seed_list, default=[], metavar="SEED,SEED",
+                        help="then train each method's best setting on all training days with these seeds, and test "
+                        "it")  # fmt: skip
     return parser
 
 
@@ -107,6 +111,7 @@ def _trial(trial: Trial, outcomes: Sequence[Outcome], folder: Path) -> dict[str,
         "folders": [str(outcome.run.folder.relative_to(folder)) for outcome in outcomes],
         "error": "; ".join(errors),
         "chosen": False,
+        "tested": [],
     }
 
 
@@ -134,8 +139,9 @@ def _command(
                 setting = [f"--{name}={value}" for name, value in trial["arguments"].items()]
                 words += [f"--method={method.name}", *method.arguments[stated:], *setting]
     commands = (f"--setting={args.setting}", f"--train={args.train}", f"--evaluate={args.evaluate}")
-    user = [f"--data_dir={args.data_dir.absolute()}", f"--output_dir={args.output_dir.absolute()}_test"]
+    user = [f"--data_dir={args.data_dir.absolute()}", f"--output_dir={tested_folder(args.output_dir)}"]
     user += [f"--batch_divisor={args.batch_divisor}"] if args.batch_divisor > 1 else []
+    user += [f"--test_random_items={args.test_random_items}"] if args.test_random_items else []
     named = args.cascade_words or commands
     return shlex.join(["lcron", "experiments", *named, *words, "--", *user, *training]) if words else ""
 
@@ -162,10 +168,31 @@ def _content(
         "sample_seed": own.sample_seed,
         "grid": [str(axis).removeprefix("--grid=") for axis in own.axes],
         "seeds": args.seeds,
+        "test_seeds": own.test_seeds,
         "warnings": sorted({str(metrics["warning"]) for metrics in done if "warning" in metrics}),
         "trials": made,
         "command": _command(args, methods, training, made),
     }
+
+
+def _test(
+    args: argparse.Namespace, seeds: list[int], planned: Sequence[Method], training: Sequence[str],
+    content: dict[str, Any],
+) -> list[Outcome]:  # fmt: skip
+    """Train the chosen settings on all training days and test them; sweep.json names their folders before it begins."""
+    folder = tested_folder(args.output_dir)
+    changes = {"validation": False, "seeds": seeds, "output_dir": folder}
+    test_args = argparse.Namespace(**vars(args) | changes)
+    chosen = [method for method, trial in zip(planned, content["trials"], strict=True) if trial["chosen"]]
+    runs = make_plan(test_args, chosen, training)
+    for trial in content["trials"]:
+        mine = [run for run in runs if trial["chosen"] and run.name == trial["method"]]
+        trial["tested"] = [str(run.folder.relative_to(folder)) for run in mine]
+    write_json(args.output_dir / SWEEP_FILE, content)
+    outcomes = run_experiments.make_runs(test_args, runs)
+    if folders := run_experiments.finished(outcomes):
+        run_experiments.print_table(test_args, folders)
+    return outcomes
 
 
 def main(argv: list[str]) -> None:
@@ -185,6 +212,8 @@ def main(argv: list[str]) -> None:
     content = _content(own, args, methods, training, trials, outcomes)
     write_json(args.output_dir / SWEEP_FILE, content)
     write_out(text(partial(sweep_document, content)))
+    if own.test_seeds and any(trial["chosen"] for trial in content["trials"]):
+        outcomes += _test(args, own.test_seeds, planned, training, content)
     code = run_experiments.report_failures(outcomes)
     if code:
         raise SystemExit(code)

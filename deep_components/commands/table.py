@@ -1,6 +1,6 @@
 """Many runs -> one table: metrics (mean +- standard deviation over seeds), costs of training, or a stream's days.
 
-    python -m deep_components table RUNS... [--kind=metrics|costs|streaming] [--output=table.md|.csv|.tex|.json]
+    python -m deep_components table RUNS... [--kind=metrics|costs|streaming|choices] [--output=table.md|.csv|.tex|.json]
 
 One method, ours, is compared with every other: by a t-test over seeds, corrected for their number, and by a bootstrap
 interval over requests. On RecFlow the paper's numbers stand beside.
@@ -14,6 +14,7 @@ from pathlib import Path
 from deep_components.cli import Parser, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.files import write_atomically
+from deep_components.reporting.choices import choices_document, step_seconds
 from deep_components.reporting.frame import frame, read_runs
 from deep_components.reporting.results import OUR_METHOD, Results, build_results
 from deep_components.reporting.tables import (
@@ -41,8 +42,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description="Print one table of many runs.")
     add_run_arguments(parser)
-    parser.add_argument("--kind", choices=["metrics", "costs", "streaming"], default="metrics",
-                        help="metrics (default), time and memory of training, or joint recall by day")  # fmt: skip
+    parser.add_argument("--kind", choices=["metrics", "costs", "streaming", "choices"], default="metrics",
+                        help="metrics (default), time and memory of training, joint recall by day, or the tested "
+                        "choices of lcron sweep --test_seeds, whose folders RUN are then")  # fmt: skip
+    parser.add_argument("--steps", type=Path, action="append", default=[], metavar="FILE",
+                        help="of --kind=choices: seconds of a step, as python -m benchmarks.long_lists --output=FILE "
+                        "measures them")  # fmt: skip
     parser.add_argument("--format", choices=list(FORMATS), help="default: by the ending of --output, else text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     return parser.parse_args(argv)
@@ -58,6 +63,9 @@ def _document(args: argparse.Namespace) -> Maker:
         return partial(costs_document, frame(args.runs), any_code=args.any_code)
     if args.kind == "streaming":
         return partial(streaming_document, read_runs(args.runs), any_code=args.any_code)
+    if args.kind == "choices":
+        steps = step_seconds(args.steps)
+        return partial(choices_document, args.runs, args.compare, args.test, steps, any_code=args.any_code)
     return partial(metrics_document, results_of(args))
 
 

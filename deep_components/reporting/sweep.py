@@ -16,10 +16,13 @@ def sweep_document(content: Mapping[str, Any], style: Style) -> Document:
     header = ["method", *map(style.escape, options), *style.columns([content["metric"]]), "seeds"]
     about = f"{content['setting']}, data: {content['data']}, validation day {content['validation_day']}"
     numbers = "one run each" if len(content["seeds"]) == 1 else "mean +- standard deviation over seeds"
-    heading = [f"{about}; {numbers}; the test day was not read", *content["warnings"]]
+    tested = " for the choice" if content["test_seeds"] else ""
+    heading = [f"{about}; {numbers}; the test day was not read{tested}", *content["warnings"]]
     below = (f"{style.best_word}: chosen, the best mean of its method.",)
     notes = [f"failed: {trial['error']}" for trial in content["trials"] if trial["error"]]
-    notes += ["", "The chosen settings on the test day:", content["command"]] if content["command"] else []
+    notes += (
+        ["", "The chosen settings on the test day:", content["command"]] if content["command"] and not tested else []
+    )
     return Document(
         [style.escape(line) for line in heading], [Table("", header, rows, below)], [*map(style.escape, notes)], trials
     )

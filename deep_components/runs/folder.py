@@ -24,6 +24,7 @@ ENCODING_FOLDER = "encoding"  # a copy of the log's: how raw values become the m
 RUN_FILE = "run.json"  # of the runner, as the next two
 STREAMING_FILE = "streaming.json"
 LOG_FILE = "run.log"
+SWEEP_FILE = "sweep.json"  # of a sweep, beside its runs' folders
 BEST_FOLDER = "best_at_step_"  # of a validated training, followed by the step: the models to go on from
 LOCK_FILE, RUNNER_LOCK_FILE = ".lock", ".runner.lock"
 
@@ -81,6 +82,11 @@ def _remove(run: Path, chosen: Callable[[str], bool]) -> None:
     for path in list(run.iterdir()) if run.is_dir() else ():
         if chosen(path.name):
             files.remove(path)
+
+
+def tested_folder(sweep: Path) -> Path:
+    """Where the settings that the sweep in this folder has chosen are tested."""
+    return sweep.absolute().with_name(f"{sweep.absolute().name}_test")
 
 
 def remove_state(run: Path) -> None:

@@ -20,16 +20,15 @@ class TableLookup:
 
     ``ids``: table -> the log's indices that it has rows for, in their order; other tables have a row per index.
     ``pulled``: table -> its number of rows; for these tables the distinct rows of a batch are listed: in the order of
-    their first use, which takes 4 bytes for each row of the table, or ``by_sorting`` them.
+    their first use, which takes 4 bytes for each row of the table, or with ``parts`` by (row - padding row) % parts,
+    which takes none.
     """
 
-    def __init__(
-        self, schema: Schema, ids: Mapping[str, IdSet], pulled: Mapping[str, int], by_sorting: bool = False
-    ) -> None:
+    def __init__(self, schema: Schema, ids: Mapping[str, IdSet], pulled: Mapping[str, int], parts: int = 0) -> None:
         self.ids, self._tables, self._uses = dict(ids), schema.tables, table_uses(schema)
         self._padding = {table: padding_row(schema, self.ids, table) for table in schema.tables}
-        self._pulled = dict(pulled)
-        self._first_use = {} if by_sorting else {table: np.empty(rows, np.int32) for table, rows in pulled.items()}
+        self._pulled, self._parts = dict(pulled), parts
+        self._first_use = {} if parts else {table: np.empty(rows, np.int32) for table, rows in pulled.items()}
 
     def __call__(self, batch: CascadeBatch[Features]) -> CascadeBatch[SlotFeatures]:
         """Both steps."""
@@ -46,8 +45,8 @@ class TableLookup:
         rows, new = dict[str, Tensor](), dict[str, Tensor]()
         for table in self._pulled:
             used = _concatenated(batch.features, self._uses[table])
-            sorts = used.is_cuda or table not in self._first_use
-            rows[table], new[table] = (self._distinct_sorted if sorts else self._distinct)(table, used)
+            find = self._distinct_by_part if self._parts else self._distinct_sorted if used.is_cuda else self._distinct
+            rows[table], new[table] = find(table, used)
         features = SlotFeatures(**self._replaced(batch.features, new), rows=rows)
         return CascadeBatch(batch.request_id, features, batch.targets)
 
@@ -85,12 +84,35 @@ class TableLookup:
     def _distinct_sorted(self, table: str, used: Tensor) -> tuple[Tensor, Tensor]:
         """The same on the ids' own device, by sorting; it is waited for, as nobody knows how many rows there are."""
         rows, slots = torch.cat([used.new_tensor([self._padding[table]]), used]).unique(return_inverse=True)
-        if not used.is_cuda and not 0 <= int(rows[0]) <= int(rows[-1]) < self._pulled[table]:
-            raise IndexError(f"{rows[0]} or {rows[-1]} is not a row of the table {table}")
         padding = slots[0].clone()
         rows = torch.cat([rows[padding : padding + 1], rows[:padding], rows[padding + 1 :]])
         slots = torch.where(slots == padding, 0, slots + (slots < padding))
         return rows, slots[1:]
+
+    def _distinct_by_part(self, table: str, used: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by sorting, those of a part together, the padding row's part first."""
+        size, parts = -(-self._pulled[table] // self._parts), self._parts
+        rows = np.concatenate([[self._padding[table]], used.numpy()])
+        if not 0 <= (low := rows.min()) <= (high := rows.max()) < self._pulled[table]:
+            raise IndexError(f"{low} or {high} is not a row of the table {table}")
+        shifted = rows - rows[0]
+        shifted[shifted < 0] += parts * size  # the padding row is 0 then, and the parts are still those of the rows
+        in_part = shifted // parts
+        first, slots = distinct((shifted - in_part * parts) * size + in_part)
+        return torch.from_numpy(rows[first]), torch.from_numpy(slots[1:])
+
+
+def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of the distinct ones among keys [n] >= 0 is first, by key, and which of them every key is.
+
+    As np.unique, in half its time: key and position are sorted as one number."""
+    bits = len(keys).bit_length()
+    packed = (keys.astype(np.int64) << bits) | np.arange(len(keys))
+    packed.sort()
+    positions, slots = packed & ((1 << bits) - 1), np.empty(len(keys), np.int64)
+    is_first = np.diff(packed >> bits, prepend=-1) > 0
+    slots[positions] = np.cumsum(is_first) - 1
+    return positions[is_first], slots
 
 
 def table_uses(schema: Schema) -> dict[str, list[tuple[str, str]]]:

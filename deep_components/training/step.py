@@ -75,8 +75,9 @@ class Trainer:
         if shards is None:
             self.prepare = TableLookup(first.schema, first.ids, {table: first.rows[table] for table in self.pulled})
         else:
-            whole = TableLookup(first.schema, shards.ids, {t: shards.rows[t] for t in self.pulled}, by_sorting=True)
-            self.prepare = ShardedLookup(whole, shards.processes)
+            rows, processes = {table: shards.rows[table] for table in self.pulled}, shards.processes
+            whole = TableLookup(first.schema, shards.ids, rows, processes.count)
+            self.prepare = ShardedLookup(whole, processes)
         self.checked = False  # the loss, on the first step of several processes
         self.wishes = dict.fromkeys(WISHES, False)
         self.parameters = {f"{stage}/{name}": p for stage in models for name, p in self._stage_parameters(stage)}
@@ -177,7 +178,7 @@ class Trainer:
         if self.shards is None:
             return gradients, {stage: self._gradient_norm(stage, pulled[stage]) for stage in self.models}, False
         processes = self.shards.processes
-        gradients = send_gradients(gradients, rows, processes)
+        gradients = send_gradients(gradients, rows, processes, next(iter(self.stores.values())).kernels)
         # A sum of squares beside what all must know, in the one collective that adds up the other gradients.
         squares = [self._square(gradients[stage].values()) for stage in self.models]
         broken = self.skip_nonfinite and not all(value.isfinite() for value in values.values())
@@ -194,12 +195,9 @@ class Trainer:
         return gradients, norms, any_broken
 
     def _square(self, gradients: Iterable[Tensor]) -> Tensor:
-        parts = list(gradients)  # none: no table is pulled
-        return (
-            torch.stack(torch._foreach_norm(parts)).square().sum()
-            if parts
-            else torch.zeros((), dtype=self.dtype, device=self.device)
-        )
+        if not (parts := list(gradients)):
+            return torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.stack(torch._foreach_norm(parts)).square().sum()
 
     def _gradient_norm(self, stage: str, pulled: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of the loss's gradient with respect to all parameters of the stage."""

@@ -1,5 +1,6 @@
 """lcron sweep: a choice on the validation day alone, as many trainings for every method, and mistakes said first."""
 
+import argparse
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -41,17 +42,17 @@ def untested(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def give(untested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """Give the command; its exit code, and how each training ended."""
 
-    def give(*words: str) -> tuple[int | str | None, list[str]]:
+    def give(*words: str, log: Path = untested) -> tuple[int | str | None, list[str]]:
         ended = []
 
-        def engine(args: object, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
+        def engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
             for run in runs:
                 outcome = execute(run, Slot(), Options(), Here())
-                ended.append(f"{run.folder.relative_to(tmp_path / 'D')} {outcome.status}")
+                ended.append(f"{run.folder.relative_to(args.output_dir)} {outcome.status}")
                 yield [outcome]
 
         monkeypatch.setattr(run_experiments, "_engine", engine)
-        where = [f"--data_dir={untested}", f"--output_dir={tmp_path / 'D'}"]
+        where = [f"--data_dir={log}", f"--output_dir={tmp_path / 'D'}"]
         try:
             return run_command(sweep.main, ["--cascade=two_stage", *where, *SMALL, *words]), ended
         except SystemExit as end:
@@ -102,6 +103,33 @@ def test_the_best_setting_of_each_method(
     assert {run.config["arguments"]["batch_size"] for run in runs} == {16}
 
 
+def test_the_chosen_settings_are_tested(
+    give: Sweep, log: Path, untested: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On all training days with each seed, after the choice; a second call makes nothing."""
+    words = ("--methods=lcron", "--grid=lr=0.001,0.05", "--test_seeds=30,31", "--test_random_items=5")
+    code, ended = give(*words, "--budget=2", log=log)
+    assert code == 0 and all(line.endswith("finished") for line in ended) and len(ended) == 4
+    content, shown = read_json(tmp_path / "D/sweep.json"), capsys.readouterr().out
+    (best,) = (trial for trial in content["trials"] if trial["chosen"])
+    name = f"lcron_lr{best['arguments']['lr']}"
+    assert best["tested"] == [f"{name}/seed30", f"{name}/seed31"] and content["test_seeds"] == [30, 31]
+    assert [trial["tested"] for trial in content["trials"] if not trial["chosen"]] == [[]]
+    assert (
+        "the test day was not read for the choice" in shown and f"test day {DAYS[2]}, 40 requests with up to 5" in shown
+    )
+    for folder in best["tested"]:
+        config, metrics = (read_json(tmp_path / "D_test" / folder / f"{n}.json") for n in ("config", "metrics"))
+        assert (config["train_days"], metrics["test_day"], metrics["test_random_items"]) == ([*DAYS[:2]], DAYS[2], 5)
+        assert config["arguments"]["lr"] == float(best["arguments"]["lr"])
+    assert "--test_random_items=5" in shlex.split(content["command"])
+
+    assert give(*words, "--budget=2", log=log) == (0, [line.replace("finished", "kept") for line in ended])
+    code, without = give(*words, "--budget=1", log=untested)
+    assert code == 2 and len(without) == 1  # the choice is made before the test day is asked for
+    assert "the test day was not read for the choice" in capsys.readouterr().out
+
+
 REFUSED = {
     "--grid=lrr=0.1,0.2": "'lrr' is no hyper-parameter of a training (did you mean lr?)",
     "--grid=jobs=1,2": "'jobs' is no hyper-parameter of a training",
@@ -122,6 +150,7 @@ REFUSED = {
     "--grid=lr=0.1 --budget=1 --seeds=1,2": "--budget=1: fewer trainings than the 2 seeds of one setting",
     f"--grid=lr=0.1 --test_day={DAYS[2]}": "--test_day has no place in a sweep",
     "--grid=lr=0.1 --streaming": "--streaming has no place in a sweep",
+    "--grid=lr=0.1 --test_seeds=3,x": "argument --test_seeds: '3,x' is not a list of whole numbers",
 }
 
 

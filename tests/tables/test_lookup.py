@@ -11,7 +11,7 @@ from deep_components.batch import CascadeBatch, Features, RowFeatures, SlotFeatu
 from deep_components.errors import InputError
 from deep_components.schema import SIDES, Schema
 from deep_components.tables.id_set import IdSet
-from deep_components.tables.lookup import TableLookup, table_uses
+from deep_components.tables.lookup import TableLookup, distinct, table_uses
 from tests.schemas import OWN, RECFLOW, random_batch
 
 some = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -76,9 +76,32 @@ def test_sorting_on_the_device_gives_the_same_but_for_the_order(drawn: Drawn) ->
     schema, batch = drawn
     for table in schema.tables:
         ids, lookup = all_ids(schema, batch.features, table), listing[id(schema)]
-        rows, slots = lookup._distinct_cuda(table, ids)  # what a CUDA tensor takes; runs on any device
+        rows, slots = lookup._distinct_sorted(table, ids)  # what a CUDA tensor takes; runs on any device
         assert torch.equal(rows[slots], ids) and rows[0] == schema.tables[table].padding
         assert sorted(rows.tolist()) == sorted(lookup._distinct(table, ids)[0].tolist())
+
+
+@some
+@given(drawn=batches, parts=st.integers(2, 5))
+def test_rows_by_part(drawn: Drawn, parts: int) -> None:
+    """Each part's rows stand together, from the padding row's part on, whatever row that is."""
+    schema, batch = drawn
+    sizes = {table: schema.tables[table].size for table in schema.tables}
+    found = slots_of(TableLookup(schema, {}, sizes, parts), batch)
+    for table in schema.tables:
+        rows, ids = found.rows[table], all_ids(schema, batch.features, table)
+        assert torch.equal(rows[all_ids(schema, found, table)], ids)
+        padding = schema.tables[table].padding
+        assert set(rows.tolist()) == {padding, *ids.tolist()} and len(rows) == len(rows.unique())
+        part = (rows - padding) % parts
+        assert rows[0] == padding and torch.equal(part, part.sort()[0])
+
+
+@given(keys=st.lists(st.integers(0, 12) | st.integers(0, 1 << 40), max_size=30))
+def test_distinct_keys(keys: list[int]) -> None:
+    first, which = distinct(np.array(keys, np.int64))
+    assert [keys[i] for i in first] == sorted(set(keys))
+    assert [keys.index(keys[i]) for i in range(len(keys))] == [int(first[k]) for k in which]
 
 
 @some

@@ -1,0 +1,209 @@
+"""lcron table --kind=choices: what sweeps have chosen, tested; the numbers are computed here from the runs' own."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from deep_components.cli import run_command
+from deep_components.commands import table
+from deep_components.files import write_json
+from deep_components.reporting.choices import choices_document, step_seconds
+from deep_components.reporting.tables import csv as as_csv
+from deep_components.reporting.tables import markdown
+from tests.reporting.fake_runs import add_requests, write_run
+
+SEEDS = (30, 31, 32, 33)
+REQUESTS = 50
+GRID = [{"lr": lr, "tau": tau} for lr in ("0.005", "0.01", "0.02") for tau in ("1", "5", "25")]
+
+# loss -> operator -> (the index of its setting, recall of each seed)
+RECALLS: dict[str, dict[str, tuple[int, tuple[float, ...]]]] = {
+    "lcron": {
+        "neural_sort": (4, (0.50, 0.52, 0.51, 0.53)),
+        "lml": (5, (0.60, 0.6201, 0.61, 0.63)),  # higher for every seed, and by nearly the same
+        "dftopk": (0, (0.51, 0.50, 0.53, 0.51)),
+    },
+    "arf_v2": {
+        "neural_sort": (4, (0.70, 0.71, 0.72, 0.70)),
+        "lml": (4, (0.695, 0.7045, 0.7155, 0.6949)),  # lower, by little
+    },
+}
+
+
+def write_sweep(folder: Path, loss: str, tests: int = len(SEEDS), items: int = 0) -> Path:
+    """A sweep's folder with sweep.json, and its choices' first ``tests`` tests beside it."""
+    trials = []
+    for operator, (chosen, recalls) in RECALLS[loss].items():
+        setting = GRID[chosen]
+        name = f"{operator}_lr{setting['lr']}_tau{setting['tau']}"
+        arguments = {"tau": float(setting["tau"]), "lr": float(setting["lr"]), "topk_op": operator, "loss_type": loss}
+        if items:
+            arguments["num_random_items"] = items
+        for seed, recall in list(zip(SEEDS, recalls, strict=True))[:tests]:
+            results = {"loss_type": loss, "test_random_items": items}
+            run = folder.with_name(f"{folder.name}_test") / name / f"seed{seed}"
+            add_requests(write_run(run, recall, arguments, results, operator, seed=seed), np.full(REQUESTS, recall))
+        trials += [
+            {"method": operator, "arguments": one, "mean": 0.25, "chosen": index == chosen}
+            | {"tested": [f"{name}/seed{seed}" for seed in SEEDS] if index == chosen else []}
+            for index, one in enumerate(GRID)
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sweep.json", {"trials": trials, "budget": 9})
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    for loss in RECALLS:
+        write_sweep(tmp_path / "study" / loss, loss)
+    return tmp_path / "study"
+
+
+def rows(paths: Sequence[Path], steps: Mapping[tuple[str, str, int], float] | None = None) -> dict[Any, dict[str, str]]:
+    content = as_csv(partial(choices_document, paths, "neural_sort", "paired", steps or {}))
+    return {(row["loss"], row["method"]): row for row in csv.DictReader(io.StringIO(content))}
+
+
+def step_down(p_values: Mapping[Any, float]) -> dict[Any, float]:
+    """Holm's adjusted p-values, by their definition: the largest of (m - j + 1) p_(j) over j up to the value's rank."""
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    steps = [min(1.0, (len(ordered) - j) * p_values[name]) for j, name in enumerate(ordered)]
+    return {name: max(steps[: rank + 1]) for rank, name in enumerate(ordered)}
+
+
+def test_the_numbers(study: Path) -> None:
+    found = rows([study])
+    p_values: dict[tuple[str, str], float] = {}
+    for loss, operators in RECALLS.items():
+        baseline = np.array(operators["neural_sort"][1])
+        for operator, (chosen, recalls) in operators.items():
+            row = found.pop((loss, operator))
+            assert (row["chosen.lr"], row["chosen.tau"]) == (GRID[chosen]["lr"], GRID[chosen]["tau"])
+            assert float(row["mean"]) == pytest.approx(np.mean(recalls))
+            assert float(row["std"]) == pytest.approx(np.std(recalls, ddof=1))
+            assert (row["seeds"], row["settings"], row["validation"]) == ("4", "9", "0.25")
+            if operator == "neural_sort":
+                assert (row["difference"], row["p"], row["p_holm_all"], row["verdict"]) == ("", "", "", "")
+                continue
+            difference = np.mean(recalls) - np.mean(baseline)
+            assert float(row["difference"]) == pytest.approx(difference)
+            for end in ("interval_low", "interval_high"):  # the difference is the same in every request
+                assert float(row[end]) == pytest.approx(difference)
+            p_values[loss, operator] = stats.ttest_rel(recalls, baseline).pvalue
+            assert float(row["p"]) == pytest.approx(p_values[loss, operator])
+    assert found == {}
+    found = rows([study])
+    for key, adjusted in step_down(p_values).items():
+        own = step_down({other: p for other, p in p_values.items() if other[0] == key[0]})
+        assert float(found[key]["p_holm_all"]) == pytest.approx(adjusted)
+        assert float(found[key]["p_holm"]) == pytest.approx(own[key])
+    assert float(found["arf_v2", "lml"]["p_holm_all"]) > float(found["arf_v2", "lml"]["p_holm"])
+    verdicts = {key: found[key]["verdict"] for key in p_values}
+    assert verdicts == {("lcron", "lml"): "higher", ("lcron", "dftopk"): "not shown", ("arf_v2", "lml"): "lower"}
+
+
+def test_sweeps_of_several_folders_are_corrected_together(tmp_path: Path) -> None:
+    """Also where they have the same name."""
+    folders = [write_sweep(tmp_path / log / "lcron", "lcron").parent for log in ("a", "b")]
+    content = as_csv(partial(choices_document, folders, "neural_sort", "paired", {}))
+    found = [row for row in csv.DictReader(io.StringIO(content)) if row["method"] == "lml"]
+    assert [row["sweep"] for row in found] == [str(folder / "lcron") for folder in folders]
+    for (
+        row
+    ) in found:  # two comparisons of a sweep, four in all; the equal p of the other log comes right before or after
+        assert [float(row[name]) for name in ("p_holm", "p_holm_all")] == pytest.approx(
+            [2 * float(row["p"]), 4 * float(row["p"])]
+        )
+
+
+def test_an_interval_over_requests_that_holds_0_shows_nothing(study: Path) -> None:
+    """The seeds alone would show a difference."""
+    assert rows([study])["lcron", "lml"]["verdict"] == "higher"
+    generator = np.random.default_rng(0)
+    for run in (study / "lcron_test").glob("lml*/seed*"):
+        noise = generator.normal(size=REQUESTS)
+        recall = json.loads((run / "metrics.json").read_text())["joint_recall@10@20"]
+        add_requests(run, recall + 10 * (noise - noise.mean()))
+    row = rows([study])["lcron", "lml"]
+    assert float(row["p_holm_all"]) < 0.05 and float(row["interval_low"]) < 0 < float(row["interval_high"])
+    assert row["verdict"] == "not shown"
+
+
+def test_values_at_the_end_of_the_grid_are_marked(study: Path) -> None:
+    ends = {key: row["at_end"] for key, row in rows([study]).items()}
+    assert ends["lcron", "neural_sort"] == ends["arf_v2", "lml"] == ""
+    assert (ends["lcron", "lml"], ends["lcron", "dftopk"]) == ("tau", "lr,tau")
+    content = markdown(partial(choices_document, [study], "neural_sort", "paired", {}))
+    assert "| lml | 0.01 | 25 (end) |" in content and "| dftopk | 0.005 (end) | 1 (end) |" in content
+
+
+def test_parts_that_are_not_done(tmp_path: Path) -> None:
+    """What is there is shown, what is missing is said, and runs that were not chosen do not count."""
+    folder = write_sweep(tmp_path / "O/lcron", "lcron", tests=2)
+    write_sweep(tmp_path / "O/arf_v2", "arf_v2", tests=0)
+    write_run(tmp_path / "O/lcron_test/lml_lr0.02_tau1/seed30", 0.9, {"topk_op": "lml"}, name="lml", seed=30)
+    content = markdown(partial(choices_document, [tmp_path], "neural_sort", "paired", {}))
+    notes = content.replace("\\", "").splitlines()
+    assert {"O/lcron: 6 of 12 tests are done.", "O/arf_v2: 0 of 8 tests are done."} <= {*notes}
+    assert str(tmp_path) not in content
+    assert "0.9000" not in content and content.count("| 2 |\n") == 3
+    assert rows([folder])["lcron", "lml"]["seeds"] == "2"
+
+
+def test_seconds_of_a_step(tmp_path: Path) -> None:
+    """Of the same setting, loss, operator and number of random items."""
+    sweep = write_sweep(tmp_path / "lcron", "lcron", items=160)
+    lengths = {"40": {"random_items": 0, "seconds": 0.25}, "200": {"random_items": 160, "seconds": 0.5}}
+    files = [tmp_path / "two_stage.json", tmp_path / "three_stage.json"]
+    for file, method in zip(files, ("lcron_lml", "lcron_dftopk"), strict=True):
+        measured = {"arguments": {"setting": file.stem}, "results": {method: lengths, "arf_v2_dftopk": lengths}}
+        file.write_text(json.dumps(measured))
+    steps = step_seconds(files)
+    found = {method: row["step_seconds"] for (_, method), row in rows([sweep], steps).items()}
+    assert found == {"neural_sort": "", "lml": "0.5", "dftopk": ""}
+    content = markdown(partial(choices_document, [sweep], "neural_sort", "paired", steps))
+    assert "random items: 160 in training, 160 in the test" in content and "| 500.0 |" in content
+
+
+DAMAGES: dict[str, dict[str, Any]] = {
+    "another folder": {"tested": ["../elsewhere/seed30"]},
+    "a folder of the machine": {"tested": ["/etc"]},
+    "no list": {"tested": 3},
+    "no name": {"method": None},
+    "no setting": {"arguments": []},
+    "no number": {"mean": "high"},
+    "no choice": {"chosen": "yes"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_sweep_is_refused(damage: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = study / "lcron/sweep.json"
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    content["trials"][4] |= DAMAGES[damage]
+    path.write_text(json.dumps(content))
+    assert run_command(table.main, [str(study), "--kind=choices"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and f"error: {path}: not a sweep's results" in captured.err
+
+
+def test_what_is_no_study(tmp_path: Path, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run_command(table.main, [str(tmp_path / "empty"), "--kind=choices"]) == 2
+    assert "no sweep.json; name folders of lcron sweep" in capsys.readouterr().err
+    sweep = write_sweep(tmp_path / "untested/lcron", "lcron", tests=0)
+    assert run_command(table.main, [str(sweep), "--kind=choices"]) == 2
+    assert "no chosen setting is tested" in capsys.readouterr().err
+    (tmp_path / "steps.json").write_text("[1]")
+    assert run_command(table.main, [str(study), "--kind=choices", f"--steps={tmp_path / 'steps.json'}"]) == 2
+    assert "steps.json: not the --output of python -m benchmarks.long_lists" in capsys.readouterr().err
