@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def largest(difference: torch.Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
-def differences(alone: Mapping[str, Any], together: list[Mapping[str, Any]]) -> tuple[float, float, float]:
+def differences(alone: Mapping[str, Any], together: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     """How much parameters with a gradient, those without one, and terms differ at the most."""
     with_gradient = without = 0.0
     pulled, count = set(together[0]["pulled"]), len(together)
