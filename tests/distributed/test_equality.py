@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def largest(difference: torch.Tensor) -> float:
     return float(difference.abs().max()) if difference.numel() else 0.0
 
 
-def differences(alone: Mapping[str, Any], together: list[Mapping[str, Any]]) -> tuple[float, float, float]:
+def differences(alone: Mapping[str, Any], together: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
     """How much parameters with a gradient, those without one, and terms differ at the most."""
     with_gradient = without = 0.0
     pulled, count = set(together[0]["pulled"]), len(together)
@@ -186,7 +186,7 @@ def test_a_run_of_several_processes_has_the_files_of_one(made: Made, name: str) 
     assert {path.name for path in run.iterdir()} - shards == {path.name for path in alone.iterdir()}
     noted, expected = (read_json(folder / "config.json") for folder in (run, alone))
     assert noted.pop("arguments").keys() == expected.pop("arguments").keys()
-    assert {key: noted[key] for key in expected} == expected
+    assert all(noted[key] == expected[key] for key in expected if key != "code")  # an edit meanwhile is none of ours
 
 
 def test_any_number_of_processes_goes_on(made: Made, tmp_path: Path) -> None:
