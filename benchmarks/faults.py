@@ -16,34 +16,33 @@ on its standard input; tests use that.
 
 import argparse
 import ctypes
-import functools
 import json
+import logging
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from benchmarks.soak import ARGUMENTS, DAYS, EVERY_STEP, CrashPoints, results
 from deep_components import run_train2
 from deep_components.cli import run_command
 from deep_components.dataset.columnar import DayCache
 from deep_components.dataset.simulate import SimulationSettings, simulate
-from deep_components.distributed import launch
 from deep_components.errors import InputError
 from deep_components.kernels import load_kernels
 from deep_components.runs.folder import STATE_FILE
@@ -125,11 +124,8 @@ def start(
     """Fork a training with these arguments; its process id. What it says is appended to ``output``; the process ids of
     ranks, this one or those that it starts, stand in ``output`` with the suffix ``.<rank>``. ``namespace``: the file of
     a network namespace to train in."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    try:
+
+    def command() -> int:
         with output.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -137,10 +133,23 @@ def start(
         if namespace:
             with Path(namespace).open() as file:
                 ctypes.CDLL(None).setns(file.fileno(), 0)
-        launch.elastic_launch = functools.partial(_Forking, output=output, fault=fault)  # type: ignore[assignment]
-        code = _train(argv, output, fault)
-    except BaseException:
-        traceback.print_exc()
+        SubprocessHandler._popen = (  # type: ignore[method-assign]
+            lambda _, words, environment: _Forked(words, environment, output, fault)
+        )
+        return _train(argv, output, fault)
+
+    child = os.fork()
+    return child if child else _exit_with(command)
+
+
+def _exit_with(command: Callable[[], int]) -> NoReturn:
+    """End this child with the command's exit code."""
+    code = 99
+    try:
+        code = command()
+    except BaseException as error:
+        code = 1
+        sys.excepthook(type(error), error, error.__traceback__)
     finally:
         sys.stderr.flush()
         os._exit(code)
@@ -154,23 +163,36 @@ def _train(argv: Sequence[str], output: Path, fault: Fault | None) -> int:
     return run_command(run_train2.main, list(argv))
 
 
-class _Forking:
-    """torch's agent, whose processes are forked from it instead of being started anew."""
+class _Forked:
+    """A process as the agent knows it, forked from it instead of being started anew."""
 
-    def __init__(self, config: LaunchConfig, entrypoint: str, output: Path, fault: Fault | None) -> None:
-        del entrypoint
-        self.config, self.output, self.fault = replace(config, start_method="fork"), output, fault
-
-    def __call__(self, *command: str) -> None:
-        argv = command[command.index("deep_components.run_train2") + 1 :]
+    def __init__(self, command: Sequence[str], environment: dict[str, str], output: Path, fault: Fault | None) -> None:
+        self.returncode: int | None = None
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of threads beside a fork
-            elastic_launch(self.config, _process)(argv, str(self.output), self.fault)
+            self.pid = os.fork()
+        if self.pid:
+            return
+        os.setsid()
+        logging.getLogger().handlers.clear()  # the agent's
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as experiments/attached.py does
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        os.environ.update(environment)
+        _exit_with(lambda: _train(command[command.index("deep_components.run_train2") + 1 :], output, fault))
 
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
 
-def _process(argv: Sequence[str], output: str, fault: Fault | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(_train(argv, Path(output), fault))
+    def wait(self, timeout: float) -> int | None:
+        end = time.monotonic() + timeout
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("", timeout)
+        return self.returncode
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     user.add_argument("--any_code", action="store_true", help="keep runs of other code, and go on with unfinished ones")
     user.add_argument("--discard_state", action="store_true", help="remove a finished run's saved state: less space")
     user.add_argument("--jobs", type=_at_least_one, default=1, help="runs at a time on a machine (default 1)")
-    user.add_argument("--threads", type=_at_least_one, help="of each run (default: the cores divided by the jobs)")
+    user.add_argument("--threads", type=_at_least_one, help="of each process (default: the cores shared out)")
     user.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
     return parser
 
@@ -136,18 +136,20 @@ def _with_cascade(args: argparse.Namespace, methods: Sequence[Method]) -> list[M
 def _engine(args: argparse.Namespace, runs: Sequence[Run]) -> Iterator[list[Outcome]]:
     options = Options(args.force, args.resume, args.any_code, args.discard_state)
     cores = len(os.sched_getaffinity(0))
+    processes = max(run.config["arguments"].get("processes") or 1 for run in runs)
     named = any(word.startswith(("--device=", "--cuda=")) for word in runs[0].evaluation)
     environment = os.environ.get("OMP_NUM_THREADS", "")
     threads = args.threads or (int(environment) if environment.isdecimal() else None)
     if args.engine == "ray":
-        (slot, *_) = slots(args.jobs, 0, cores, named, threads or max(1, cores // args.jobs))
+        each = threads or max(1, cores // (args.jobs * processes))
+        (slot, *_) = slots(args.jobs, 0, cores, named, each, processes)
         return run_on_ray(runs, slot, "--device=cpu" not in runs[0].evaluation, options)
-    made = slots(args.jobs, torch.cuda.device_count(), cores, named, threads)
+    made = slots(args.jobs, torch.cuda.device_count(), cores, named, threads, processes)
     if args.jobs > 1:
         where = sorted({slot.device for slot in made if slot.device})
         logger.info(
             "%d runs at a time, %d threads each%s; another number of threads may change the last digits",
-            args.jobs, made[0].threads, f", on {', '.join(where)}" if where else "",
+            args.jobs, (made[0].threads or 1) * processes, f", on {', '.join(where)}" if where else "",
         )  # fmt: skip
     return run_locally(runs, made, options)
 

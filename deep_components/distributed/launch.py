@@ -1,8 +1,8 @@
 """Several processes of a training on this machine: the command becomes torchrun's agent, which starts itself W times.
 With --engine=ray they are started on a Ray cluster instead.
 
-Each process here is ``python -m MODULE`` with the command's own arguments, and ends with the agent: where that is
-killed outright, Linux sends them SIGTERM, so that they save the state and stop.
+Each process here is ``python -m MODULE`` with the command's arguments, and ends with the agent: where that is killed
+outright, Linux sends them SIGTERM, so that they save the state and stop.
 """
 
 import argparse
@@ -46,6 +46,8 @@ def launch(args: argparse.Namespace, module: str, argv: Sequence[str], trains: b
     if started is not None and args.processes not in (None, started):
         raise InputError(f"--processes={args.processes}, but the launcher has started {started}; leave it out")
     count, on_ray = args.processes or 1, trains and args.engine == "ray"
+    if trains and not args.epochs:
+        count = 1  # an untrained cascade is quickly written
     if started is not None or (count == 1 and not on_ray):
         return False
     if trains:

@@ -190,11 +190,10 @@ def joined(device: torch.device, timeout: float) -> Iterator[Processes | None]:
         processes.launcher, processes.is_restart = launcher, is_restart
         try:
             yield processes
-        except (InputError, StoppedError) as error:
+        except BaseException as error:
             _on_sigterm(signal.SIG_IGN)
-            _say_once(error, processes, store)
-        except EndedError:
-            _on_sigterm(signal.SIG_IGN)
+            if isinstance(error, (InputError, StoppedError)):
+                _say_once(error, processes, store)
             raise
         finally:
             dist.destroy_process_group()

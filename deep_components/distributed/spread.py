@@ -1,10 +1,13 @@
 """What processes do beside the steps of a training: open days for one another, and evaluate a day together."""
 
+import logging
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deep_components.dataset import columnar
 from deep_components.dataset.columnar import DayCache, add_verified, verified_days
 from deep_components.distributed.processes import Processes, agreed
 from deep_components.evaluation.share import ALONE, Share
@@ -67,11 +71,23 @@ def open_days(
         opened.update({name: open_day(name) for name in part if name not in opened})
 
     # Build, in a folder that may be shared; verify what other machines have built, or build it here too; open all.
-    for part in (names[rank::count], names[near.index(rank) :: len(near)], names):
-        patiently(processes, lambda part=part: opening(part))  # type: ignore[misc]
-        verified = processes.gather(verified_days())
-        add_verified(name for other in near for name in verified[other])
+    with _said_once(processes):
+        for part in (names[rank::count], names[near.index(rank) :: len(near)], names):
+            patiently(processes, partial(opening, part))
+            verified = processes.gather(verified_days())
+            add_verified(name for other in near for name in verified[other])
     return {name: opened[name] for name in names}
+
+
+@contextmanager
+def _said_once(processes: Processes) -> Iterator[None]:
+    """What an opened day says of itself, the first process says for all."""
+    said = logging.getLogger(columnar.__name__)
+    before, said.disabled = said.disabled, said.disabled or not processes.is_first
+    try:
+        yield
+    finally:
+        said.disabled = before
 
 
 def patiently(processes: Processes, function: Callable[[], T]) -> T:

@@ -12,16 +12,18 @@ from deep_components.ray_cluster import RETRIES, ray_cluster
 _TICK = 1.0  # seconds after which an engine lets its caller look at the progress
 
 
-def slots(jobs: int, devices: int, cores: int, device_named: bool = False, threads: int | None = None) -> list[Slot]:
-    """One slot for each of ``jobs`` runs at a time, spread evenly over the CUDA devices unless the user's arguments
-    name one; the cores are shared out unless the user names the ``threads`` of a run. A single run is left to PyTorch's
-    own choice of threads and device.
+def slots(
+    jobs: int, devices: int, cores: int, device_named: bool = False, threads: int | None = None, processes: int = 1
+) -> list[Slot]:
+    """One slot for each of ``jobs`` runs at a time, of ``processes`` each, spread evenly over the CUDA devices unless
+    the user's arguments name one, or a run takes several; the cores are shared out unless the user names the
+    ``threads`` of a process. A single run is left to PyTorch's own choice of threads and device.
     """
     if jobs == 1:
-        return [Slot(threads=threads)]
-    each = threads or max(1, cores // jobs)
-    several = devices and not device_named
-    return [Slot(f"cuda:{job % devices}" if several else None, each) for job in range(jobs)]
+        return [Slot(threads=threads, processes=processes)]
+    each = threads or max(1, cores // (jobs * processes))
+    several = devices and not device_named and processes == 1
+    return [Slot(f"cuda:{job % devices}" if several else None, each, processes) for job in range(jobs)]
 
 
 def run_locally(runs: Sequence[Run], slots: Sequence[Slot], options: Options) -> Iterator[list[Outcome]]:
@@ -55,12 +57,13 @@ def run_locally(runs: Sequence[Run], slots: Sequence[Slot], options: Options) ->
 
 
 def run_on_ray(runs: Sequence[Run], slot: Slot, gpus: bool, options: Options) -> Iterator[list[Outcome]]:
-    """Make the runs as tasks of a Ray cluster (:func:`deep_components.ray_cluster.ray_cluster`). A run takes
-    ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU. One whose worker was killed goes
-    on from its saved state in another."""
+    """Make the runs as tasks of a Ray cluster (:func:`deep_components.ray_cluster.ray_cluster`). A run takes,
+    for each of its processes, ``slot.threads`` CPUs and, where the cluster has them and ``gpus`` is true, a GPU. One
+    whose worker was killed goes on from its saved state in another."""
     with ray_cluster() as ray:
         one_gpu = 1 if gpus and ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=slot.threads or 1, num_gpus=one_gpu, max_retries=RETRIES)(execute)
+        cpus = (slot.threads or 1) * slot.processes
+        task = ray.remote(num_cpus=cpus, num_gpus=one_gpu * slot.processes, max_retries=RETRIES)(execute)
         waiting: dict[Any, Run] = {task.remote(run, slot, options): run for run in runs}
         while waiting:
             ended, _ = ray.wait(list(waiting), num_returns=1, timeout=_TICK)

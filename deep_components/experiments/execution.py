@@ -41,7 +41,8 @@ class Slot:
     """What one run at a time may use. None: as the user's arguments and environment say."""
 
     device: str | None = None
-    threads: int | None = None
+    threads: int | None = None  # of each process
+    processes: int = 1  # of the training
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ LEFT_OUT = (
         "dataset/simulate.py",
         "dataset/movielens.py",
         "distributed/launch.py",
+        "distributed/evaluation.py",
     ),
     *("runs/code.py", "runs/folder.py", "runs/identity.py", "runs/records.py", "run_experiments.py", "run_test"),
     *("__main__.py", "cli.py", "collect_", "doctor.py", "report.py", "import_checkpoint.py", "export_checkpoint.py"),

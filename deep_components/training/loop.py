@@ -183,7 +183,7 @@ def train_cascade(cascade: Cascade, args: argparse.Namespace, loss: nn.Module) -
 def _train(cascade: Cascade, args: argparse.Namespace, loss: nn.Module, processes: Processes | None) -> None:
     run = prepare(cascade, args, loss, processes)
     if processes is not None:
-        check_alike(run.config, processes)
+        agreed(processes, lambda: check_alike(run.config, processes))
     with _only_user(run), _generators(args.seed, run.device, processes):
         position = _start(run)
         if processes is not None:

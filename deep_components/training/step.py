@@ -195,12 +195,9 @@ class Trainer:
         return gradients, norms, any_broken
 
     def _square(self, gradients: Iterable[Tensor]) -> Tensor:
-        parts = list(gradients)  # none: no table is pulled
-        return (
-            torch.stack(torch._foreach_norm(parts)).square().sum()
-            if parts
-            else torch.zeros((), dtype=self.dtype, device=self.device)
-        )
+        if not (parts := list(gradients)):
+            return torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.stack(torch._foreach_norm(parts)).square().sum()
 
     def _gradient_norm(self, stage: str, pulled: Mapping[str, Tensor]) -> Tensor:
         """Euclidean norm of the loss's gradient with respect to all parameters of the stage."""

@@ -54,6 +54,7 @@ def main() -> None:
     seen["measured"] = train_shop(folder, shop)
     run_train2.main(training_arguments(log, folder / "started", "--epochs=0", f"--init_from={run}", *STARTED))
     seen["rows"] = evaluate(folder, log)
+    seen["scores"] = refused_scores(folder, log, rank)
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
@@ -176,6 +177,22 @@ def evaluate(folder: Path, log: Path) -> dict[str, dict[str, int]]:
         with patch.object(evaluation, "_needed_ids", noting):
             run_test2.main(evaluation_arguments(log, folder / name, *all_flags))
     return loaded
+
+
+def refused_scores(folder: Path, log: Path, rank: int) -> str:
+    """What a process says when another one's scores are not finite."""
+
+    def measuring(cascade: Any, batch: dict[str, torch.Tensor], relevant: Any) -> Any:
+        broken = {"rank": torch.full_like(batch["rank"], float("nan"))} if rank == 1 else {}
+        return measured(cascade, batch | broken, relevant)
+
+    measured = evaluation._metrics
+    try:
+        with patch.object(evaluation, "_metrics", measuring):
+            run_test2.main(evaluation_arguments(log, folder / "refused", f"--batch_size={BATCH}"))
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

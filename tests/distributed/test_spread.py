@@ -47,7 +47,7 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory, short_rules: No
 def together(log: Path, shop: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have done everything."""
     folder = tmp_path_factory.mktemp("together")
-    for name in EVALUATIONS:
+    for name in (*EVALUATIONS, "refused"):
         shutil.copytree(trained, folder / name)
     root, environment = Path(__file__).parents[2], os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.distributed.spreading", *map(str, (folder, log, shop, trained))]
@@ -156,6 +156,13 @@ def test_each_loads_the_rows_of_its_requests(log: Path, together: Path, seen: li
     parts = [process["rows"]["plain"]["video"] for process in seen]
     assert max(parts) < whole < sum(parts)
     assert [process["rows"]["random items"]["video"] for process in seen] == [whole, whole]
+
+
+def test_all_refuse_scores_that_one_finds(together: Path, seen: list[dict[str, Any]]) -> None:
+    assert [process["scores"].partition(";")[0] for process in seen] == [
+        "rank.safetensors gives scores that are not finite"
+    ] * 2
+    assert not (together / "refused/metrics.json").exists()
 
 
 def test_rows_are_gathered_in_order(seen: list[dict[str, Any]]) -> None:

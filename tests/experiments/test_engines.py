@@ -33,6 +33,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 def test_one_run_at_a_time_is_left_alone() -> None:
     assert slots(1, devices=4, cores=16) == [Slot()]
     assert slots(1, devices=0, cores=16, threads=3) == [Slot(threads=3)]
+    assert slots(1, devices=0, cores=16, processes=2) == [Slot(processes=2)]  # they share the cores themselves
+
+
+def test_a_run_of_several_processes_counts_as_several() -> None:
+    assert slots(2, devices=4, cores=16, processes=4) == [Slot(None, 2, 4)] * 2
+    assert slots(2, devices=0, cores=4, processes=4) == [Slot(None, 1, 4)] * 2
 
 
 def test_runs_are_spread_over_the_devices() -> None:
