@@ -43,6 +43,7 @@ from deep_components.training import memory
 from deep_components.training.loop import Position, Run, prepare
 
 MEMORY_STEPS = 4
+ENDING = 30.0  # seconds in which ranks end that are no longer asked
 TOLERANCE = 1e-5  # of the first losses, relative
 NOTED = ("waiting.training", "waiting.loader", "bytes.rows", "bytes.sums", "bytes.formula")
 
@@ -168,7 +169,7 @@ def started(count: int, words: Sequence[str]) -> Iterator[list[TextIO]]:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         command = [*launcher, "benchmarks.distributed", *words, f"--rank_port={listener.getsockname()[1]}"]
         agent = stack.enter_context(subprocess.Popen(command, env=environment))
-        stack.callback(agent.terminate)
+        stack.callback(_end, agent)  # after the connections are closed, which ends the ranks
         listener.settimeout(1)
         ranks = list[TextIO]()
         while len(ranks) < count:
@@ -181,6 +182,13 @@ def started(count: int, words: Sequence[str]) -> Iterator[list[TextIO]]:
             connection.settimeout(None)
             ranks.append(stack.enter_context(connection.makefile("rw")))
         yield ranks
+
+
+def _end(agent: "subprocess.Popen[bytes]") -> None:
+    try:
+        agent.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        agent.terminate()
 
 
 def ask(ranks: Sequence[TextIO], what: Any) -> dict[str, list[float]]:

@@ -106,17 +106,17 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_one_training_on_several_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real ranks; its first losses are the same, or it would be refused."""
+    """Real ranks, as few as show all figures."""
     sizes = [f"--memory_{name}={size}" for name, size in {"requests": 48, "videos": 200, "authors": 20}.items()]
-    results = run("distributed", tmp_path, "--steps=2", "--memory_processes=2", *sizes)
-    speed = results["speed"]
-    assert speed.keys() == results["ratio"].keys() == {"1", "2"} and results["memory"].keys() == {"2"}
-    assert min(found["requests_per_second"] for found in speed.values()) > 0
-    assert speed["1"]["bytes.rows"] == speed["1"]["waiting.training"] == 0 < speed["2"]["waiting.training"]
-    sent = speed["2"]["bytes.rows"] + speed["2"]["bytes.sums"]
-    assert speed["2"]["bytes.formula"] == pytest.approx(sent, rel=0.2)  # which leaves out the losses' sums and counts
+    results = run("distributed", tmp_path, "--steps=2", "--processes=2", "--memory_processes=1", *sizes)
+    speed = results["speed"]["2"]
+    assert results["ratio"]["2"] == {"requests_per_second": 1, "cpu_seconds": 1}
+    assert min(speed["requests_per_second"], speed["cpu_seconds"], speed["waiting.training"]) > 0
+    # The formula leaves out the sums and counts of the loss, which matter in a batch as small as this.
+    assert speed["bytes.formula"] == pytest.approx(speed["bytes.rows"] + speed["bytes.sums"], rel=0.2)
+    assert speed["bytes.loopback"] > speed["bytes.rows"] and results["memory"]["1"]["peak_bytes"] > 0
     table = capsys.readouterr().out.partition("| processes |")[2]
-    assert f"{speed['2']['requests_per_second']:,.0f}"[:3] in table and "peak of a rank" in table
+    assert f"{speed['bytes.formula'] / 1e6:.2f} |" in table and "peak of a rank" in table
 
 
 def test_long_lists(tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def masked_means(values: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """:func:`masked_mean` of each of the values, of the mask's shape, whose sums several processes exchange at once."""
+    *totals, count = batch_totals(*(torch.where(mask, part, 0).sum() for part in values.values()), mask.sum())
+    return {name: total / count.clamp(min=1) for name, total in zip(values, totals, strict=True)}
+
+
 def masked_sum(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of ``values`` where ``mask``, and how many these are, of the requests at hand. Shapes broadcast."""
     mask = mask.expand_as(values)

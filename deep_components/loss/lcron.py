@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from deep_components.loss.functional import Targets, check_inputs, masked_mean, num_ground_truth
+from deep_components.loss.functional import Targets, check_inputs, masked_means, num_ground_truth
 from deep_components.loss.selection import (
     SELECTION_OPERATORS,
     Selection,
@@ -85,9 +85,8 @@ class LCRON(nn.Module):
         if self.terms != "end_to_end":
             per_item |= {stage: selection_cross_entropy(chosen, truth) for stage, chosen in single.items()}
         total = torch.stack([self._weighted(name, values) for name, values in per_item.items()]).sum(dim=0)
-        terms = {name: masked_mean(values, mask) for name, values in per_item.items()}
-        terms |= {f"weight.{name}": weight for name, weight in self.weight.items()}
-        return {"loss": masked_mean(total, mask)} | {name: term.detach() for name, term in terms.items()}
+        terms = masked_means({"loss": total} | {name: values.detach() for name, values in per_item.items()}, mask)
+        return terms | {f"weight.{name}": weight.detach() for name, weight in self.weight.items()}
 
     def _select(self, stage: str, scores: Tensor, mask: Tensor, k: Tensor) -> tuple[Selection, Selection]:
         """The stage's Selection at the cut of S, and at that of E."""
