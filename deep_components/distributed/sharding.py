@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,8 +25,8 @@ T = TypeVar("T")
 
 def shard(ids: IdSet | None, size: int, processes: Processes) -> IdSet:
     """The ids whose rows lie on this process: of a table with these ``ids``, or of a whole one of ``size`` rows."""
-    known = np.arange(size) if ids is None else ids.ids()
-    return IdSet.of([known[processes.rank :: processes.count]], size if ids is None else ids.size)
+    whole = IdSet.below(size) if ids is None else ids
+    return whole.every(processes.count, processes.rank)
 
 
 @dataclass(frozen=True)

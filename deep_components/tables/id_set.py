@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _WORD = 64
+_WORDS_AT_A_TIME = 1 << 16
 
 
 class IdSet:
@@ -36,6 +37,13 @@ class IdSet:
             valid[ids] = True
         return cls(np.packbits(present, bitorder="little").view(np.uint64))
 
+    @classmethod
+    def below(cls, size: int) -> "IdSet":
+        """All ids 0 .. size - 1."""
+        present = np.zeros(-(-size // _WORD) * _WORD, bool)
+        present[:size] = True
+        return cls(np.packbits(present, bitorder="little").view(np.uint64))
+
     @property
     def size(self) -> int:
         """Ids are below this; a multiple of 64."""
@@ -56,6 +64,18 @@ class IdSet:
         return isinstance(other, IdSet) and np.array_equal(self.bits, other.bits)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def every(self, step: int, first: int) -> "IdSet":
+        """The ids of rows ``first``, ``first + step``, ...; beside the result it takes little memory."""
+        parts = []
+        for start in range(0, len(self.bits), _WORDS_AT_A_TIME):
+            words = self.bits[start : start + _WORDS_AT_A_TIME]
+            present = np.unpackbits(words.view(np.uint8), bitorder="little")
+            there = np.flatnonzero(present)
+            rows = self._before[start] + np.arange(len(there))
+            present[there[rows % step != first]] = 0
+            parts.append(np.packbits(present, bitorder="little").view(np.uint64))
+        return IdSet(np.concatenate(parts) if parts else self.bits)
 
     def ids(self) -> np.ndarray:
         """The ids in ascending order, int64: row r belongs to the r-th."""

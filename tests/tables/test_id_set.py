@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from deep_components.tables import id_set
 from deep_components.tables.id_set import IdSet
 
 some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -91,3 +92,21 @@ def test_many_ids() -> None:
     assert np.array_equal(known.ids(), chosen)
     asked = generator.choice(chosen, 50_000)
     assert np.array_equal(known.rows(asked), np.searchsorted(chosen, asked))
+
+
+@some
+@given(drawn=sizes_and_sets(), step=st.integers(1, 9), words=st.integers(1, 5))
+def test_every_so_many_th_row(drawn: tuple[int, list[set[int]]], step: int, words: int) -> None:
+    """Also where the set is gone through in several pieces."""
+    size, [chosen] = drawn
+    known = IdSet.of([array(chosen)], size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(id_set, "_WORDS_AT_A_TIME", words)
+        parts = [known.every(step, first) for first in range(step)]
+    assert [part.ids().tolist() for part in parts] == [sorted(chosen)[first::step] for first in range(step)]
+    assert {part.size for part in parts} == {known.size}
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 300])
+def test_all_ids_below_a_size(size: int) -> None:
+    assert IdSet.below(size).ids().tolist() == list(range(size))
