@@ -1,6 +1,5 @@
 """One process goes on from the state that several saved, to the bytes of a training that was always alone."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,10 @@ import pytest
 from deep_components.runs.folder import STATE_FILE, shard_file
 from deep_components.runs.shards import save_shard
 from deep_components.runs.state import load_state, run_note, save_state
-from deep_components.training import loop as training
-from deep_components.training.step import Trainer
 from tests.helpers import config, contents, train
 
 FILES = ("retrieval.safetensors", "rank.safetensors", STATE_FILE)
-COUNT, FLAG = 3, "--compact_from=1"
+COUNT, FLAGS = 3, ("--compact_from=1", "--pull_from=1")
 
 pytestmark = pytest.mark.usefixtures("short_rules")
 
@@ -39,15 +36,14 @@ def shard(run: Path) -> None:
     save_state(run / STATE_FILE, shared, position, note, checksums)
 
 
-def test_one_process_resumes_what_several_saved(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "Trainer", partial(Trainer, large_table=0))
-    alone, run = train(log, tmp_path / "alone", "--epochs=2", FLAG), train(log, tmp_path / "run", FLAG)
+def test_one_process_resumes_what_several_saved(log: Path, tmp_path: Path) -> None:
+    alone, run = train(log, tmp_path / "alone", "--epochs=2", *FLAGS), train(log, tmp_path / "run", *FLAGS)
     before = load_state(run / STATE_FILE)[0]
     shard(run)
     assert len(list(run.glob("training_state.*-of-*"))) == COUNT
     after, position = load_state(run / STATE_FILE)
     assert (run / shard_file(position["step"], COUNT - 1, COUNT)).exists() and after.keys() == before.keys()
     assert all(np.array_equal(after[name], values) for name, values in before.items())
-    train(log, run, "--epochs=2", "--resume", FLAG)
+    train(log, run, "--epochs=2", "--resume", *FLAGS)
     assert contents(run, *FILES) == contents(alone, *FILES)
     assert not list(run.glob("training_state.*-of-*"))
