@@ -106,6 +106,9 @@ CASES = (
     Case("three_stage", "arf", "own", pull_from=1 << 20),  # nothing is shared out
 )
 CASES_OF = {2: EVERY_METHOD[:9], 3: CASES[9:], MANY: EVERY_METHOD[9::2]}  # by the number of processes
+if "LCRON_EVERY_CASE" in os.environ:  # every case by every number of processes: some minutes
+    CASES = (*CASES, *(Case("three_stage" if flags.startswith("lcron") else "two_stage", flags) for flags in OPERATORS))
+    CASES_OF = dict.fromkeys((2, 3, MANY), CASES)
 AGAIN = CASES[9:18:3]  # made once more by three processes
 
 Found = dict[str, dict[str, Any]]

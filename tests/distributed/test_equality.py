@@ -78,7 +78,7 @@ def made(log: Path, tmp_path_factory: pytest.TempPathFactory, short_rules: None)
         alone = {str(case): run_case(case, None) for case in CASES}
         train_all(folder / "1", log, shop)
         for process in (workers, launched):
-            _, error = process.communicate(timeout=600)
+            _, error = process.communicate(timeout=1200)
             assert process.returncode == 0, error
     finally:
         for process in (workers, launched):
