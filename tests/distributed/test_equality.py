@@ -1,6 +1,7 @@
 """Several processes train what one trains: parameters, logged terms, files; any number goes on with a saved state."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,8 +60,9 @@ class Made:
 
 
 def python(*words: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            text=True)  # fmt: skip
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # bytes are those of a number of threads
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
 def torchrun(count: int, *words: str) -> "subprocess.Popen[str]":
