@@ -137,7 +137,8 @@ def save_trained_together(
                 if sharded
                 else as_array(store.values(table))
             )
-        known = {table: of_table.ids() for table, of_table in ids.items()}
+        # The others need the ids' names and type alone, which give the order of the arrays.
+        known = {table: of.ids() if processes.is_first else np.empty(0, np.int64) for table, of in ids.items()}
         if processes.is_first:
             save_models(run, {stage: arrays}, note, known)
             continue
