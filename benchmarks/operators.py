@@ -3,8 +3,8 @@
     python -m benchmarks.operators [--items=40,200,1000,4000,16384] [--requests=64] [--k=10] [--rounds=9]
 
 Reported are milliseconds, the median of rounds in which all take turns, and how many times longer than torch.topk and
-torch.sort that is. The two sorts are left out beyond --longest_matrix items. Where diffsort is installed (pip install
-diffsort), its bitonic network is measured beside them.
+torch.sort that is. Freed memory is kept, as in a training. The two sorts are left out beyond --longest_matrix items.
+Where diffsort is installed (pip install diffsort), its bitonic network is measured beside them.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.kernels import keep_freed_memory
 from deep_components.loss.selection import PERMUTATION_OPERATORS, SELECTION_OPERATORS
 
 LONGEST_NETWORK = 200  # a network of 1,000 items takes minutes
@@ -98,6 +99,7 @@ def measure(num_items: int, args: argparse.Namespace) -> dict[str, dict[str, flo
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory(0)
     results = {num_items: measure(num_items, args) for num_items in map(int, args.items.split(","))}
     for num_items, rows in results.items():
         print(f"{num_items} items, {args.requests} requests, k = {args.k}")

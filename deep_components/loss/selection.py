@@ -153,7 +153,7 @@ def dftopk(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selec
         temperature: t, in the scores' unit; p tends to the k best as t tends to 0.
     """
     cut = _Cut(scores, mask, k)
-    share = torch.zeros_like(scores).scatter_(-1, cut.neighbours, 0.5)
+    share = None
     if cut.tied:  # which of equal scores is the k-th says nothing: they take equal parts
         equal = [(scores.detach() == score) & mask for score in cut.scores.split(1, dim=-1)]
         share = sum(items / (2 * items.sum(dim=-1, keepdim=True).clamp(min=1)) for items in equal).to(scores.dtype)
@@ -204,20 +204,23 @@ class _Cut:
     """
 
     def __init__(self, scores: Tensor, mask: Tensor, k: Tensor) -> None:
-        count, k = mask.sum(dim=-1, keepdim=True), k.unsqueeze(-1)
-        self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
-        self.k = torch.where(self.is_cut, k, 1)
         # Most batches are complete and cut everywhere; a pass over [B, N] costs as much as finding the k best.
-        self.complete, self.everywhere = bool(mask.all()), bool(self.is_cut.all())
+        self.complete = not mask.numel() or bool(mask.amin())  # all() is many times slower on a CPU
+        k = k.unsqueeze(-1)
+        count = mask.shape[-1] if self.complete else mask.sum(dim=-1, keepdim=True)
+        self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
+        self.everywhere = bool(self.is_cut.all())
+        self.k = k if self.everywhere else torch.where(self.is_cut, k, 1)
         width = min(int(self.k.max()) + 2 if self.k.numel() else 1, scores.shape[-1])
         present = scores.detach() if self.complete else scores.detach().masked_fill(~mask, -torch.inf)
         best = present.topk(width, dim=-1)
-        index = torch.cat([self.k - 2, self.k - 1, self.k, self.k + 1], dim=-1)
-        around = best.values.gather(-1, index.clamp(0, width - 1))
-        same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] < width) & (index[:, :-1] >= 0)
-        self.tied = bool((same & self.is_cut).any())
-        self.neighbours = best.indices.gather(-1, index[:, 1:3].clamp(max=width - 1))
-        self.scores = torch.where(self.is_cut, around[:, 1:3], 0)
+        # The (k-1)-th to (k+2)-th best; beyond an end the last one stands again, and is no other item.
+        index = (self.k + torch.arange(-2, 2, device=k.device)).clamp_(0, width - 1)
+        around = best.values.gather(-1, index)
+        same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] != index[:, :-1]) & self.is_cut
+        self.tied = bool(same.any())
+        self.neighbours = best.indices.gather(-1, index[:, 1:3])
+        self.scores = around[:, 1:3] if self.everywhere else torch.where(self.is_cut, around[:, 1:3], 0)
         self.threshold = self.scores.mean(dim=-1, keepdim=True)
 
     def centred(self, scores: Tensor, temperature: float) -> Tensor:
@@ -230,11 +233,13 @@ class _Cut:
 
 
 class _Margin(torch.autograd.Function):
-    """(s - threshold) / t - b; the gradient of threshold / t + b is ``share`` [B, N] / t. -inf for missing items, and
-    +-inf for requests without a cut."""
+    """(s - threshold) / t - b; the gradient of threshold / t + b is ``share`` [B, N] / t, with None a half of 1 / t at
+    each of the cut's neighbours. -inf for missing items, and +-inf for requests without a cut."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, b: Tensor | None, share: Tensor, cut: _Cut, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, scores: Tensor, b: Tensor | None, share: Tensor | None, cut: _Cut, temperature: float
+    ) -> Tensor:
         ctx.save_for_backward(share)
         ctx.cut, ctx.temperature = cut, temperature
         margin = (scores - cut.threshold).div_(temperature)
@@ -250,8 +255,14 @@ class _Margin(torch.autograd.Function):
         (share,) = ctx.saved_tensors
         if not (ctx.cut.complete and ctx.cut.everywhere):
             gradient = gradient.masked_fill(~(ctx.cut.mask & ctx.cut.is_cut), 0)
-        gradient = torch.addcmul(gradient, share, gradient.sum(dim=-1, keepdim=True), value=-1)
-        return gradient.div_(ctx.temperature), None, None, None, None
+        total, neighbours = gradient.sum(dim=-1, keepdim=True), ctx.cut.neighbours
+        if share is None:
+            gradient = gradient / ctx.temperature
+            of_both = gradient.gather(-1, neighbours) - total / (2 * ctx.temperature)
+            gradient.scatter_(-1, neighbours, of_both)  # two items, but where there is no cut: there both values are 0
+        else:
+            gradient = torch.addcmul(gradient, share, total, value=-1).div_(ctx.temperature)
+        return gradient, None, None, None, None
 
 
 @dataclass(frozen=True)
