@@ -53,7 +53,7 @@ SHARDED = (*ARGUMENTS, EVERY_STEP, "--pull_from=1", "--compact_from=1")
 SECONDS_TO_END = 30.0
 SECONDS_TO_FINISH = 120
 RESTARTS = 3
-SURVIVOR = "another process of this training ended; its own message says why"
+SURVIVOR = "another process ended; its own message says why"
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Processes:
     ahead: dist.ProcessGroup
     timeout: float = 0.0
     launcher: dist.Store | None = None  # which outlives a restart; None when the groups are somebody else's
-    step: int = 0  # made so far, for messages
+    step: int | None = None  # of a training, made so far; for messages
     is_restart: bool = False  # of a training that this launch has begun, and that therefore goes on
     _lost: threading.Lock = field(default_factory=threading.Lock)
 
@@ -132,10 +132,10 @@ class Processes:
         if "imed out" in reason:
             what = f"did not answer for {self.timeout:g} seconds (--timeout)"
         # Not when the exception arrives: the launcher, which has seen the other end too, may send SIGTERM before.
-        logger.error(
-            "process %d of %d: another process of this training %s, after step %d; go on with the same command and "
-            "--resume", self.rank, self.count, what, self.step,
-        )  # fmt: skip
+        remedy = "; start again with the same command"  # nothing was saved yet, or it is an evaluation
+        if self.step is not None:
+            remedy = f", after step {self.step}; go on with the same command and --resume"
+        logger.error("process %d of %d: another process %s%s", self.rank, self.count, what, remedy)
         if self.launcher is not None:
             _end_soon(_LOST)
 

@@ -19,6 +19,8 @@ import pytest
 
 from benchmarks.faults import SHARDED, SURVIVOR, Fault
 from benchmarks.soak import results
+from deep_components.distributed.processes import Processes
+from deep_components.errors import EndedError
 from deep_components.runs.folder import STATE_FILE
 from tests.helpers import leftovers
 
@@ -264,9 +266,26 @@ def test_a_process_that_stands_still(server: Server, tmp_path: Path) -> None:
     ranks = server.ranks(2, tmp_path / "run", "--timeout=3", fault=Fault(1, step=3, action="stop"))
     assert ranks[0].end() == 1
     (said,) = ranks[0].said()
-    assert said.startswith("process 0 of 2: another process of this training did not answer for 3 seconds (--timeout)")
+    assert said.startswith("process 0 of 2: another process did not answer for 3 seconds (--timeout)")
     os.kill(ranks[1].pid, signal.SIGKILL)
     ranks[1].end()
+
+
+@pytest.mark.parametrize(
+    ("step", "remedy"),
+    [
+        (None, "; start again with the same command"),  # an evaluation, or a training before its first step
+        (7, ", after step 7; go on with the same command and --resume"),
+    ],
+)
+def test_what_the_others_of_an_ended_process_say(
+    step: int | None, remedy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    group: Any = None
+    processes = Processes(0, 2, group, group, group, step=step)
+    with pytest.raises(EndedError), processes._others():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    assert caplog.messages == [f"process 0 of 2: {SURVIVOR}{remedy}"]
 
 
 def test_a_slow_process_is_waited_for(server: Server, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
@@ -312,4 +331,4 @@ def test_a_cut_cable_between_two_hosts(hosts: tuple[str, str], server: Server, t
     assert [rank.end() for rank in ranks] == [1, 1]
     for number, rank in enumerate(ranks):
         (said,) = rank.said()
-        assert said.startswith(f"process {number} of 2: another process of this training")
+        assert said.startswith(f"process {number} of 2: another process")
