@@ -28,6 +28,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "README.md",
         "LICENSE",
         "requirements.txt",
+        "requirements-optuna.txt",
         "requirements-ray.txt",
         "requirements-serve.txt",
     ):

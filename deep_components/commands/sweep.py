@@ -3,6 +3,9 @@
     lcron sweep --cascade=two_stage --data_dir=LOG --output_dir=D --methods=lcron,arf_v2 \\
         --grid=lr=0.005,0.01,0.02 --grid=lcron:tau=20,50 --grid=arf_v2:tau=100,200 --budget=6
 
+With --sampler=optuna each method's next setting is proposed by Optuna from what those before it reached, and an option
+may have a range, --grid=lr=0.002...0.05, tried on a log scale where both ends are above 0.
+
 The validation day is the last training day, which is not trained on (--validation of `lcron experiments`); the test day
 is not read. Trainings are kept in D as those of `lcron experiments` are, whose arguments this command takes too: the
 same command goes on where it was stopped. It writes D/sweep.json, and prints the table of all settings and the command
@@ -15,6 +18,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +30,9 @@ from deep_components.arguments import positive_int
 from deep_components.cli import Parser, run_command, write_out
 from deep_components.errors import InputError
 from deep_components.experiments.execution import Outcome
+from deep_components.experiments.optuna_search import ends_of, load_optuna, optuna_rounds
 from deep_components.experiments.plan import Method, Run, make_plan, parse_training
-from deep_components.experiments.sweep import Trial, axis_of, trials_of
+from deep_components.experiments.sweep import Rounds, Trial, axis_of, count_of, grids_of, one_round, trials_of
 from deep_components.files import write_json
 from deep_components.reporting.sweep import sweep_document
 from deep_components.reporting.tables import text
@@ -56,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
                         "of one; once for each option")  # fmt: skip
     parser.add_argument("--budget", type=positive_int, required=True, metavar="N",
                         help="trainings of each method at most; of a larger grid a random part is tried")  # fmt: skip
-    parser.add_argument("--sample_seed", type=int, default=0, help="which part that is (default 0)")
+    parser.add_argument("--sampler", choices=("random", "optuna"), default="random",
+                        help="how the settings are chosen where there are more than the budget allows: at random "
+                        "(default), or by Optuna (pip install .[optuna]), each after those before it")  # fmt: skip
+    parser.add_argument("--sample_seed", type=int, default=0, help="of that choice (default 0)")
     parser.add_argument("--test_seeds", type=run_experiments.seed_list, default=[], metavar="SEED,SEED",
                         help="then train each method's best setting on all training days with these seeds, and test "
                         "it")  # fmt: skip
@@ -82,6 +90,18 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace,
         if f"--{axis.name}" in given:
             raise InputError(f"--{axis.name} would take the place of the values of {axis}; leave out one of them")
     return own, args, methods, training
+
+
+def _search(own: argparse.Namespace, methods: Sequence[Method], seeds: int) -> tuple[list[Trial], int, Rounds]:
+    """Trials with all that may be tried, to be checked before any is made; how many of each method are tried; and the
+    rounds in which they are."""
+    if own.sampler == "random":
+        trials = trials_of(methods, own.axes, own.budget, seeds, own.sample_seed)
+        return trials, len(trials) // len(methods), one_round(trials)
+    load_optuna()
+    grids = grids_of(methods, own.axes)
+    count = count_of(grids, own.budget, seeds)
+    return ends_of(methods, grids), count, optuna_rounds(methods, grids, count, own.sample_seed)
 
 
 def _check_different(trials: Sequence[Trial], runs: Sequence[Run]) -> None:
@@ -148,13 +168,10 @@ def _command(
 
 def _content(
     own: argparse.Namespace, args: argparse.Namespace, methods: Sequence[Method], training: Sequence[str],
-    trials: Sequence[Trial], outcomes: Sequence[Outcome],
+    trials: Sequence[dict[str, Any]], outcomes: Sequence[Outcome],
 ) -> dict[str, Any]:  # fmt: skip
     """sweep.json."""
-    of_trial = [outcomes[index :: len(trials)] for index in range(len(trials))]
-    folder = args.output_dir.absolute()
-    made = [_trial(trial, found, folder) for trial, found in zip(trials, of_trial, strict=True)]
-    _choose(made)
+    _choose(trials)
     done = [read_folder(outcome.run.folder).metrics for outcome in outcomes if outcome.done]
     part = outcomes[0].run.parts[0]
     return {
@@ -165,13 +182,14 @@ def _content(
         "validation_day": part.test_day,
         "metric": _metric(done[0]) if done else "joint recall",
         "budget": own.budget,
+        "sampler": own.sampler,
         "sample_seed": own.sample_seed,
         "grid": [str(axis).removeprefix("--grid=") for axis in own.axes],
         "seeds": args.seeds,
         "test_seeds": own.test_seeds,
         "warnings": sorted({str(metrics["warning"]) for metrics in done if "warning" in metrics}),
-        "trials": made,
-        "command": _command(args, methods, training, made),
+        "trials": list(trials),
+        "command": _command(args, methods, training, trials),
     }
 
 
@@ -195,25 +213,44 @@ def _test(
     return outcomes
 
 
+def _make_rounds(
+    args: argparse.Namespace, training: Sequence[str], rounds: Rounds
+) -> tuple[list[Trial], list[dict[str, Any]], list[Outcome]]:
+    """The trials as they were chosen, what sweep.json says of each, and how all trainings ended."""
+    trials, made, outcomes = list[Trial](), list[dict[str, Any]](), list[Outcome]()
+    with suppress(StopIteration):
+        chosen = next(rounds)
+        while True:
+            runs = make_plan(args, [trial.planned() for trial in chosen], training)
+            _check_different(chosen, runs)
+            ended = run_experiments.make_runs(args, runs)
+            folder = args.output_dir.absolute()
+            found = [_trial(trial, ended[index :: len(chosen)], folder) for index, trial in enumerate(chosen)]
+            trials, made, outcomes = [*trials, *chosen], [*made, *found], [*outcomes, *ended]
+            chosen = rounds.send([trial["mean"] for trial in found])
+    return trials, made, outcomes
+
+
 def main(argv: list[str]) -> None:
     own, args, methods, training = parse_args(argv)
-    trials = trials_of(methods, own.axes, own.budget, len(args.seeds), own.sample_seed)
-    planned = [trial.planned() for trial in trials]
+    ends, count, rounds = _search(own, methods, len(args.seeds))
+    planned = [trial.planned() for trial in ends]
     parse_training(args, planned, training)
     if args.check:
         return
-    runs = make_plan(args, planned, training)
-    _check_different(trials, runs)
+    if own.sampler == "optuna":  # before its first round; a random choice is one round
+        _check_different(ends, make_plan(args, planned, training))
+    seeds = len(args.seeds)
     logger.info(
         "%d settings of each of %d methods, %d seeds each: %d trainings",
-        len(trials) // len(methods), len(methods), len(args.seeds), len(runs),
+        count, len(methods), seeds, count * len(methods) * seeds,
     )  # fmt: skip
-    outcomes = run_experiments.make_runs(args, runs)
-    content = _content(own, args, methods, training, trials, outcomes)
+    trials, made, outcomes = _make_rounds(args, training, rounds)
+    content = _content(own, args, methods, training, made, outcomes)
     write_json(args.output_dir / SWEEP_FILE, content)
     write_out(text(partial(sweep_document, content)))
-    if own.test_seeds and any(trial["chosen"] for trial in content["trials"]):
-        outcomes += _test(args, own.test_seeds, planned, training, content)
+    if own.test_seeds and any(trial["chosen"] for trial in made):
+        outcomes += _test(args, own.test_seeds, [trial.planned() for trial in trials], training, content)
     code = run_experiments.report_failures(outcomes)
     if code:
         raise SystemExit(code)

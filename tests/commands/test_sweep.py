@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +131,45 @@ def test_the_chosen_settings_are_tested(
     assert "the test day was not read for the choice" in capsys.readouterr().out
 
 
+OPTUNA = (
+    "--methods=lcron,bce",
+    "--grid=lr=0.001...0.05",
+    "--grid=lcron:tau=10...100",
+    "--sampler=optuna",
+    "--budget=3",
+)
+
+
+def test_optuna_goes_on_from_what_is_finished(give: Sweep, tmp_path: Path) -> None:
+    """A second call proposes the same settings, and makes the missing training alone."""
+    code, ended = give(*OPTUNA)
+    content = read_json(tmp_path / "D/sweep.json")
+    trials = content["trials"]
+    assert code == 0 and [trial["method"] for trial in trials] == ["bce", "lcron"] * 3
+    assert ended == [f"{trial['folders'][0]} finished" for trial in trials]
+    assert content["sampler"] == "optuna" and content["grid"] == ["lr=0.001...0.05", "lcron:tau=10...100"]
+    for trial in trials:
+        arguments = read_json(tmp_path / "D" / trial["folders"][0] / "config.json")["arguments"]
+        assert 0.001 <= arguments["lr"] <= 0.05 and 10 <= (arguments["tau"] or 10) <= 100
+    for method in ("lcron", "bce"):
+        own = [trial for trial in trials if trial["method"] == method]
+        assert [trial["chosen"] for trial in own] == [trial is max(own, key=lambda t: t["mean"]) for trial in own]
+
+    shutil.rmtree(tmp_path / "D" / trials[2]["folders"][0])
+    again = [line.replace("finished", "kept") if index != 2 else line for index, line in enumerate(ended)]
+    assert give(*OPTUNA) == (0, again)
+    assert read_json(tmp_path / "D/sweep.json") == content
+
+
+def test_optuna_is_named_where_it_is_missing(
+    give: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert give(*OPTUNA) == (2, [])
+    assert "lacks optuna; run: " in (error := capsys.readouterr().err) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 REFUSED = {
     "--grid=lrr=0.1,0.2": "'lrr' is no hyper-parameter of a training (did you mean lr?)",
     "--grid=jobs=1,2": "'jobs' is no hyper-parameter of a training",
@@ -149,6 +189,16 @@ REFUSED = {
     "--grid=lr=0.1 --budget=0": "argument --budget: '0' is not a whole number above 0",
     "--grid=lr=0.1 --budget=1 --seeds=1,2": "--budget=1: fewer trainings than the 2 seeds of one setting",
     f"--grid=lr=0.1 --test_day={DAYS[2]}": "--test_day has no place in a sweep",
+    "--grid=lr=0.1...1": "--grid=lr=0.1...1: a range needs --sampler=optuna; without it list the values to try",
+    "--grid=lr=1...0.1": "--grid=lr=1...0.1: a range has two numbers, the lower one first",
+    "--grid=lr=0.1...": "--grid=lr=0.1...: give an option and its values",
+    "--grid=lr=a...b": "--grid=lr=a...b: a range has two numbers",
+    "--grid=lr=0.1...inf": "--grid=lr=0.1...inf: a range has two numbers",
+    "--sampler=optuna --grid=lr=0...0.1": "argument --lr: '0' is not a number above 0",
+    "--sampler=optuna --grid=lr=0.1,0.2,-1": "argument --lr: '-1' is not a number above 0",
+    "--sampler=optuna --grid=lr=0.01,0.010": "--grid: --lr=0.01 and --lr=0.010 of lcron are the same",
+    "--sampler=optuna --grid=tau=1...9 --methods=bce": "--tau is not an option of bce",
+    "--sampler=tpe --grid=lr=0.1": "argument --sampler: invalid choice: 'tpe'",
     "--grid=lr=0.1 --streaming": "--streaming has no place in a sweep",
     "--grid=lr=0.1 --test_seeds=3,x": "argument --test_seeds: '3,x' is not a list of whole numbers",
 }
