@@ -4,7 +4,9 @@
 
 Reported are milliseconds, the median of rounds in which all take turns, and how many times longer than torch.topk and
 torch.sort that is. Freed memory is kept, as in a training. The two sorts are left out beyond --longest_matrix items.
-Where diffsort is installed (pip install diffsort), its bitonic network is measured beside them.
+Public implementations are measured beside them where they are installed: the bitonic networks of diffsort and difftopk
+(pip install diffsort difftopk) up to 200 items, and the soft ranks of torchsort (pip install --no-build-isolation
+torchsort, which needs setuptools and a C++ compiler), which has no shares of a top k.
 """
 
 import argparse
@@ -57,17 +59,36 @@ def contestants(num_items: int, args: argparse.Namespace) -> dict[str, Work]:
     }
     short = num_items <= args.longest_matrix
     named |= {name: operator(name) for name in SELECTION_OPERATORS if short or name not in PERMUTATION_OPERATORS}
-    return named | (diffsort(num_items, args) if num_items <= LONGEST_NETWORK else {})
+    if num_items <= LONGEST_NETWORK:
+        named |= diffsort(num_items, args) | difftopk(num_items, args)
+    return named | torchsort()
 
 
 def diffsort(num_items: int, args: argparse.Namespace) -> dict[str, Work]:
     try:
-        from diffsort import DiffSortNet  # type: ignore[import-not-found]
+        from diffsort import DiffSortNet
     except ImportError:
         return {}
     network = DiffSortNet("bitonic", num_items, device=args.device)
     # It sorts upwards; column j of its permutation says which item is j-th.
     return {"diffsort bitonic": lambda scores: network(scores)[1][:, :, -args.k :].sum(dim=-1)}
+
+
+def difftopk(num_items: int, args: argparse.Namespace) -> dict[str, Work]:
+    try:
+        from difftopk import DiffTopkNet
+    except ImportError:
+        return {}
+    network = DiffTopkNet("bitonic", num_items, args.k, device=args.device)
+    return {"difftopk bitonic": lambda scores: network(scores)[1].sum(dim=-1)}
+
+
+def torchsort() -> dict[str, Work]:
+    try:
+        from torchsort import soft_rank
+    except ImportError:
+        return {}
+    return {"torchsort soft_rank": soft_rank}
 
 
 def milliseconds(work: Work, scores: Tensor, gradient: Tensor) -> float:
@@ -104,7 +125,7 @@ def main(argv: list[str]) -> None:
     for num_items, rows in results.items():
         print(f"{num_items} items, {args.requests} requests, k = {args.k}")
         for name, row in rows.items():
-            print(f"  {name:<18} {row['ms']:10.3f} ms  {row['of topk']:8.1f} of topk  {row['of sort']:8.2f} of sort")
+            print(f"  {name:<19} {row['ms']:10.3f} ms  {row['of topk']:8.1f} of topk  {row['of sort']:8.2f} of sort")
     print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "results": results}))
 
 
