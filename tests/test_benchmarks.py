@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -11,13 +12,14 @@ from functools import partialmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import common, load, step
+from benchmarks import common, load, operators, step
 from deep_components import commands
 from deep_components.errors import InputError
 from deep_components.models import din
@@ -128,6 +130,25 @@ def test_long_lists(tmp_path: Path) -> None:
             assert measured["process"] > 0 and measured["seconds"] > 0
     with pytest.raises(InputError, match="--methods are of"):
         run("long_lists", tmp_path, "--methods=none")
+
+
+def test_operators(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The two sorts up to --longest_matrix; other packages where they are installed."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    for name in ("diffsort", "difftopk"):
+        monkeypatch.setitem(sys.modules, name, None)
+    there = ModuleType("torchsort")
+    there.soft_rank = lambda scores: scores.sort(dim=-1).values  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchsort", there)
+    operators.main(["--items=20,30", "--requests=4", "--k=3", "--rounds=1", "--longest_matrix=25", "--device=cpu"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    everywhere = {"torch.topk", "torch.sort", "dftopk", "lapsum", "lml", "sparse_topk", "torchsort soft_rank"}
+    assert results["30"].keys() == everywhere and results["20"].keys() == everywhere | {"neural_sort", "soft_sort"}
+    for rows in results.values():
+        for row in rows.values():
+            assert row["ms"] > 0 and row["of sort"] == pytest.approx(row["ms"] / rows["torch.sort"]["ms"])
+    with pytest.raises(InputError, match="--k is from 1"):
+        operators.main(["--items=20", "--k=20"])
 
 
 def test_other_losses_are_refused() -> None:
