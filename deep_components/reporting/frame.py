@@ -266,7 +266,8 @@ def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     runs = pd.DataFrame(records, dtype=object)  # so that arguments stay what they are: 1 is not 1.0, None is not NaN
     runs = runs.where(runs.notna(), None)
     floats = ["seconds", *(name for name in _COSTS if "bytes" in name), *filter(_is_metric, runs)]
-    return runs.astype(dict.fromkeys(floats, "float64") | dict.fromkeys(_INTEGERS, "Int64") | {"untrained": bool})
+    typed = runs.astype(dict.fromkeys(floats, "float64") | dict.fromkeys(_INTEGERS, "Int64") | {"untrained": bool})
+    return typed.copy()  # as few blocks: of 100, one a column, pandas warns when another column is added
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

@@ -154,6 +154,14 @@ def test_runs_stand_in_order_of_seeds(tmp_path: Path) -> None:
     assert label_rows(frame(tmp_path))["seed"].to_list() == [9, 30, 100]
 
 
+def test_runs_of_many_metrics_are_read_without_a_warning(tmp_path: Path) -> None:
+    """Of more than a hundred columns; warnings are errors here."""
+    many = {f"rank_recall@10@{cut}": 0.5 for cut in range(200)}
+    for seed in (30, 31):
+        write_run(tmp_path / str(seed), seed=seed, results=many)
+    assert rows_of(tmp_path) == {"lcron": 2}
+
+
 def test_a_seed_found_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "seed30", 0.8)
     write_run(tmp_path / "b" / "seed30", 0.8)
