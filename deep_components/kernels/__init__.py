@@ -41,7 +41,7 @@ _ARGUMENTS = {
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGE_ALLOCATION = 1 << 30
-_RETURNED_FROM = 1 << 22
+_RETURNED_FROM = 1 << 23
 _ROWS_PER_SUM = 512  # rows whose gradients are summed in one piece, whatever the number of threads
 _SECONDS_TO_COMPILE = 120
 _DIGEST = hashlib.sha256().digest_size  # bytes after a library, which the loader does not look at
@@ -230,8 +230,8 @@ def _uses_as_c(uses: Sequence[TableUse]) -> tuple[int, int, object]:
 def keep_freed_memory(pairs: int) -> None:
     """Have glibc reuse the memory of large tensors instead of giving it back to the system after each use: a training
     step would spend a tenth of its time on fetching it again. Where lists are so long that a batch has more than 2^24
-    ``pairs`` of items it is given back: tensors of many sizes leave gaps that take several times the memory. Does
-    nothing with another C library."""
+    ``pairs`` of items that of 8 MB and more is given back: tensors of many sizes leave gaps that take several times the
+    memory. Does nothing with another C library."""
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGE_ALLOCATION if pairs <= 1 << 24 else _RETURNED_FROM)

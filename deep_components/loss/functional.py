@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # A batch whose matrices N x N have at most so many numbers is computed at once, as those of the paper's settings are;
-# a larger one in blocks.
-MATRIX_NUMBERS, NUMBERS_PER_BLOCK = 1 << 24, 1 << 22
+# a larger one in blocks, whose memory of 4 MB a matrix in float32 is used again (kernels.keep_freed_memory).
+MATRIX_NUMBERS, NUMBERS_PER_BLOCK = 1 << 24, 1 << 20
 
 
 class Targets(Protocol):

@@ -20,7 +20,7 @@ PADDING_LOGIT = -(2.0**30) + 1.0
 # wants few large steps instead.
 _CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 27}
 # A training batch of more items in all is scored in blocks of so many, whose activations are not kept.
-MOST_ITEMS, ITEMS_PER_BLOCK = 1 << 17, 1 << 15
+MOST_ITEMS, ITEMS_PER_BLOCK = 1 << 17, 1 << 13
 
 
 class DIN(nn.Module):
