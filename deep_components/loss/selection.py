@@ -382,7 +382,7 @@ def _sparse_shift(x: Tensor, cut: _Cut) -> Tensor:
 PERMUTATION_OPERATORS: dict[str, PermutationOperator] = {"neural_sort": neural_sort, "soft_sort": soft_sort}
 # Default temperatures of the operators that do not sort (docs/methods.md says how they were chosen). The others' are
 # those of the methods: the original's.
-TEMPERATURES = {"dftopk": 30.0, "lapsum": 10.0, "lml": 3.0, "sparse_topk": 30.0}
+TEMPERATURES = {"dftopk": 6.0, "lapsum": 10.0, "lml": 3.0, "sparse_topk": 30.0}
 # name -> operator(scores [B, N], mask [B, N], k [B] int64, temperature) -> Selection
 SELECTION_OPERATORS: dict[str, SelectionOperator] = {
     name: _by_sorting(operator) for name, operator in PERMUTATION_OPERATORS.items()
