@@ -46,7 +46,7 @@ refuse() {
     exit 2
 }
 
-taus() { # LOSS OPERATOR: its default temperature, a fifth of it and five times as much
+taus() { # LOSS OPERATOR: its default temperature when the study began, a fifth of it and five times as much
     case $2 in
         neural_sort | soft_sort) if [ "$1" = lcron ]; then echo 10,50,250; else echo 40,200,1000; fi ;;
         dftopk | sparse_topk) echo 6,30,150 ;;
