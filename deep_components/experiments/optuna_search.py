@@ -1,5 +1,6 @@
 """Settings that Optuna proposes one after the other, from what those before reached on the validation day."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def ends_of(methods: Sequence[Method], grids: Mapping[str, Grid]) -> list[Trial]
 
 def optuna_rounds(methods: Sequence[Method], grids: Mapping[str, Grid], count: int, seed: int) -> Rounds:
     """``count`` rounds of one trial of each method, by Optuna's tree-structured Parzen estimator. The first five of a
-    method are random. A setting is not tried twice. The same ``seed`` and the same results give the same proposals,
+    method are random. No setting is tried twice. The same ``seed`` and the same results give the same proposals,
     whatever the ``count``."""
     searches = [_Search(method, grids[method.name], seed) for method in methods]
     for _ in range(count):
@@ -56,6 +57,7 @@ class _Search:
         self._study = self._optuna.create_study(direction="maximize", sampler=sampler)
         self._known: dict[tuple[str, ...], float | None] = {}  # a setting's values -> what it reached
         self._asked: Any = None
+        self._setting: dict[str, str] = {}
 
     def propose(self) -> Trial:
         for _ in range(_ASKED_AGAIN):
@@ -63,9 +65,12 @@ class _Search:
             if tuple(setting.values()) not in self._known:
                 return Trial(self._method, setting)
             self.learn(self._known[tuple(setting.values())])
-        untried = (setting_at(self._grid, index) for index in range(int(size_of(self._grid))))  # no range repeats so
-        self._study.enqueue_trial(next(one for one in untried if tuple(one.values()) not in self._known))
-        return Trial(self._method, self._ask())
+        size = size_of(self._grid)
+        if size < math.inf:
+            untried = (setting_at(self._grid, index) for index in range(int(size)))
+            setting = next(one for one in untried if tuple(one.values()) not in self._known)
+            self._study.enqueue_trial({n: int(v) if self._grid[n].is_whole else v for n, v in setting.items()})
+        return Trial(self._method, self._ask())  # a range too narrow for its digits may repeat
 
     def _ask(self) -> dict[str, str]:
         self._asked = self._study.ask({name: self._distribution(name) for name in self._grid})
@@ -82,7 +87,7 @@ class _Search:
         axis, distributions = self._grid[name], self._optuna.distributions
         if not axis.is_range:
             return distributions.CategoricalDistribution(axis.values)
-        if _whole(axis.values):
+        if axis.is_whole:
             low, high = map(int, axis.values)
             return distributions.IntDistribution(low, high, log=low > 0)
         bounds = [float(value) for value in axis.values]
@@ -90,12 +95,7 @@ class _Search:
 
     def _text(self, name: str, value: Any) -> str:
         axis = self._grid[name]
-        if not axis.is_range or _whole(axis.values):
+        if not axis.is_range or axis.is_whole:
             return str(value)
         low, high = map(float, axis.values)
         return f"{min(max(float(f'{value:.{_DIGITS}g}'), low), high):g}"
-
-
-def _whole(values: Sequence[str]) -> bool:
-    """Whether both ends of a range are written as whole numbers, so that these alone are tried."""
-    return all(value.lstrip("-").isdecimal() for value in values)

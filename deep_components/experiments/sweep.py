@@ -35,6 +35,22 @@ class Axis:
         values = ("..." if self.is_range else ",").join(self.values)
         return f"--grid={f'{self.method}:' if self.method else ''}{self.name}={values}"
 
+    @property
+    def is_whole(self) -> bool:
+        """A range of which both ends are written as whole numbers, so that these alone are tried."""
+        return self.is_range and all(value.lstrip("-").isdecimal() for value in self.values)
+
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        if self.is_whole:
+            return int(self.values[1]) - int(self.values[0]) + 1
+        return math.inf if self.is_range else len(self.values)
+
+    def value(self, index: int) -> str:
+        """One of them, where they can be counted."""
+        return str(int(self.values[0]) + index) if self.is_whole else self.values[index]
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -139,7 +155,7 @@ def count_of(grids: Mapping[str, Grid], budget: int, seeds: int) -> int:
 
 def size_of(grid: Grid) -> float:
     """How many settings a grid has."""
-    return math.prod(math.inf if axis.is_range else len(axis.values) for axis in grid.values())
+    return math.prod(axis.size for axis in grid.values())
 
 
 def _grid(method: Method, axes: Sequence[Axis]) -> dict[str, Axis]:
@@ -164,6 +180,6 @@ def _settings(grid: Grid, count: int, sample_seed: int) -> list[dict[str, str]]:
 
 def setting_at(grid: Grid, index: int) -> dict[str, str]:
     """The setting with this number, in the grid's order."""
-    shape = [len(axis.values) for axis in grid.values()]
+    shape = [int(axis.size) for axis in grid.values()]
     position = map(int, np.unravel_index(index, shape)) if shape else ()
-    return {name: axis.values[at] for (name, axis), at in zip(grid.items(), position, strict=True)}
+    return {name: axis.value(at) for (name, axis), at in zip(grid.items(), position, strict=True)}

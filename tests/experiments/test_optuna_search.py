@@ -70,6 +70,18 @@ def test_no_setting_is_tried_twice(budget: int, objective: Objective) -> None:
         assert len({str(made[method].setting) for made in rounds}) == len(rounds)
 
 
+def test_whole_numbers_of_a_range_are_as_many_as_there_are() -> None:
+    rounds = search(["emb_dim=4...6", "lr=1,2"], 100, 0, lambda _: 1.0)
+    assert sorted((made[0].setting["emb_dim"], made[0].setting["lr"]) for made in rounds) == [
+        (units, rate) for units in "456" for rate in "12"
+    ]
+
+
+def test_a_range_too_narrow_for_its_digits() -> None:
+    rounds = search(["lr=0.1...0.10001"], 4, 0, lambda _: 1.0)
+    assert all(0.1 <= float(made[0].setting["lr"]) <= 0.10001 for made in rounds) and len(rounds) == 4
+
+
 def test_a_method_without_a_grid_gets_its_one_setting() -> None:
     assert [[dict(trial.setting) for trial in made] for made in search(["a:lr=1,2"], 5, 0, lambda _: 1.0)] == [
         [{"lr": "2"}, {}]
