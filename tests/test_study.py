@@ -14,8 +14,8 @@ from tests.test_scripts import Recorded
 
 SCRIPT = "paper/operators"
 RATES = ("0.01", "0.02", "0.04")
-DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of a method without --tau
-    loss: dict.fromkeys(("neural_sort", "soft_sort"), sorts) | TEMPERATURES
+DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of a method without --tau, when the study began
+    loss: dict.fromkeys(("neural_sort", "soft_sort"), sorts) | TEMPERATURES | {"dftopk": 30.0}
     for loss, sorts in (("lcron", 50.0), ("arf_v2", 200.0))
 }
 BUDGET = 9
@@ -93,6 +93,7 @@ def test_every_method_has_the_same_budget(whole: list[Part]) -> None:
         for name, axis in part.taus.items():
             default = DEFAULTS[part.loss][name]
             assert [float(value) for value in axis.values] == pytest.approx([default / 5, default, default * 5])
+            assert TEMPERATURES.get(name, default) in map(float, axis.values)
             assert part.positions(name) == tried
 
 
