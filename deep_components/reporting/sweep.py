@@ -12,7 +12,9 @@ def sweep_document(content: Mapping[str, Any], style: Style) -> Document:
     """The document of a sweep.json."""
     trials = pd.DataFrame(content["trials"])
     options = list(dict.fromkeys(name for trial in content["trials"] for name in trial["arguments"]))
-    rows = [_row(trial, options, style) for trial in content["trials"]]
+    methods = list(dict.fromkeys(trial["method"] for trial in content["trials"]))  # rounds alternate between them
+    ordered = sorted(content["trials"], key=lambda trial: methods.index(trial["method"]))
+    rows = [_row(trial, options, style) for trial in ordered]
     header = ["method", *map(style.escape, options), *style.columns([content["metric"]]), "seeds"]
     about = f"{content['setting']}, data: {content['data']}, validation day {content['validation_day']}"
     numbers = "one run each" if len(content["seeds"]) == 1 else "mean +- standard deviation over seeds"

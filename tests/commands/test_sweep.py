@@ -140,9 +140,11 @@ OPTUNA = (
 )
 
 
-def test_optuna_goes_on_from_what_is_finished(give: Sweep, tmp_path: Path) -> None:
-    """A second call proposes the same settings, and makes the missing training alone."""
+def test_optuna_goes_on_from_what_is_finished(give: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second call proposes the same settings, and makes the missing training alone. The table is by method."""
     code, ended = give(*OPTUNA)
+    table_rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(("bce", "lcron"))]
+    assert table_rows[:6] == ["bce"] * 3 + ["lcron"] * 3
     content = read_json(tmp_path / "D/sweep.json")
     trials = content["trials"]
     assert code == 0 and [trial["method"] for trial in trials] == ["bce", "lcron"] * 3
