@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deep_components.loss.functional import Targets, batch_totals, in_blocks, masked_sum, without_missing
+from deep_components.loss.functional import Targets, batch_totals, in_blocks, without_missing
 
 EPSILON = 1e-6
 
@@ -71,17 +71,44 @@ def neural_sort(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
     Returns:
         [B, N, N].
     """
-    scores = without_missing(scores, mask) / temperature
-    count = mask.sum(dim=-1, keepdim=True)  # [B, 1]
-    distance = (scores.unsqueeze(-1) - scores.unsqueeze(-2)).abs()  # [B, N, N]
-    total_distance = (distance @ mask.to(scores.dtype).unsqueeze(-1)).squeeze(-1)  # A, [B, N]
-    # A missing item has hopeless logits, by numbers [B, N] instead of a pass over [B, N, N]; finite ones, so that a row
-    # without items gives no NaN.
-    total_distance = torch.where(mask, total_distance, torch.finfo(scores.dtype).max / 2)
-    rank = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    scaling = (count + 1 - 2 * rank).to(scores.dtype)  # [B, N]
-    logits = scaling.unsqueeze(-1) * scores.unsqueeze(-2) - total_distance.unsqueeze(-2)  # [B, N, N]
-    return logits.softmax(dim=-1) * (rank <= count).to(scores.dtype).unsqueeze(-1)
+    logits = _NeuralSortLogits.apply(without_missing(scores, mask) / temperature, mask)
+    return _without_later_rows(logits.softmax(dim=-1), mask)
+
+
+class _NeuralSortLogits(torch.autograd.Function):
+    """(n+1-2j) s_a - A[a] of :func:`neural_sort` at t = 1, [B, N, N]: one pass over its numbers, and one in the
+    backward pass.
+
+    A[a] takes no pairs of items but a sort: it is the sum of the gaps between neighbours in ascending order, each times
+    the number of items on its other side from a. Of A[b], of all items b, the gradient with respect to s_a is the sign
+    of s_a - s_b, 0 for ties; of A[a] it is the sum of these.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor) -> Tensor:
+        count, position = mask.sum(dim=-1, keepdim=True), torch.arange(1, scores.shape[-1] + 1, device=scores.device)
+        ordered, order = scores.masked_fill(~mask, torch.inf).sort(dim=-1)
+        below = position[:-1]  # of each gap; those beyond the last present item are none
+        gap = torch.where(below < count, ordered.diff(dim=-1), 0)
+        to_lower = F.pad((below * gap).cumsum(dim=-1), (1, 0))
+        to_higher = F.pad(((count - below) * gap).flip(-1).cumsum(dim=-1).flip(-1), (0, 1))
+        distance = torch.empty_like(scores).scatter_(-1, order, to_lower + to_higher)
+        # A missing item has hopeless logits; finite ones, so that a row without items gives no NaN.
+        distance = torch.where(mask, distance, torch.finfo(scores.dtype).max / 2)
+        scaling = (count + 1 - 2 * position).to(scores.dtype)
+        ctx.save_for_backward(scores, mask, count, ordered, order, scaling)
+        return torch.addcmul(-distance.unsqueeze(-2), scaling.unsqueeze(-1), scores.unsqueeze(-2))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        scores, mask, count, ordered, order, scaling = ctx.saved_tensors
+        to_scores, to_distance = (torch.stack([scaling, -torch.ones_like(scaling)], dim=-2) @ gradient).unbind(dim=-2)
+        to_distance = torch.where(mask, to_distance, 0)
+        sums = F.pad(to_distance.gather(-1, order).cumsum(dim=-1), (1, 0))  # of the 0, 1, ... N lowest
+        below, up_to = (torch.searchsorted(ordered, scores, right=right) for right in (False, True))  # ties: neither
+        others = sums.gather(-1, below) + sums.gather(-1, up_to) - sums[:, -1:]
+        return torch.where(mask, to_scores + to_distance * (below + up_to - count) + others, 0), None
 
 
 def soft_sort(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -89,18 +116,27 @@ def soft_sort(scores: Tensor, mask: Tensor, temperature: float) -> Tensor:
 
     Arguments and result as in :func:`neural_sort`.
     """
-    scores, columns = without_missing(scores, mask), mask.unsqueeze(-2)
-    # Missing items sort last; the rows that they then have are set to 0 below.
-    order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    logits = -(scores.gather(-1, order).unsqueeze(-1) - scores.unsqueeze(-2)).abs() / temperature
-    lowest = torch.finfo(logits.dtype).min  # finite, so that a row without items gives no NaN
-    rows = _rows(mask).unsqueeze(-1)
-    return torch.where(rows & columns, logits.masked_fill(~columns, lowest).softmax(dim=-1), 0)
+    # Missing items sort last, and nothing is near them; finite, so that a row without items gives no NaN.
+    scores = torch.where(mask, scores, torch.finfo(scores.dtype).min / 2)
+    order = scores.detach().argsort(dim=-1, descending=True, stable=True)
+    distance = (scores.gather(-1, order).unsqueeze(-1) - scores.unsqueeze(-2)).abs()  # [B, N, N]
+    return _without_later_rows((distance * (-1 / temperature)).softmax(dim=-1), mask)
 
 
 def _rows(mask: Tensor) -> Tensor:
     """Which rows of a permutation there are: the first n. [B, N] bool."""
     return torch.arange(mask.shape[-1], device=mask.device) < mask.sum(dim=-1, keepdim=True)
+
+
+def _without_later_rows(permutation: Tensor, mask: Tensor) -> Tensor:
+    """With rows n + 1 .. N, of the items that are missing, set to 0."""
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and _complete(mask):  # a GPU is not waited for
+        return permutation
+    return permutation * _rows(mask).to(permutation.dtype).unsqueeze(-1)
+
+
+def _complete(mask: Tensor) -> bool:
+    return not mask.numel() or bool(mask.amin())  # all() is many times slower on a CPU
 
 
 def split(permutation: Tensor, k: Tensor) -> Selection:
@@ -111,9 +147,9 @@ def split(permutation: Tensor, k: Tensor) -> Selection:
         k: [B] int64.
     """
     rows = torch.arange(permutation.shape[-2], device=permutation.device)
-    in_top = (rows < k.unsqueeze(-1)).to(permutation.dtype).unsqueeze(-2)  # [B, 1, N]
-    total = permutation.detach().sum(dim=-2) + EPSILON
-    top, rest = ((chosen @ permutation).squeeze(-2) for chosen in (in_top, 1 - in_top))
+    in_top = (rows < k.unsqueeze(-1)).to(permutation.dtype)
+    top, rest = (torch.stack([in_top, 1 - in_top], dim=-2) @ permutation).unbind(dim=-2)  # one pass over P
+    total = (top + rest).detach() + EPSILON
     return Selection(top / total, rest / total)
 
 
@@ -205,7 +241,7 @@ class _Cut:
 
     def __init__(self, scores: Tensor, mask: Tensor, k: Tensor) -> None:
         # Most batches are complete and cut everywhere; a pass over [B, N] costs as much as finding the k best.
-        self.complete = not mask.numel() or bool(mask.amin())  # all() is many times slower on a CPU
+        self.complete = _complete(mask)
         k = k.unsqueeze(-1)
         count = mask.shape[-1] if self.complete else mask.sum(dim=-1, keepdim=True)
         self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
@@ -415,9 +451,9 @@ def label_permutation(labels: Tensor, mask: Tensor, dtype: torch.dtype) -> Tenso
         [B, N, N] without gradient.
     """
     better, tied = _label_blocks(labels, mask)
-    row = torch.arange(labels.shape[-1], device=labels.device).unsqueeze(-1)  # [N, 1]
-    inside = (row >= better.unsqueeze(-2)) & (row < (better + tied).unsqueeze(-2)) & mask.unsqueeze(-2)
-    return torch.where(inside, 1 / tied.unsqueeze(-2).to(dtype), 0)
+    row = torch.arange(labels.shape[-1], device=labels.device, dtype=torch.int32).unsqueeze(-1)  # [N, 1]
+    first, end = (torch.where(mask, index, 0).int().unsqueeze(-2) for index in (better, better + tied))
+    return torch.where((row >= first) & (row < end), 1 / tied.unsqueeze(-2).to(dtype), 0)
 
 
 def label_split(labels: Tensor, mask: Tensor, k: Tensor, dtype: torch.dtype, repeated: bool = False) -> Selection:
@@ -486,9 +522,8 @@ def mean_of_rows(permutation: Tensor, mask: Tensor, k: int) -> Tensor:
 
 def sorting_cross_entropy(permutation: Tensor, label_rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The sum over the n * n entries of present rows and items of -log(P + eps) Y, and their number; P and Y are
-    [B, N, N]."""
-    entries = _rows(mask).unsqueeze(-1) & mask.unsqueeze(-2)
-    return masked_sum(-(permutation + EPSILON).log() * label_rows, entries)
+    [B, N, N], Y 0 in the other entries."""
+    return -((permutation + EPSILON).log() * label_rows).sum(), mask.sum(dim=-1).square().sum()
 
 
 def order_terms(

@@ -225,6 +225,37 @@ def test_gradients(sort: Sort) -> None:
     assert torch.autograd.gradcheck(lambda values: sort(values, mask, 1.0), (scores,))
 
 
+def written_out(scores: Tensor, mask: Tensor) -> Tensor:
+    """NeuralSort of complete requests by its formula, which autograd differentiates; |x| has the gradient 0 at 0."""
+    num_items = scores.shape[-1]
+    scaling = num_items + 1 - 2 * torch.arange(1, num_items + 1, dtype=scores.dtype)
+    distances = (scores.unsqueeze(-1) - scores.unsqueeze(-2)).abs().sum(dim=-1)
+    return (scaling.unsqueeze(-1) * scores.unsqueeze(-2) - distances.unsqueeze(-2)).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 5, 40, 200])
+def test_the_gradient_of_neural_sort_is_that_of_its_formula_with_ties_too(num_items: int) -> None:
+    tied = (3 * random_scores(num_items)).round() / 3
+    tied[1] = 0.25  # all of them
+    weights = random_scores(num_items**2, seed=5).view(3, num_items, num_items)
+    complete, grads = torch.ones_like(tied, dtype=torch.bool), list[Tensor]()
+    for sort in (lambda scores, mask: neural_sort(scores, mask, 1.0), written_out):
+        scores = tied.clone().requires_grad_()
+        (sort(scores, complete) * weights).sum().backward()
+        assert scores.grad is not None
+        grads.append(scores.grad)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+@each_sort
+def test_scores_that_are_no_numbers_are_not_hidden(sort: Sort) -> None:
+    scores, mask = random_scores(12), ragged_mask(12)
+    scores[:, 3] = math.nan
+    mask[:2, 3] = True
+    first_rows = sort(scores, mask, 1.0)[:2, 0]
+    assert first_rows[mask[:2]].isnan().all()
+
+
 @each_sort
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_the_dtype(sort: Sort, dtype: torch.dtype) -> None:
