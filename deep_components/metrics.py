@@ -116,16 +116,18 @@ def kendall_tau(scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     NaN where all scores, or all labels, of a request are equal.
     """
     _check(mask, scores=scores, labels=labels)
-    parts, items = [], max(scores.shape[-1], 1)
+    by_score, by_label = (_ranks(values, mask) for values in (scores, labels))
+    agreement, items = list[Tensor](), max(scores.shape[-1], 1)
     most, rows = min(_REQUESTS_PER_CHUNK, max(1, _PAIRS_PER_CHUNK // items**2)), max(1, _PAIRS_PER_CHUNK // items)
     for first in range(0, len(scores), most):
-        chunk = slice(first, first + most)
-        sums = scores.new_zeros(3, len(scores[chunk]), dtype=torch.float64)
-        for row in range(0, items, rows):
-            sums += _agreements(scores[chunk], labels[chunk], mask[chunk], slice(row, row + rows))
-        agreement, untied_scores, untied_labels = sums  # each unordered pair counts twice in all three
-        parts.append(agreement / (untied_scores * untied_labels).sqrt())
-    return torch.cat(parts) if parts else scores.new_zeros(0, dtype=torch.float64)
+        ranks = by_score[first : first + most].float(), by_label[first : first + most].float()
+        present = mask[first : first + most].float()
+        parts = [_agreement(*ranks, present, slice(row, row + rows)) for row in range(0, items, rows)]
+        agreement.append(torch.stack(parts).sum(dim=0))
+    if not agreement:
+        return scores.new_zeros(0, dtype=torch.float64)
+    # Each unordered pair counts twice in all three.
+    return torch.cat(agreement) / (_untied(by_score, mask) * _untied(by_label, mask)).sqrt()
 
 
 def cascade_metrics(
@@ -197,23 +199,28 @@ def _tied_blocks(ordered: Tensor, present: Tensor) -> Tensor:
     return starts.long().cumsum(dim=-1) - 1
 
 
-def _agreements(scores: Tensor, labels: Tensor, mask: Tensor, rows: slice) -> Tensor:
+def _ranks(values: Tensor, mask: Tensor) -> Tensor:
+    """Dense ranks from 0, in ascending order: equal values have the same; anything for a missing item. [R, N] int64."""
+    ordered, order = torch.where(mask, values, 0).sort(dim=-1)
+    steps = torch.zeros_like(order)
+    steps[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.empty_like(order).scatter_(-1, order, steps.cumsum(dim=-1))
+
+
+def _untied(ranks: Tensor, mask: Tensor) -> Tensor:
+    """Number of ordered pairs of present items whose ranks differ. [R] float64."""
+    tied = torch.zeros(ranks.shape, dtype=torch.float64, device=ranks.device).scatter_add_(-1, ranks, mask.double())
+    return mask.sum(dim=-1).double().square() - tied.square().sum(dim=-1)
+
+
+def _agreement(by_score: Tensor, by_label: Tensor, present: Tensor, rows: slice) -> Tensor:
     """Of the pairs of an item m in ``rows`` with any item n, both present: how many more scores and labels order alike
-    than differently, how many are untied in scores, and in labels. [3, R] float64, exact: all are whole numbers."""
-    present, one = mask.float(), mask[:, rows].float()
-    by_score, by_label = (_signs(values, mask, rows) for values in (scores, labels))
-    sums = []
-    for pairs in (by_score * by_label, by_score.abs_(), by_label.abs_()):
-        sums.append(((pairs @ present.unsqueeze(-1)).squeeze(-1) * one).double().sum(dim=-1))
-    return torch.stack(sums)
-
-
-def _signs(values: Tensor, mask: Tensor, rows: slice) -> Tensor:
-    """sign(v_m - v_n) for the items m in ``rows`` and all n, [R, M, N] float32; anything for a missing item. By
-    comparisons: a difference of infinite or of large whole numbers would be wrong."""
-    known = torch.where(mask, values, 0)
-    one, other = known[:, rows].unsqueeze(-1), known.unsqueeze(-2)
-    return (one > other).float().sub_((one < other).float())
+    than differently. [R] float64, exact: ranks in float32, and all sums, are whole numbers."""
+    pairs, other = (
+        (ranks[:, rows].unsqueeze(-1) - ranks.unsqueeze(-2)).clamp_(-1, 1) for ranks in (by_score, by_label)
+    )
+    sums = (pairs.mul_(other) @ present.unsqueeze(-1)).squeeze(-1) * present[:, rows]
+    return sums.double().sum(dim=-1)
 
 
 # ---- ties at the cuts of several stages ------------------------------------------------------------------------------
