@@ -247,16 +247,22 @@ class _Cut:
         self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
         self.everywhere = bool(self.is_cut.all())
         self.k = k if self.everywhere else torch.where(self.is_cut, k, 1)
-        width = min(int(self.k.max()) + 2 if self.k.numel() else 1, scores.shape[-1])
+        least, most = map(int, torch.aminmax(self.k)) if self.k.numel() else (1, 1)
+        width = min(most + 2, scores.shape[-1])
         present = scores.detach() if self.complete else scores.detach().masked_fill(~mask, -torch.inf)
         best = present.topk(width, dim=-1)
-        # The (k-1)-th to (k+2)-th best; beyond an end the last one stands again, and is no other item.
-        index = (self.k + torch.arange(-2, 2, device=k.device)).clamp_(0, width - 1)
-        around = best.values.gather(-1, index)
-        same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] != index[:, :-1]) & self.is_cut
+        if self.everywhere and least == most:  # the same columns in all requests: views
+            around, neighbours = best.values[:, max(most - 2, 0) : most + 2], slice(most - 1, most + 1)
+            same = around[:, 1:] == around[:, :-1]
+            self.neighbours, self.scores = best.indices[:, neighbours], best.values[:, neighbours]
+        else:
+            # The (k-1)-th to (k+2)-th best; beyond an end the last one stands again, and is no other item.
+            index = (self.k + torch.arange(-2, 2, device=k.device)).clamp_(0, width - 1)
+            around = best.values.gather(-1, index)
+            same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] != index[:, :-1]) & self.is_cut
+            self.neighbours = best.indices.gather(-1, index[:, 1:3])
+            self.scores = around[:, 1:3] if self.everywhere else torch.where(self.is_cut, around[:, 1:3], 0)
         self.tied = bool(same.any())
-        self.neighbours = best.indices.gather(-1, index[:, 1:3])
-        self.scores = around[:, 1:3] if self.everywhere else torch.where(self.is_cut, around[:, 1:3], 0)
         self.threshold = self.scores.mean(dim=-1, keepdim=True)
 
     def centred(self, scores: Tensor, temperature: float) -> Tensor:

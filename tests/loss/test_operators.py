@@ -248,6 +248,17 @@ def test_equal_scores_share_equally(name: str, k: int) -> None:
 
 
 @each
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_one_k_for_all_equals_a_k_each(name: str, k: int, ties: bool) -> None:
+    scores, weights = scores_of(6, 9, ties=ties), scores_of(6, 9, seed=5)
+    each = torch.tensor([k] * 5 + [4 if k == 5 else 5])
+    together, apart = ((apply(name, scores, k=cut).top, gradients(name, scores, weights, k=cut)) for cut in (k, each))
+    for ours, theirs in zip(together, apart, strict=True):
+        torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-12, atol=1e-14)
+
+
+@each
 def test_no_requests(name: str) -> None:
     assert apply(name, torch.zeros(0, 5)).top.shape == (0, 5)
     empty = apply(name, torch.zeros(2, 5), torch.zeros(2, 5).bool())
