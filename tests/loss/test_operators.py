@@ -321,7 +321,7 @@ def test_a_step_keeps_no_matrix(name: str) -> None:
     assert max(sizes) <= 2 * (4000 + 2)
 
 
-@each
+@pytest.mark.parametrize("name", SELECTION_OPERATORS)
 @pytest.mark.filterwarnings("ignore")  # of torch's own, as it traces
 def test_can_be_compiled(name: str) -> None:
     scores, mask = scores_of(3, 12), some(3, 12)
