@@ -258,6 +258,7 @@ def report(args: argparse.Namespace, results: Mapping[str, Any]) -> None:
     text = json.dumps({"arguments": vars(args), "machine": machine, **_rounded(results)}, indent=2, default=str) + "\n"
     sys.stdout.write(text)
     if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)  # else the work was for nothing
         args.output.write_text(text)
 
 
