@@ -8,6 +8,7 @@ import pytest
 from deep_components import run_test, run_train
 from deep_components.dataset.columnar import write_day
 from deep_components.dataset.log import write_log_file
+from deep_components.evaluation import bound
 from deep_components.files import read_json
 from deep_components.schema import Field, Schema
 from tests.helpers import logged_steps
@@ -117,6 +118,14 @@ def test_every_method_trains_and_is_evaluated(shop: Path, tmp_path: Path, counts
         np.testing.assert_allclose(arrays["joint_recall@2@3"], recalls, atol=1e-12)
     assert metrics["joint_recall@2@3"] == pytest.approx(np.mean(recalls), abs=1e-12)
     assert recalls[0] == recalls[1] == 1  # of one and of two items: all are kept
+
+
+def test_one_long_list_leaves_the_bound_its_sample(
+    shop: Path, tmp_path: Path, counts: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound, "ITEMS", counts.sum() / 2)
+    monkeypatch.setattr(bound, "REQUESTS", 1)
+    assert run_on(shop, tmp_path, "--loss_type=lcron", "--topk_op=lml")["bound_requests"] == REQUESTS / 2
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:

@@ -29,7 +29,8 @@ from deep_components.errors import InputError
 from deep_components.loss.selection import SELECTION_OPERATORS, select
 from deep_components.metrics import survival, survival_by_stage
 
-ITEMS = 5_000  # of a day, about so many are looked at: the cost does not grow with the day, nor with long lists
+ITEMS = 5_000  # of a day's own items about so many are looked at: the cost does not grow with the day,
+REQUESTS = 50  # but at least so many requests, however long their lists
 STANDARD_ERRORS = 3  # by which a product must be above what it bounds to count as a violation
 
 _ENTRIES_PER_CHUNK = 1 << 21  # of requests x stages x samples x items, and of requests x items x items
@@ -199,7 +200,7 @@ def bound_of_run(
     for name, value in known.items():
         if not _ARGUMENTS[name](value, len(cascade.stages)):
             raise InputError(f"{config_file}: field arguments: {name} is damaged; train again")
-    every = max(1, round(len(day) * day.num_items / ITEMS))
+    every = max(1, min(round(day.num_item_rows / ITEMS), len(day) // REQUESTS))
     cuts = known["end_to_end_quotas"]
     return Bound(cascade, known["topk_op"], known["tau"], cuts, noise or known["tau"], samples, every)
 

@@ -12,7 +12,6 @@ the threshold b. They need memory for O(N) numbers, and so do their gradients.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ class Selection:
 
     Args:
         top, rest: the tensors, or functions of no argument that compute them when they are first asked for.
-        exact_logs: gives log top and log rest where the operator knows them without a rounded top or rest in between.
+        exact_logs: gives log top and log rest where the operator knows them without a rounded top or rest in between;
+            -inf where a share is 0 because its request has no cut.
     """
 
     def __init__(
@@ -40,17 +40,30 @@ class Selection:
     ) -> None:
         self._top, self._rest, self.exact_logs = top, rest, exact_logs
 
-    @cached_property
+    # Not functools.cached_property, whose lock torch.compile does not enter.
+    @property
     def top(self) -> Tensor:
-        return self._top if isinstance(self._top, Tensor) else self._top()
+        if not isinstance(self._top, Tensor):
+            self._top = self._top()
+        return self._top
 
-    @cached_property
+    @property
     def rest(self) -> Tensor:
-        return self._rest if isinstance(self._rest, Tensor) else self._rest()
+        if not isinstance(self._rest, Tensor):
+            self._rest = self._rest()
+        return self._rest
 
     def logs(self) -> tuple[Tensor, Tensor]:
-        """log top and log rest; of top + eps and rest + eps where the exact ones are not known."""
-        return self.exact_logs() if self.exact_logs else ((self.top + EPSILON).log(), (self.rest + EPSILON).log())
+        """log top and log rest; of top + eps and rest + eps where the exact ones are not known. log eps for log 0."""
+        if self.exact_logs is None:
+            return (self.top + EPSILON).log(), (self.rest + EPSILON).log()
+        log_top, log_rest = self.exact_logs()
+        return _finite(log_top), _finite(log_rest)
+
+
+def _finite(log: Tensor) -> Tensor:
+    """With log eps, without gradient, for log 0."""
+    return log.masked_fill(log == -torch.inf, math.log(EPSILON))
 
 
 PermutationOperator = Callable[[Tensor, Tensor, float], Tensor]
@@ -130,12 +143,14 @@ def _rows(mask: Tensor) -> Tensor:
 
 def _without_later_rows(permutation: Tensor, mask: Tensor) -> Tensor:
     """With rows n + 1 .. N, of the items that are missing, set to 0."""
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and _complete(mask):  # a GPU is not waited for
+    if mask.device.type == "cpu" and _complete(mask):  # a GPU is not waited for
         return permutation
     return permutation * _rows(mask).to(permutation.dtype).unsqueeze(-1)
 
 
 def _complete(mask: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # no values are known there
+        return False
     return not mask.numel() or bool(mask.amin())  # all() is many times slower on a CPU
 
 
@@ -192,7 +207,8 @@ def dftopk(scores: Tensor, mask: Tensor, k: Tensor, temperature: float) -> Selec
     share = None
     if cut.tied:  # which of equal scores is the k-th says nothing: they take equal parts
         equal = [(scores.detach() == score) & mask for score in cut.scores.split(1, dim=-1)]
-        share = sum(items / (2 * items.sum(dim=-1, keepdim=True).clamp(min=1)) for items in equal).to(scores.dtype)
+        parts = ((items.sum(dim=-1, keepdim=True), items.to(scores.dtype)) for items in equal)
+        share = sum(items / (2 * number.clamp(min=1)) for number, items in parts)
     return _thresholded(_LOGISTIC, cut, _Margin.apply(scores, None, share, cut, temperature))
 
 
@@ -245,9 +261,13 @@ class _Cut:
         k = k.unsqueeze(-1)
         count = mask.shape[-1] if self.complete else mask.sum(dim=-1, keepdim=True)
         self.mask, self.is_cut, self.all_in = mask, (k > 0) & (k < count), k >= count
-        self.everywhere = bool(self.is_cut.all())
+        compiling = torch.compiler.is_compiling()
+        self.everywhere = not compiling and bool(self.is_cut.all())
         self.k = k if self.everywhere else torch.where(self.is_cut, k, 1)
-        least, most = map(int, torch.aminmax(self.k)) if self.k.numel() else (1, 1)
+        if compiling:
+            least, most = 1, scores.shape[-1]
+        else:
+            least, most = map(int, torch.aminmax(self.k)) if self.k.numel() else (1, 1)
         width = min(most + 2, scores.shape[-1])
         present = scores.detach() if self.complete else scores.detach().masked_fill(~mask, -torch.inf)
         best = present.topk(width, dim=-1)
@@ -262,7 +282,7 @@ class _Cut:
             same = (around[:, 1:] == around[:, :-1]) & (index[:, 1:] != index[:, :-1]) & self.is_cut
             self.neighbours = best.indices.gather(-1, index[:, 1:3])
             self.scores = around[:, 1:3] if self.everywhere else torch.where(self.is_cut, around[:, 1:3], 0)
-        self.tied = bool(same.any())
+        self.tied = compiling or bool(same.any())
         self.threshold = self.scores.mean(dim=-1, keepdim=True)
 
     def centred(self, scores: Tensor, temperature: float) -> Tensor:
@@ -346,15 +366,10 @@ _LAPLACE = _Distribution(_laplace, _log_laplace, lambda x: -x.abs(), _laplace_sc
 
 
 def _thresholded(distribution: _Distribution, cut: _Cut, margin: Tensor) -> Selection:
-    """F(margin) and F(-margin), and their exact logarithms; log EPSILON stands for log 0 where there is no cut."""
+    """F(margin) and F(-margin), and their exact logarithms."""
 
     def logs() -> tuple[Tensor, Tensor]:
-        pair = distribution.log(margin), distribution.log(-margin)
-        if cut.everywhere and cut.complete:
-            return pair
-        constant = margin.new_full(cut.is_cut.shape, math.log(EPSILON)).masked_fill_(cut.is_cut, -torch.inf)
-        top, rest = (torch.maximum(values, constant) for values in pair)
-        return cut.without_missing(top), cut.without_missing(rest)
+        return cut.without_missing(distribution.log(margin)), cut.without_missing(distribution.log(-margin))
 
     return Selection(lambda: distribution.value(margin), lambda: cut.without_missing(distribution.value(-margin)), logs)
 
@@ -385,24 +400,25 @@ def _balancing_shift(distribution: _Distribution, x: Tensor, cut: _Cut) -> Tenso
     both sums, as two columns beside the others.
     """
     best, distance = (x > 0).to(x.dtype), x.abs()
-    tied = x == 0
-    number_tied = tied.sum(dim=-1, keepdim=True)
+    others = (x < 0).to(x.dtype)
     tied_best = cut.k - best.sum(dim=-1, keepdim=True)
-    weight = torch.cat([(~tied).to(x.dtype), tied_best, number_tied - tied_best], dim=-1)
-    of_best = torch.cat([best, x.new_tensor([[1.0, 0.0]]).expand(len(x), 2)], dim=-1)
+    tied_others = (x == 0).sum(dim=-1, keepdim=True) - tied_best
+    none = x.new_zeros(len(x), 1)
+    best = torch.cat([best, tied_best, none], dim=-1)
+    others = torch.cat([others, none, tied_others], dim=-1)
     nearest = distance.amin(dim=-1, keepdim=True)
     decay = (nearest - distance).clamp_(min=-_NEGLIGIBLE).exp_()  # e^(h-|x|)
     decay = torch.cat([cut.without_missing(decay), x.new_ones(len(x), 2)], dim=-1)
+    decay_of_best = torch.where(best > 0, decay, 0)
+    decay_of_others = decay - decay_of_best
     epsilon = (-nearest.clamp(max=_NEGLIGIBLE)).exp()
-    b = x.new_zeros(len(x), 1)
+    b = none
     for _ in range(_NEWTON_STEPS):
-        y = torch.addcmul((-b).exp(), of_best, b.exp() - (-b).exp()).mul_(decay)
-        share, slope = (values.mul_(weight) for values in distribution.scaled(y, epsilon))
-        lacking, lacking_slope = ((values * of_best).sum(dim=-1, keepdim=True) for values in (share, slope))
-        having, having_slope = (
-            share.sum(dim=-1, keepdim=True) - lacking,
-            slope.sum(dim=-1, keepdim=True) - lacking_slope,
-        )
+        # Each side by itself: where k is near n one of them is thousands of times the other, and would swallow it.
+        y = torch.addcmul((-b).exp() * decay_of_others, b.exp(), decay_of_best)
+        both = distribution.scaled(y, epsilon)
+        lacking, lacking_slope = ((values * best).sum(dim=-1, keepdim=True) for values in both)
+        having, having_slope = ((values * others).sum(dim=-1, keepdim=True) for values in both)
         b = b - (lacking / having).log() / (lacking_slope / lacking + having_slope / having)
     return torch.where(cut.is_cut, b, 0)
 
@@ -500,7 +516,8 @@ def end_to_end_cross_entropy(predicted: Sequence[Selection], target: Selection) 
 
     prod_i top_i is the lower bound of the probability that an item survives every stage i (LCRON, section 4). Where an
     operator knows its logarithms there is no eps, and 1 - prod_i top_i is summed up in logarithms: stage by stage, to
-    what was dropped before comes what survived until here and is dropped now.
+    what was dropped before comes what survived until here and is dropped now. log eps stands for log 0, where no stage
+    cuts a request.
     """
     if all(stage.exact_logs for stage in predicted):
         return _exact_end_to_end(predicted, target)
@@ -512,12 +529,14 @@ def end_to_end_cross_entropy(predicted: Sequence[Selection], target: Selection) 
 
 
 def _exact_end_to_end(predicted: Sequence[Selection], target: Selection) -> Tensor:
-    log_survives, log_dropped = predicted[0].logs()
-    for stage in predicted[1:]:
-        log_top, log_rest = stage.logs()
-        log_dropped = torch.logaddexp(log_dropped, log_survives + log_rest)
+    exact = [stage.exact_logs() for stage in predicted if stage.exact_logs]
+    log_survives, log_dropped = exact[0]
+    for log_top, log_rest in exact[1:]:
+        here, none = log_survives + log_rest, log_dropped == -torch.inf
+        # Of two -inf logaddexp has no gradient.
+        log_dropped = torch.where(none, here, torch.logaddexp(log_dropped.masked_fill(none, 0), here))
         log_survives = log_survives + log_top
-    return -log_survives * target.top - log_dropped * (1 - target.top).clamp(0, 1)
+    return -_finite(log_survives) * target.top - _finite(log_dropped) * (1 - target.top).clamp(0, 1)
 
 
 def mean_of_rows(permutation: Tensor, mask: Tensor, k: int) -> Tensor:

@@ -337,7 +337,11 @@ def test_the_numbers_are_those_of_the_scores(log: Path, run: Path) -> None:
 
 def test_a_sample_of_a_long_day(log: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ITEMS", 40 * 40 // 3)
+    monkeypatch.setattr(module, "REQUESTS", 10)
     assert evaluate(log, run)["bound_requests"] == 14  # every third
+    assert evaluate(log, run, "--test_random_items=20")["bound_requests"] == 14
+    monkeypatch.setattr(module, "REQUESTS", 20)
+    assert evaluate(log, run)["bound_requests"] == 20  # every second: long lists leave at least so many
 
 
 def test_no_bound_and_nothing_else_changes(log: Path, run: Path) -> None:

@@ -107,6 +107,19 @@ class Selection:
     rest: np.ndarray
     epsilon: float = EPSILON
 
+    @property
+    def log_top(self) -> np.ndarray:
+        return log(self.top + self.epsilon)
+
+    @property
+    def log_rest(self) -> np.ndarray:
+        return log(self.rest + self.epsilon)
+
+
+def log(x: np.ndarray) -> np.ndarray:
+    """log EPSILON stands for log 0."""
+    return np.log(np.where(x == 0, EPSILON, x))
+
 
 def selection(request: Request, stage: str, operator: str, tau: float, k: int) -> Selection:
     if operator not in SORTS:
@@ -135,9 +148,8 @@ def by_threshold(operator: str, scores: Sequence[float], tau: float, k: int) -> 
     """F((s - b) / tau): b by its formula (dftopk), the others' by halving an interval until sum p = k."""
     s, n, share = np.array(scores, dtype=np.float64), len(scores), SHARES[operator]
     epsilon = EPSILON if operator == "sparse_topk" else 0.0
-    if not 0 < k < n:  # EPSILON stands for 0 in a logarithm
-        one, floor = np.ones(n), np.full(n, 0.0 if epsilon else EPSILON)
-        return Selection(one, floor, epsilon) if k else Selection(floor, one, epsilon)
+    if not 0 < k < n:
+        return Selection(np.full(n, float(k > 0)), np.full(n, float(k <= 0)), epsilon)
     ordered = sorted(scores, reverse=True)
     if operator == "dftopk":
         x = (s - (ordered[k - 1] + ordered[k]) / 2) / tau
@@ -153,7 +165,7 @@ def by_threshold(operator: str, scores: Sequence[float], tau: float, k: int) -> 
 def selection_terms(chosen: Selection, truth: np.ndarray, k: int) -> list[float]:
     """-log(top + eps) gt - log(rest + eps) rest of every item."""
     gt, rest = truth[:k].sum(axis=0), truth[k:].sum(axis=0)
-    return list(-np.log(chosen.top + chosen.epsilon) * gt - np.log(chosen.rest + chosen.epsilon) * rest)
+    return list(-chosen.log_top * gt - chosen.log_rest * rest)
 
 
 # ---- the methods: requests (none of them empty), setting, weights, options -> terms and "loss" ----------------------
@@ -327,9 +339,7 @@ def lcron(
             dropped = dropped + survives * inside.rest  # 1 - prod top, without cancellation
             survives, never_dropped = survives * inside.top, never_dropped * (1 - inside.rest)
         outcome = Selection(survives, dropped, 0.0) if inside.epsilon == 0 else Selection(survives, 1 - never_dropped)
-        end_to_end += list(
-            -np.log(outcome.top + outcome.epsilon) * gt - np.log(outcome.rest + outcome.epsilon) * np.clip(1 - gt, 0, 1)
-        )
+        end_to_end += list(-outcome.log_top * gt - outcome.log_rest * np.clip(1 - gt, 0, 1))
     e, s = mean(end_to_end), {stage: mean(values) for stage, values in single.items()}
     named = ({} if terms == "single" else {"end_to_end": e}) | ({} if terms == "end_to_end" else s)
     if not requests:

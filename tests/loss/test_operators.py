@@ -124,10 +124,6 @@ def test_equals_the_formula(name: str, num_items: int, tau: float, ties: bool) -
     for row, k in enumerate(cuts):
         present = mask[row]
         expected = reference.by_threshold(name, scores[row, present].tolist(), tau, k)
-        if not 0 < k < int(present.sum()):
-            expected = reference.Selection(
-                np.full(int(present.sum()), float(k > 0)), np.full(int(present.sum()), k == 0)
-            )
         np.testing.assert_allclose(chosen.top[row, present].numpy(), expected.top, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(chosen.rest[row, present].numpy(), expected.rest, rtol=1e-9, atol=1e-12)
         assert (chosen.top[row, ~present] == 0).all()
@@ -150,14 +146,36 @@ def test_shares_sum_to_k(name: str, dtype: torch.dtype, scale: float, ties: bool
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
 
 
+@each_with_fixed_sum
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("left_out", [1, 5])
+def test_shares_of_long_lists_of_which_few_are_left_out(
+    name: str, dtype: torch.dtype, scale: float, left_out: int
+) -> None:
+    """Where k is near n what the others have is thousands of times less than what the best lack at first."""
+    for num_items in (200, 5000, 16384):
+        scores = scores_of(1, num_items, scale).to(dtype).requires_grad_()
+        chosen = apply(name, scores, k=num_items - left_out)
+        k, rest = float(num_items - left_out), float(left_out)
+        assert chosen.top.sum().item() == pytest.approx(k, rel=1e-5)
+        # sparse_topk's rest is 1 - p, and has p's rounding.
+        assert chosen.rest.sum().item() == pytest.approx(rest, rel=1e-5, abs=0 if name in EXACT else 1e-5 * k)
+        log_top, log_rest = chosen.logs()
+        (log_top + log_rest.clamp(min=-100)).sum().backward()
+        assert scores.grad is not None
+        assert scores.grad.isfinite().all()
+
+
 @each
-def test_only_differences_of_scores_count(name: str) -> None:
-    scores, mask = scores_of(3, 12), some(3, 12)
+@pytest.mark.parametrize("ties", [False, True])
+def test_only_differences_of_scores_count(name: str, ties: bool) -> None:
+    scores, mask = scores_of(3, 12, ties=ties), some(3, 12)
     torch.testing.assert_close(apply(name, scores + 64, mask).top, apply(name, scores, mask).top, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(apply(name, scores * 8, mask, tau=8.0).top, apply(name, scores, mask).top)
     # The gradient of a shift is 0: sum_j dp_i / ds_j = 0 for every i, so for any weights of the shares.
     grad = gradients(name, scores, torch.rand(3, 12, dtype=torch.float64), mask=mask)
-    torch.testing.assert_close(grad.sum(dim=-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(grad.sum(dim=-1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
 @each
@@ -302,6 +320,38 @@ def test_the_end_to_end_term_needs_no_epsilon(name: str) -> None:
     assert scores.grad.isfinite().all()
 
 
+@each_exact
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_a_stage_that_keeps_all_changes_nothing_end_to_end(name: str, without: int) -> None:
+    """Requests of n items, a stage of quota n or more: E is that of the other stages, its gradient too."""
+    stages = [30 * scores_of(2, 6, seed=seed) for seed in range(3)]
+    truth = Selection(torch.tensor([[0.0, 1, 1, 0, 0, 0]] * 2), torch.tensor([[1.0, 0, 0, 1, 1, 1]] * 2))
+    results = []
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        for chosen in (range(3), [stage for stage in range(3) if stage != without]):
+            leaves = [stages[stage].clone().requires_grad_() for stage in chosen]
+            cuts = [9 if stage == without else 2 for stage in chosen]
+            terms = end_to_end_cross_entropy([apply(name, s, k=k) for s, k in zip(leaves, cuts, strict=True)], truth)
+            terms.sum().backward()
+            grads = [leaf.grad for stage, leaf in zip(chosen, leaves, strict=True) if stage != without]
+            assert (terms > -2 * math.log(1e-6)).any()  # what an epsilon inside the logarithm would hide
+            results.append((terms.detach(), *grads))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
+
+
+@each_exact
+def test_requests_that_no_stage_cuts_have_no_end_to_end_gradient(name: str) -> None:
+    scores = scores_of(3, 4).requires_grad_()
+    truth = Selection(torch.tensor([[1.0, 1, 0, 0]] * 3), torch.tensor([[0.0, 0, 1, 1]] * 3))
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        for cuts in ([4, 9, 0], [9, 0, 4]), ([4, 9, 0],):
+            terms = end_to_end_cross_entropy([apply(name, scores, k=k) for k in cuts], truth)
+            terms.sum().backward()
+            assert terms.isfinite().all()
+            assert scores.grad is not None
+            assert (scores.grad == 0).all()
+
+
 @each
 def test_a_step_keeps_no_matrix(name: str) -> None:
     """Of what autograd saves nothing is larger than B x N: 4,000 items would take 64 MB a request otherwise."""
@@ -327,11 +377,11 @@ def test_can_be_compiled(name: str) -> None:
     scores, mask = scores_of(3, 12), some(3, 12)
 
     def weighted(values: Tensor) -> Tensor:
-        chosen = SELECTION_OPERATORS[name](values, mask, torch.tensor([2, 3, 4]), 1.0)
-        return (chosen.top * torch.arange(12)).sum()
+        chosen = SELECTION_OPERATORS[name](values, mask, torch.tensor([2, 3, 40]), 1.0)
+        return (torch.stack([chosen.top, chosen.rest, *chosen.logs()]) * torch.arange(12)).sum()
 
     results = []
-    for function in (weighted, torch.compile(weighted, backend="aot_eager")):
+    for function in (weighted, torch.compile(weighted, backend="aot_eager", fullgraph=True)):
         leaf = scores.clone().requires_grad_()
         value = function(leaf)
         value.backward()
