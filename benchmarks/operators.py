@@ -1,12 +1,13 @@
 """The selection operators alone: forward and backward, beside torch.topk and torch.sort of the same scores.
 
     python -m benchmarks.operators [--items=40,200,1000,4000,16384] [--requests=64] [--k=10] [--rounds=9]
+        [--missing=0.2]      a share of the items that is missing, for this project's operators
 
-Reported are milliseconds, the median of rounds in which all take turns, and how many times longer than torch.topk and
-torch.sort that is. Freed memory is kept, as in a training. The two sorts are left out beyond --longest_matrix items.
-Public implementations are measured beside them where they are installed: the bitonic networks of diffsort and difftopk
-(pip install diffsort difftopk) up to 200 items, and the soft ranks of torchsort (pip install --no-build-isolation
-torchsort, which needs setuptools and a C++ compiler), which has no shares of a top k.
+Reported are milliseconds, the median of rounds in which all take turns, a turn being the best of three, and how many
+times longer than torch.topk and torch.sort that is. Freed memory is kept, as in a training. The two sorts are left out
+beyond --longest_matrix items. Public implementations are measured beside them where they are installed: the bitonic
+networks of diffsort and difftopk (pip install diffsort difftopk) up to 200 items, and the soft ranks of torchsort (pip
+install --no-build-isolation torchsort, which needs setuptools and a C++ compiler), which has no shares of a top k.
 """
 
 import argparse
@@ -38,16 +39,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--longest_matrix", type=int, default=1000, help="items of the operators that need N x N numbers"
     )
+    parser.add_argument("--missing", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.requests < 1 or not 0 < args.k < min(map(int, args.items.split(","))):
         raise InputError("--rounds and --requests are 1 or more, and --k is from 1 to fewer than every one of --items")
+    if not 0 <= args.missing < 1:
+        raise InputError(f"--missing={args.missing}: give a share of the items, from 0 to less than 1")
     return args
 
 
 def contestants(num_items: int, args: argparse.Namespace) -> dict[str, Work]:
-    mask = torch.ones(args.requests, num_items, dtype=torch.bool, device=args.device)
+    generator = torch.Generator().manual_seed(num_items)
+    mask = (torch.rand(args.requests, num_items, generator=generator) >= args.missing).to(args.device)
     k = torch.full((args.requests,), args.k, device=args.device)
 
     def operator(name: str) -> Work:

@@ -141,7 +141,8 @@ def test_operators(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     there = ModuleType("torchsort")
     there.soft_rank = lambda scores: scores.sort(dim=-1).values  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchsort", there)
-    operators.main(["--items=20,30", "--requests=4", "--k=3", "--rounds=1", "--longest_matrix=25", "--device=cpu"])
+    flags = ["--requests=4", "--k=3", "--rounds=1", "--longest_matrix=25", "--device=cpu", "--missing=0.3"]
+    operators.main(["--items=20,30", *flags])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     everywhere = {"torch.topk", "torch.sort", "dftopk", "lapsum", "lml", "sparse_topk", "torchsort soft_rank"}
     assert results["30"].keys() == everywhere and results["20"].keys() == everywhere | {"neural_sort", "soft_sort"}
@@ -150,6 +151,8 @@ def test_operators(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
             assert row["ms"] > 0 and row["of sort"] == pytest.approx(row["ms"] / rows["torch.sort"]["ms"])
     with pytest.raises(InputError, match="--k is from 1"):
         operators.main(["--items=20", "--k=20"])
+    with pytest.raises(InputError, match="--missing=1"):
+        operators.main(["--items=20", "--missing=1"])
 
 
 def test_other_losses_are_refused() -> None:
