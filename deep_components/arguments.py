@@ -54,7 +54,7 @@ def number(kind: Callable[[str], T], holds: Callable[[T], bool], wanted: str) ->
 positive_int = number(int, lambda value: value > 0, "a whole number above 0")
 _non_negative_int = number(int, lambda value: value >= 0, "a whole number from 0")
 _samples = number(int, lambda value: 0 <= value <= MOST_SAMPLES, f"a whole number from 0 to {MOST_SAMPLES}")
-_seed = number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
+seed_number = number(int, lambda value: 0 <= value < 1 << 63, "a whole number from 0 to 2^63 - 1")
 _non_negative_float = number(float, lambda value: 0 <= value < float("inf"), "a number from 0")
 _positive_float = number(float, lambda value: 0 < value < float("inf"), "a number above 0")
 _emb_dim = number(int, lambda value: 0 < value <= MAX_EMB_DIM, f"a whole number from 1 to {MAX_EMB_DIM}")
@@ -112,7 +112,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--train_days", type=_days, help="day,day,... (default: all days but the test days; on RecFlow "
                         "2024-01-13 .. 2024-02-03)")  # fmt: skip
-    parser.add_argument("--seed", type=_seed, default=30, help="fixes everything on a CPU (default 30)")
+    parser.add_argument("--seed", type=seed_number, default=30, help="fixes everything on a CPU (default 30)")
     parser.add_argument("--lr", type=_positive_float, default=0.01, help="Adam's learning rate (default 0.01)")
     parser.add_argument("--batch_size", type=positive_int, default=1024, help="requests a step (default 1024)")
     parser.add_argument("--epochs", type=_non_negative_int, default=1,

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from deep_components.arguments import folder, method_names, random_items
+from deep_components.arguments import folder, method_names, random_items, seed_number
 from deep_components.cascade import SETTINGS, named_cascade
 from deep_components.cli import Parser, nearest, printable, run_command, write_out
 from deep_components.errors import InputError
@@ -48,9 +48,9 @@ logger = logging.getLogger(__name__)
 
 def seed_list(text: str) -> list[int]:
     try:
-        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, as 30,31") from error
+        return list(dict.fromkeys(seed_number(seed) for seed in text.split(",")))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 0 on, as 30,31") from error
 
 
 def _at_least_one(text: str) -> int:

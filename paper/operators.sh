@@ -71,7 +71,8 @@ make_part() { # SETTING LIST LOSS
         --evaluate=deep_components.run_test$stages "${simulated[@]}" --budget="$budget" --test_seeds="$seeds" \
         --grid=lr=0.01,0.02,0.04 "${grids[@]}" "${words[@]}" -- --data_dir="$log" --output_dir="$part" \
         --test_random_items="$items" "${users[@]}" || status=$?
-    # A training that failed counts as tried, and the next part is made; a stop, or a mistake in the arguments, ends all.
+    # A training that failed counts as tried, and the next part is made. A stop ends all, and so does a mistake in the
+    # arguments; where the part was made before, its tables stand, and the exit code says that it was refused.
     if [ "$status" -ge 128 ] || { [ "$status" -ne 0 ] && [ ! -e "$part/sweep.json" ]; }; then exit "$status"; fi
     if [ "$status" -ne 0 ]; then failed=$status; fi
 }
@@ -88,7 +89,7 @@ measure_steps() { # SETTING
 }
 
 for list in ${lists//,/ }; do
-    [[ $list =~ ^[0-9]{2,4}$ && $list -ge 40 ]] || refuse "--lists=$lists: give numbers from 40 on, as 40,200"
+    [[ $list =~ ^[1-9][0-9]{1,3}$ && $list -ge 40 ]] || refuse "--lists=$lists: give numbers from 40 on, as 40,200"
 done
 for setting in ${settings//,/ }; do
     [[ $setting == @(two|three)_stage ]] || refuse "--settings=$settings: give two_stage, three_stage or both"
@@ -114,13 +115,14 @@ if [ -z "$tables" ]; then
         done
     done
 fi
-steps=()
+compare=neural_sort steps=()
+if [[ ,$operators, != *,neural_sort,* ]]; then compare=${operators%%,*}; fi
 for setting in ${settings//,/ }; do
     if [ -n "$measure" ]; then measure_steps "$setting"; fi
     if [ -e "$output/steps_$setting.json" ]; then steps+=(--steps="$output/steps_$setting.json"); fi
 done
 for destination in --output="$output/$name.md" --output="$output/$name.csv" --format=text; do
-    "$PYTHON" -m deep_components table --kind=choices --compare=neural_sort --test=paired "${steps[@]}" \
+    "$PYTHON" -m deep_components table --kind=choices --compare="$compare" --test=paired "${steps[@]}" \
         "$destination" "$output/$name"
 done
 exit "$failed"

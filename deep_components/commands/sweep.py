@@ -83,6 +83,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, argparse.Namespace,
             raise InputError(f"--{name} has no place in a sweep, where {why}; leave it out")
     if args.output_dir is None:
         raise InputError("--output_dir is missing; name a folder for the sweep's runs")
+    tested_folder(args.output_dir)
     args.several = True  # each setting has a folder of its own
     own.axes = [axis_of(grid) for grid in own.grid]
     given = {word.partition("=")[0] for word in training}
@@ -122,6 +123,8 @@ def _trial(trial: Trial, outcomes: Sequence[Outcome], folder: Path) -> dict[str,
     complete = len(values) == len(outcomes) and None not in values.values()
     recalls = list(values.values()) if complete else []
     errors = dict.fromkeys(f"{outcome.run.title}: {outcome.error}" for outcome in outcomes if not outcome.done)
+    if None in values.values():
+        errors["no request of the validation day has ground truth"] = None
     return {
         "method": trial.method.name,
         "arguments": dict(trial.setting),
@@ -187,7 +190,7 @@ def _content(
         "grid": [str(axis).removeprefix("--grid=") for axis in own.axes],
         "seeds": args.seeds,
         "test_seeds": own.test_seeds,
-        "warnings": sorted({str(metrics["warning"]) for metrics in done if "warning" in metrics}),
+        "warnings": sorted({str(value) for metrics in done for name, value in metrics.items() if "warning" in name}),
         "trials": list(trials),
         "command": _command(args, methods, training, trials),
     }

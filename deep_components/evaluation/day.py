@@ -171,7 +171,7 @@ def _prepared(
     """What measures the bound, how many requests are scored at a time, and :func:`score_day` by the run's models."""
     _check_new_requests(run.folder, run.config, run.test_day, day)
     bound = bound_of_run(run.folder / CONFIG_FILE, run.config, run.cascade, day, args.bound_samples, args.bound_noise)
-    size = _requests_at_a_time(args.batch_size, day, args.test_random_items or 0)
+    size = requests_at_a_time(args.batch_size, day, args.test_random_items or 0)
     return bound, size, _scores(run, args, day, size, share)
 
 
@@ -200,6 +200,8 @@ def _about(run: _Run, args: argparse.Namespace, day: DayCache) -> dict[str, Any]
         about["warning_test_day"] = f"the models were trained on {day.day}: these are not test numbers"
     elif trained.epochs and day.day == config.get("validation_day"):
         about["warning_test_day"] = f"the run followed its metrics on {day.day}: these are no test numbers"
+    elif seen := config.get("init_from_days", {}).get(day.checksum):
+        about["warning_test_day"] = f"the models of --init_from have seen {seen}: these are not test numbers"
     if "warning_test_day" in about:
         logger.warning("%s", about["warning_test_day"])
     return about
@@ -244,7 +246,7 @@ def _scores(
     return score_day(models, stores, day, size, device, join, share)
 
 
-def _requests_at_a_time(batch_size: int, day: DayCache, random_items: int) -> int:
+def requests_at_a_time(batch_size: int, day: DayCache, random_items: int = 0) -> int:
     """The batch size, or less where requests have so many items that their activations would fill the memory."""
     return max(1, min(batch_size, _ITEMS_AT_A_TIME // (day.num_items + random_items)))
 

@@ -20,7 +20,7 @@ from deep_components.dataset.loader import steps_of
 from deep_components.dataset.log import Log, open_log, zone_of
 from deep_components.errors import InputError
 from deep_components.runs.identity import UNTRAINED_ARGUMENTS, first_difference
-from deep_components.training.config import run_config
+from deep_components.training.config import check_not_seen, run_config
 from deep_components.training.tensorboard import check_installed
 
 UNTRAINED = "untrained"
@@ -108,6 +108,9 @@ def schedule(
     if validation:
         if day is not None:
             raise InputError(f"--validation tests on the last training day; leave out it or --test_day={day}")
+        if (reserved := test_day(log, None)) in days:
+            raise InputError(f"--train_days names {reserved}, the day of the tests, which --validation leaves alone; "
+                             "leave it out of them")  # fmt: skip
         days, tested = hold_out_last(log, days, "--validation")
     else:
         tested = test_day(log, day)
@@ -141,6 +144,8 @@ def make_plan(args: argparse.Namespace, methods: Sequence[Method], training: Seq
             names, held_out = hold_out_last(log, names, "--validate_every")
         days = [opened[day] for day in names]
         config = run_config(args.cascade, parsed, loss, log, names, days, opened[held_out] if held_out else None)
+        if args.validation:
+            check_not_seen(opened[template.parts[-1].test_day], config.get("init_from_days", {}))
         steps = parsed.epochs * sum(steps_of(day.with_history(parsed.seq_len), parsed.batch_size) for day in days)
         run = replace(template, name=method.name, training=tuple(given), config=config, steps=steps)
         if args.untrained and parsed.epochs:

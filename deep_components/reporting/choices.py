@@ -39,15 +39,18 @@ def choices_document(
     ``p_holm`` is corrected over the comparisons of a sweep, ``p_holm_all`` over those of all sweeps of the document.
     ``verdict`` is "higher" or "lower" where p_holm_all is at most 0.05 and the interval over requests lacks 0.
 
-    InputError when no sweep is there, none has a tested choice, or one's file is damaged.
+    InputError when no sweep is there, none has a tested choice or one of ``compare``, or one's file is damaged.
     """
-    compare = compare or OUR_METHOD
-    found = {name: _of_sweep(folder, compare, test, steps, any_code) for folder, name in _sweeps(paths).items()}
+    sweeps, asked, compare = _sweeps(paths), compare, compare or OUR_METHOD
+    found = {name: _of_sweep(folder, compare, test, steps, any_code) for folder, name in sweeps.items()}
     tables = [rows.assign(sweep=name) for name, (rows, _) in found.items() if len(rows)]
     if not tables:
         named = ", ".join(map(str, paths))
         raise InputError(f"{named}: no chosen setting is tested; give lcron sweep --test_seeds=30,31")
     data = pd.concat(tables, ignore_index=True)
+    if asked and asked not in set(data["method"]):
+        named = ", ".join(data["method"].unique())
+        raise InputError(f"--compare={asked}: no such method is tested; those that are: {named}")
     tested = data["p"].notna()
     data["p_holm_all"] = pd.Series(holm(data.loc[tested, "p"].tolist()), data.index[tested], dtype="float64")
     data["verdict"] = [_verdict(row) for row in data.to_dict("records")]
@@ -81,7 +84,8 @@ def step_seconds(files: Sequence[Path]) -> dict[tuple[str, str, int], float]:
 
 def _sweeps(paths: Sequence[Path]) -> dict[Path, str]:
     """The folders of sweeps, and their names: without the path that the user gave, where it is one."""
-    folders = {file.parent: path for path in paths for file in sorted(path.rglob(SWEEP_FILE))}
+    found = {file.parent.resolve(): (file.parent, path) for path in paths for file in sorted(path.rglob(SWEEP_FILE))}
+    folders = dict(found.values())  # one that two paths lead to counts once
     if not folders:
         raise InputError(f"{', '.join(map(str, paths))}: no {SWEEP_FILE}; name folders of lcron sweep")
     if len(paths) > 1:
@@ -109,16 +113,21 @@ def _of_sweep(folder: Path, compare: str, test: Test, steps: Steps, any_code: bo
     if not done:
         return pd.DataFrame(), notes
     collected = read_runs(done)
-    there = compare if compare in set(collected.runs["method"]) else None
-    results = build_results(collected, there, test, any_code)
-    notes += [*results.left_out.values(), *results.warnings, *results.remarks.below_without_column]
+    results = build_results(collected, compare, test, any_code, required=False)
+    notes += [*results.left_out.values(), *results.warnings, *results.remarks.below_without_column, *results.notes]
     cells, rows = results.of(results.headline), []
     for run in results.runs.drop_duplicates("row").to_dict("records"):
         trial, cell = trials[run["folder"]], cells.loc[run["row"]]
-        key = run["setting"], f"{run['loss_type']}_{run.get(f'{ARGUMENT}topk_op')}", int(run["test_random_items"])
+        key = run["setting"], f"{run['loss_type']}_{run.get(f'{ARGUMENT}topk_op')}", _random_items(run)
         row = {"method": run["row"], "budget": content["budget"], "step_seconds": steps.get(key)}
         rows.append(_about(results, run) | row | _choice(trial, content) | _difference(cell))
     return pd.DataFrame(rows), notes
+
+
+def _random_items(run: Mapping[Any, Any]) -> int:
+    """Those of the training."""
+    number = run.get(f"{ARGUMENT}num_random_items")
+    return 0 if number is None or pd.isna(number) else int(number)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _about(results: Results, run: Mapping[Any, Any]) -> dict[str, Any]:
     """What a table is about."""
     return {
         **{name: results.about[name] for name in ("setting", "data", "test_day", "num_requests", "test_random_items")},
-        "num_random_items": run.get(f"{ARGUMENT}num_random_items") or 0,
+        "num_random_items": _random_items(run),
         "loss": run["loss_type"], "metric": results.headline,
     }  # fmt: skip
 
@@ -192,7 +201,10 @@ def _table(group: pd.DataFrame, style: Style) -> Table:
     rows = []
     for row in group.to_dict("records"):
         ends = row["at_end"].split(",")
-        values = [f"{row[name]}{END if name.removeprefix('chosen.') in ends else ''}" for name in options]
+        values = [
+            NOTHING if pd.isna(row[name]) else f"{row[name]}{END if name.removeprefix('chosen.') in ends else ''}"
+            for name in options
+        ]
         low, high = (fixed(row[f"interval_{end}"], "+") for end in ("low", "high"))
         words = [*values, mean_and_std(row, style.plus_minus), fixed(row["difference"], "+")]
         words += [NOTHING if NOTHING in (low, high) else f"[{low}, {high}]"]
@@ -203,9 +215,10 @@ def _table(group: pd.DataFrame, style: Style) -> Table:
     names = [name.removeprefix("chosen.") for name in options]
     header = [*names, *style.columns([first["metric"]]), "difference", f"{CONFIDENCE:.0%} interval", "p"]
     header += ["p (Holm)", "p (Holm, all)", "verdict", "seeds", *(["ms a step"] if timed else [])]
+    losses, in_training = (", ".join(map(str, group[name].unique())) for name in ("loss", "num_random_items"))
     title = (
-        f"{first['setting']}, data: {first['data']}, {first['loss']}, random items: {first['num_random_items']} in "
-        f"training, {first['test_random_items']} in the test; {first['num_requests']} requests of {first['test_day']}; "
+        f"{first['setting']}, data: {first['data']}, {losses}, random items: {in_training} in training, "
+        f"{first['test_random_items']} in the test; {first['num_requests']} requests of {first['test_day']}; "
         f"{first['settings']} settings tried of each method"
     )
     return Table(style.escape(title), ["method", *map(style.escape, header)], rows)

@@ -101,11 +101,12 @@ class Results:
 
 
 def build_results(
-    collected: Collected, compare: str | None = None, test: Test = "welch", any_code: bool = False
-) -> Results:
+    collected: Collected, compare: str | None = None, test: Test = "welch", any_code: bool = False,
+    required: bool = True,
+) -> Results:  # fmt: skip
     """The results of the runs; ``compare`` names the row to compare with every other trained one, else ``lcron`` is.
 
-    InputError when there is no row ``compare``, a row has a seed twice, or the runs are not
+    InputError when there is no row ``compare`` and it is ``required``, a row has a seed twice, or the runs are not
     :func:`~deep_components.reporting.frame.comparable_rows`.
     """
     runs = comparable_rows(collected.runs, any_code)
@@ -114,7 +115,7 @@ def build_results(
     cells = pd.DataFrame([_cell(name, group, metric) for name, group in groups.items() for metric in metrics])
     cells["best"] = _best(cells)
     trained = {name: group for name, group in groups.items() if not group["untrained"].all()}
-    if compare is not None and compare not in trained:
+    if required and compare is not None and compare not in trained:
         names = ", ".join(trained) or "none is trained"
         raise InputError(f"--compare={compare}: no such row; the trained rows are: {names}")
     ours: str | None = compare or OUR_METHOD
@@ -174,10 +175,11 @@ def _best(cells: pd.DataFrame) -> pd.Series:
 def _compare(trained: dict[str, pd.DataFrame], ours: str, metric: str, test: Test) -> list[dict[str, Any]]:
     """A record per baseline: ours against it in a metric; Holm's correction runs over the baselines."""
     baselines = {name: group for name, group in trained.items() if name != ours}
-    intervals = _intervals(trained[ours], list(baselines.values()), metric)
+    pairs = [_compared(trained[ours], group, test) for group in baselines.values()]
+    intervals = _intervals(pairs, metric)
     records = []
-    for (name, group), (low, high) in zip(baselines.items(), intervals, strict=True):
-        a, b = _samples(trained[ours], group, metric, test)
+    for name, pair, (low, high) in zip(baselines, pairs, intervals, strict=True):
+        a, b = _samples(*pair, metric)
         p, reason = t_test(a, b, test), "the values do not vary over seeds"
         if min(len(a), len(b)) < 2:
             reason = f"fewer than two {'common ' if test == 'paired' else ''}seeds with a value"
@@ -199,38 +201,46 @@ def _verdict(difference: float | None, p_holm: float | None) -> str:
     return "better" if difference > 0 else "worse"
 
 
-def _samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str, test: Test) -> tuple[np.ndarray, np.ndarray]:
-    """The values to compare: all, or for the paired test those of the seeds that both have; none where one has none."""
+def _compared(ours: pd.DataFrame, theirs: pd.DataFrame, test: Test) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs to compare: all, or for the paired test those of the seeds that both have, in one order."""
+    if test == "welch":
+        return ours, theirs
+    known = [runs[runs["seed"].notna()].sort_values("seed") for runs in (ours, theirs)]
+    return known[0][known[0]["seed"].isin(known[1]["seed"])], known[1][known[1]["seed"].isin(known[0]["seed"])]
+
+
+def _samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """The values to compare; none where one has none."""
     if ours[metric].isna().any() or theirs[metric].isna().any():
         return np.empty(0), np.empty(0)
-    if test == "welch":
-        return ours[metric].to_numpy(), theirs[metric].to_numpy()
-    known = (runs[runs["seed"].notna()].set_index("seed")[metric] for runs in (ours, theirs))
-    both = pd.concat(known, axis=1, join="inner").to_numpy()
-    return both[:, 0], both[:, 1]
+    return ours[metric].to_numpy(), theirs[metric].to_numpy()
 
 
-def _intervals(ours: pd.DataFrame, baselines: Sequence[pd.DataFrame], metric: str) -> list[Interval]:
+def _intervals(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], metric: str) -> list[Interval]:
     """Bootstrap intervals over requests of the difference of the means over seeds; None where a run lacks them."""
-    own, found = _mean_per_request(ours, metric), [_mean_per_request(group, metric) for group in baselines]
-    differences = [
-        None if own is None or other is None or not own.index.equals(other.index) else (own - other).to_numpy()
-        for other in found
-    ]
+    groups = {tuple(group["folder"]): group for pair in pairs for group in pair}
+    means = {folders: _mean_per_request(group, metric) for folders, group in groups.items()}
+    differences = list[np.ndarray | None]()
+    for pair in pairs:
+        own, other = (means[tuple(group["folder"])] for group in pair)
+        if own is None or other is None or not own.index.equals(other.index):
+            differences.append(None)
+        else:
+            differences.append((own - other).to_numpy())
     known = [difference for difference in differences if difference is not None]
     made = iter(bootstrap_intervals(np.stack(known)) if known else [])
     return [(None if difference is None else next(made)) or (None, None) for difference in differences]
 
 
 def _mean_per_request(group: pd.DataFrame, metric: str) -> pd.Series | None:
-    """The metric's mean over the row's seeds by request_id; None unless all runs have the same requests."""
+    """The metric's mean over the runs by request_id; None unless there are runs, all with the same requests."""
     seeds: list[pd.Series] = []
     for folder in group["folder"]:
         ids, values = per_request(folder, "request_id"), per_request(folder, metric)
         if ids is None or values is None or (seeds and not np.array_equal(ids, seeds[0].index)):
             return None
         seeds.append(pd.Series(values, ids))
-    return sum(seeds[1:], seeds[0]) / len(seeds)
+    return sum(seeds[1:], seeds[0]) / len(seeds) if seeds else None
 
 
 def notes_of(records: Sequence[Mapping[Any, Any]], name: Callable[[str], str] = str) -> list[str]:

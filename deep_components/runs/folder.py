@@ -34,7 +34,7 @@ _SHARD, _HALF_SHARD = (
                                         r"\.training_state\.\d+\.\d+-of-\d+\.safetensors\..*\.tmp")
 )  # fmt: skip
 _CONFIG_FIELDS = {"setting": str, "data": str, "arguments": dict, "train_days": list}
-_OPTIONAL_CONFIG_FIELDS = {"data_checksums": dict, "init_from_checksums": dict}  # of earlier versions not there
+_OPTIONAL_CONFIG_FIELDS = {"data_checksums": dict, "init_from_checksums": dict, "init_from_days": dict}
 MAX_EMB_DIM, MAX_NN_UNITS = 1 << 16, 1 << 20
 _MAX_INTEGER = (1 << 63) - 1
 # Arguments of a training that evaluating or continuing it needs, and what they can be.
@@ -85,8 +85,11 @@ def _remove(run: Path, chosen: Callable[[str], bool]) -> None:
 
 
 def tested_folder(sweep: Path) -> Path:
-    """Where the settings that the sweep in this folder has chosen are tested."""
-    return sweep.absolute().with_name(f"{sweep.absolute().name}_test")
+    """Where the settings that the sweep in this folder has chosen are tested. InputError for a folder without name."""
+    folder = sweep.resolve() if sweep.name in ("", "..") else sweep.absolute()
+    if not folder.name:
+        raise InputError(f"--output_dir={sweep}: the folder of a sweep needs a name; name another one")
+    return folder.with_name(f"{folder.name}_test")
 
 
 def remove_state(run: Path) -> None:

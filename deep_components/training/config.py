@@ -4,7 +4,7 @@ import argparse
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from deep_components.errors import InputError
 from deep_components.files import as_json
 from deep_components.models import model_classes
 from deep_components.runs.code import training_code
+from deep_components.runs.folder import read_config_if_any
 from deep_components.runs.state import model_checksum
 
 
@@ -34,11 +35,14 @@ def run_config(
 ) -> dict[str, Any]:
     """All that makes a training this one (runs/identity.py), as config.json holds it.
 
-    InputError when --init_from lacks a model, or the validation day is one of the ``opened`` training days."""
+    InputError when --init_from lacks a model, or the validation day is one of the ``opened`` training days, or of those
+    of --init_from."""
     of_log = {"seq_len": args.seq_len or log.history_length, "time_zone": zone_of(log, args.time_zone)}
     held_out = [] if validation_day is None else [validation_day]
+    seen = _days_of(args.init_from)
     for day in held_out:
         _check_no_copy(day, opened)
+        check_not_seen(day, seen)
     parents = cascade.stage_names if args.init_from is not None else ()
     return as_json(
         {
@@ -56,7 +60,27 @@ def run_config(
             "code": training_code(args.loss_type, map(type, loss.modules()), model_classes(cascade), bool(held_out)),
         }
         | ({"validation_day": validation_day.day} if validation_day is not None else {})
+        | ({"init_from_days": seen} if seen else {})
     )
+
+
+def _days_of(parent: Path | None) -> dict[str, str]:
+    """Checksum -> name of the days that the models of --init_from have seen, their own --init_from's too; of models of
+    another program none is known."""
+    config = (read_config_if_any(parent) if parent is not None else None) or {}
+    arguments = config.get("arguments")
+    trained = not isinstance(arguments, dict) or arguments.get("epochs") != 0
+    own = config.get("data_checksums", {}) if trained else {}
+    return config.get("init_from_days", {}) | {str(checksum): str(day) for day, checksum in own.items()}
+
+
+def check_not_seen(day: DayCache, seen: Mapping[str, str]) -> None:
+    """InputError when a day that is to validate is one that the models of --init_from have ``seen``."""
+    if day.checksum in seen:
+        raise InputError(
+            f"day {day.day}, which validates, is one that the models of --init_from have seen ({seen[day.checksum]}); "
+            "name other days with --train_days, or other models"
+        )
 
 
 def _check_no_copy(validation_day: DayCache, opened: Sequence[DayCache]) -> None:

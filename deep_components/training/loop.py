@@ -516,7 +516,7 @@ def _finish(run: Run, position: Position, seconds: float) -> None:
             "best_joint_recall": run.best.recall,
             "best_step": run.best.step,
             "kept_step": run.best.step if run.keeps_best else position.step,
-            "stopped_early": run.is_exhausted,
+            "stopped_early": position.step < run.args.epochs * sum(run.steps),
         }
         logger.info(
             "validation day %s: best joint recall %.4f, after step %d of %d; kept are the models of step %d",

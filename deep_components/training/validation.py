@@ -19,7 +19,7 @@ from deep_components.dataset.columnar import DayCache
 from deep_components.distributed.sharding import fetch, routes
 from deep_components.distributed.spread import share_of
 from deep_components.errors import InputError
-from deep_components.evaluation.day import score_day, summary
+from deep_components.evaluation.day import requests_at_a_time, score_day, summary
 from deep_components.evaluation.share import ALONE, Share, requests_of
 from deep_components.runs.folder import STATE_FILE
 from deep_components.tables.id_set import IdSet
@@ -63,7 +63,7 @@ class Best:
 
 def own_requests(day: DayCache, share: Share) -> slice | None:
     """The requests of a validation day that this process scores; None: all."""
-    return None if share is ALONE else requests_of(share, len(day), BATCH_SIZE)
+    return None if share is ALONE else requests_of(share, len(day), requests_at_a_time(BATCH_SIZE, day))
 
 
 class Validated(NamedTuple):
@@ -90,7 +90,8 @@ class Validation:
         share = share_of(None if self.shards is None else self.shards.processes)
         with _only_looking(models, self.device):
             seen = self._views(stores, share)
-            scored = score_day(models, seen, self.day, BATCH_SIZE, self.device, share=share)
+            size = requests_at_a_time(BATCH_SIZE, self.day)
+            scored = score_day(models, seen, self.day, size, self.device, share=share)
             metrics, results = summary(self.cascade, scored, share)
         found = {name: results[name] for name in metrics if name != "request_id" and results[name] is not None}
         if self.shards is not None:  # what follows from them is the same on all, whatever their processors

@@ -18,7 +18,7 @@ from deep_components.experiments.execution import Options, Outcome, Slot, execut
 from deep_components.experiments.plan import Method, Run
 from deep_components.experiments.sweep import Trial, axis_of, trials_of
 from deep_components.files import read_json
-from tests.helpers import DAYS
+from tests.helpers import DAYS, train
 from tests.test_experiments_cascade import Here
 
 JOINT = "joint_recall@10@20"
@@ -202,6 +202,9 @@ REFUSED = {
     "--sampler=optuna --grid=tau=1...9 --methods=bce": "--tau is not an option of bce",
     "--sampler=tpe --grid=lr=0.1": "argument --sampler: invalid choice: 'tpe'",
     "--grid=lr=0.1 --streaming": "--streaming has no place in a sweep",
+    "--grid=lr=0.1 --test_seeds=3,-1": "argument --test_seeds: '3,-1' is not a list of whole numbers",
+    f"--grid=lr=0.1 --train_days={','.join(DAYS)}": f"--train_days names {DAYS[2]}, the day of the tests",
+    "--grid=lr=0.1 --output_dir=/": "--output_dir=/: the folder of a sweep needs a name",
     "--grid=lr=0.1 --test_seeds=3,x": "argument --test_seeds: '3,x' is not a list of whole numbers",
 }
 
@@ -214,6 +217,14 @@ def test_a_mistake_is_said_before_anything_is_made(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and REFUSED[words] in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_have_seen_the_validation_day_choose_nothing(
+    give: Sweep, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = train(log, tmp_path / "parent", f"--train_days={DAYS[1]}", *SMALL)
+    assert give("--methods=lcron", "--budget=1", "--grid=lr=0.1", f"--init_from={parent}") == (2, [])
+    assert f"day {DAYS[1]}, which validates, is one that the models of --init_from" in capsys.readouterr().err
 
 
 def test_a_folder_is_named(untested: Path) -> None:

@@ -29,6 +29,8 @@ def test_the_validation_day_is_the_last_training_day(log: Path) -> None:
     assert schedule(open_log(log), None, None, validation=True) == (Part(DAYS[:1], DAYS[1]),)
     with pytest.raises(InputError, match="--validation tests on the last training day"):
         schedule(open_log(log), None, DAYS[2], validation=True)
+    with pytest.raises(InputError, match=f"--train_days names {DAYS[2]}, the day of the tests"):
+        schedule(open_log(log), DAYS, None, validation=True)
     with pytest.raises(InputError, match="two training days or more"):
         schedule(open_log(log), [DAYS[0]], None, validation=True)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy import stats
 
 from deep_components.cli import run_command
 from deep_components.commands import table
-from deep_components.files import write_json
+from deep_components.files import read_json, write_json
 from deep_components.reporting.choices import choices_document, step_seconds
 from deep_components.reporting.tables import csv as as_csv
 from deep_components.reporting.tables import markdown
@@ -38,7 +39,7 @@ RECALLS: dict[str, dict[str, tuple[int, tuple[float, ...]]]] = {
 }
 
 
-def write_sweep(folder: Path, loss: str, tests: int = len(SEEDS), items: int = 0) -> Path:
+def write_sweep(folder: Path, loss: str, tests: int = len(SEEDS), items: int = 0, of_test: int = 0) -> Path:
     """A sweep's folder with sweep.json, and its choices' first ``tests`` tests beside it."""
     trials = []
     for operator, (chosen, recalls) in RECALLS[loss].items():
@@ -48,7 +49,7 @@ def write_sweep(folder: Path, loss: str, tests: int = len(SEEDS), items: int = 0
         if items:
             arguments["num_random_items"] = items
         for seed, recall in list(zip(SEEDS, recalls, strict=True))[:tests]:
-            results = {"loss_type": loss, "test_random_items": items}
+            results = {"loss_type": loss, "test_random_items": of_test}
             run = folder.with_name(f"{folder.name}_test") / name / f"seed{seed}"
             add_requests(write_run(run, recall, arguments, results, operator, seed=seed), np.full(REQUESTS, recall))
         trials += [
@@ -138,6 +139,45 @@ def test_an_interval_over_requests_that_holds_0_shows_nothing(study: Path) -> No
     assert row["verdict"] == "not shown"
 
 
+def test_a_test_that_is_missing_leaves_its_seed_out(study: Path) -> None:
+    """Difference, p and interval are of the seeds that both have, so that none of them points elsewhere."""
+    (missing,) = (study / "lcron_test").glob("lml*/seed33")
+    shutil.rmtree(missing)
+    (outlier,) = (study / "lcron_test").glob("neural_sort*/seed33")
+    metrics = read_json(outlier / "metrics.json")
+    write_json(outlier / "metrics.json", metrics | {"joint_recall@10@20": 0.99})
+    add_requests(outlier, np.full(REQUESTS, 0.99))
+    row = rows([study])["lcron", "lml"]
+    expected = np.mean(RECALLS["lcron"]["lml"][1][:3]) - np.mean(RECALLS["lcron"]["neural_sort"][1][:3])
+    for name in ("difference", "interval_low", "interval_high"):
+        assert float(row[name]) == pytest.approx(expected)
+    assert row["verdict"] == "higher"
+
+
+def test_a_method_that_is_not_there(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing else takes the place of the compared one."""
+    content = read_json(study / "lcron/sweep.json")
+    for trial in content["trials"]:
+        trial["method"] = {"neural_sort": "lcron"}.get(trial["method"], trial["method"])
+    write_json(study / "lcron/sweep.json", content)
+    for run in (study / "lcron_test").glob("neural_sort*/seed*"):
+        write_json(run / "run.json", read_json(run / "run.json") | {"name": "lcron"})
+    found = rows([study])
+    assert {row["p"] for (loss, _), row in found.items() if loss == "lcron"} == {""}
+    assert found["arf_v2", "lml"]["p"] != ""
+    assert run_command(table.main, [str(study), "--kind=choices", "--compare=neural_sort"]) == 0
+    assert "No row is called neural_sort" in capsys.readouterr().out
+    assert run_command(table.main, [str(study), "--kind=choices", "--compare=neuralsort"]) == 2
+    assert "--compare=neuralsort: no such method is tested; those that are: " in capsys.readouterr().err
+
+
+def test_two_paths_to_one_sweep_count_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(study.parent)
+    assert len(rows([study, Path(study.name)])) == len(rows([study]))
+    for key, row in rows([study, Path(study.name)]).items():
+        assert row["p_holm_all"] == rows([study])[key]["p_holm_all"]
+
+
 def test_values_at_the_end_of_the_grid_are_marked(study: Path) -> None:
     ends = {key: row["at_end"] for key, row in rows([study]).items()}
     assert ends["lcron", "neural_sort"] == ends["arf_v2", "lml"] == ""
@@ -160,8 +200,8 @@ def test_parts_that_are_not_done(tmp_path: Path) -> None:
 
 
 def test_seconds_of_a_step(tmp_path: Path) -> None:
-    """Of the same setting, loss, operator and number of random items."""
-    sweep = write_sweep(tmp_path / "lcron", "lcron", items=160)
+    """Of the same setting, loss, operator and number of random items in the training, whatever the test's."""
+    sweep = write_sweep(tmp_path / "lcron", "lcron", items=160, of_test=80)
     lengths = {"40": {"random_items": 0, "seconds": 0.25}, "200": {"random_items": 160, "seconds": 0.5}}
     files = [tmp_path / "two_stage.json", tmp_path / "three_stage.json"]
     for file, method in zip(files, ("lcron_lml", "lcron_dftopk"), strict=True):
@@ -171,7 +211,7 @@ def test_seconds_of_a_step(tmp_path: Path) -> None:
     found = {method: row["step_seconds"] for (_, method), row in rows([sweep], steps).items()}
     assert found == {"neural_sort": "", "lml": "0.5", "dftopk": ""}
     content = markdown(partial(choices_document, [sweep], "neural_sort", "paired", steps))
-    assert "random items: 160 in training, 160 in the test" in content and "| 500.0 |" in content
+    assert "random items: 160 in training, 80 in the test" in content and "| 500.0 |" in content
 
 
 DAMAGES: dict[str, dict[str, Any]] = {

@@ -15,11 +15,13 @@ from benchmarks.soak import results
 from deep_components import run_experiments, run_test, run_train, run_train2
 from deep_components.cli import run_command
 from deep_components.errors import InputError
+from deep_components.evaluation import day
 from deep_components.files import read_json
 from deep_components.runs.folder import STATE_FILE, best_folder
 from deep_components.runs.identity import first_difference
 from deep_components.runs.state import load_state
 from deep_components.training import loop as training
+from deep_components.training import validation
 from tests.helpers import (
     DAYS,
     REQUESTS_PER_DAY,
@@ -159,6 +161,49 @@ def test_early_stopping(log: Path, best: Path, tmp_path: Path) -> None:
     before = results(run)
     train(log, run, *flags, "--resume", "--epochs=4")
     assert results(run) == before
+
+
+@pytest.mark.parametrize(("epochs", "early"), [(1, False), (2, True)])
+def test_patience_that_ends_with_the_training_is_no_early_stop(
+    epochs: int, early: bool, log: Path, tmp_path: Path
+) -> None:
+    """The second validation, after the first pass, is as good as the first."""
+    flags = ("--batch_size=8", "--lr=1e-30", "--validate_every=3", "--patience=1", f"--epochs={epochs}")
+    run = train(log, tmp_path, *flags)
+    assert read_json(run / "training.json")["steps"] == STEPS
+    assert about(run)["stopped_early"] == early
+
+
+def test_a_day_that_the_models_of_init_from_have_seen(log: Path, tmp_path: Path) -> None:
+    """It validates nothing, and tests nothing without a word: neither the child's nor the grandchild's."""
+    parent = train(log, tmp_path / "parent", f"--train_days={HELD_OUT}")
+    with pytest.raises(
+        InputError, match=f"day {HELD_OUT}, which validates, is one that the models of --init_from have"
+    ):
+        train(log, tmp_path / "refused", f"--init_from={parent}", "--validate_every=2")
+    run = parent
+    for name, flags in (("child", (f"--train_days={TRAINED}",)), ("grandchild", ("--epochs=0",))):
+        run = train(log, tmp_path / name, f"--init_from={run}", *flags)
+        assert "have seen" in evaluate(log, run, f"--test_day={HELD_OUT}")["warning_test_day"]
+        assert "warning_test_day" not in evaluate(log, run, f"--test_day={DAYS[2]}")
+    untrained = train(log, tmp_path / "untrained", "--epochs=0")
+    train(log, tmp_path / "allowed", f"--init_from={untrained}", "--validate_every=2")
+
+
+def test_a_validation_of_long_lists_takes_few_requests_at_a_time(
+    log: Path, best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the evaluation does: activations of all items would fill the memory."""
+    monkeypatch.setattr(day, "_ITEMS_AT_A_TIME", 3 * 40)
+    sizes, whole = [], validation.score_day
+
+    def score_day(*arguments: Any, **options: Any) -> Any:
+        sizes.append(arguments[3])
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(validation, "score_day", score_day)
+    assert validations(train(log, tmp_path, *BEST)) == pytest.approx(validations(best))
+    assert set(sizes) == {3}
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged", "of another run"])
