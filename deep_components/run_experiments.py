@@ -50,7 +50,7 @@ def seed_list(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(seed_number(seed) for seed in text.split(",")))
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 0 on, as 30,31") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers as 30,31: {error}") from error
 
 
 def _at_least_one(text: str) -> int:

@@ -201,7 +201,7 @@ def _about(run: _Run, args: argparse.Namespace, day: DayCache) -> dict[str, Any]
     elif trained.epochs and day.day == config.get("validation_day"):
         about["warning_test_day"] = f"the run followed its metrics on {day.day}: these are no test numbers"
     elif seen := config.get("init_from_days", {}).get(day.checksum):
-        about["warning_test_day"] = f"the models of --init_from have seen {seen}: these are not test numbers"
+        about["warning_test_day"] = f"the models of --init_from were trained on {seen}: these are not test numbers"
     if "warning_test_day" in about:
         logger.warning("%s", about["warning_test_day"])
     return about

@@ -403,16 +403,16 @@ def _balancing_shift(distribution: _Distribution, x: Tensor, cut: _Cut) -> Tenso
     others = (x < 0).to(x.dtype)
     tied_best = cut.k - best.sum(dim=-1, keepdim=True)
     tied_others = (x == 0).sum(dim=-1, keepdim=True) - tied_best
-    none = x.new_zeros(len(x), 1)
-    best = torch.cat([best, tied_best, none], dim=-1)
-    others = torch.cat([others, none, tied_others], dim=-1)
+    zero = x.new_zeros(len(x), 1)
+    best = torch.cat([best, tied_best, zero], dim=-1)
+    others = torch.cat([others, zero, tied_others], dim=-1)
     nearest = distance.amin(dim=-1, keepdim=True)
     decay = (nearest - distance).clamp_(min=-_NEGLIGIBLE).exp_()  # e^(h-|x|)
     decay = torch.cat([cut.without_missing(decay), x.new_ones(len(x), 2)], dim=-1)
     decay_of_best = torch.where(best > 0, decay, 0)
     decay_of_others = decay - decay_of_best
     epsilon = (-nearest.clamp(max=_NEGLIGIBLE)).exp()
-    b = none
+    b = zero
     for _ in range(_NEWTON_STEPS):
         # Each side by itself: where k is near n one of them is thousands of times the other, and would swallow it.
         y = torch.addcmul((-b).exp() * decay_of_others, b.exp(), decay_of_best)
@@ -519,8 +519,9 @@ def end_to_end_cross_entropy(predicted: Sequence[Selection], target: Selection) 
     what was dropped before comes what survived until here and is dropped now. log eps stands for log 0, where no stage
     cuts a request.
     """
-    if all(stage.exact_logs for stage in predicted):
-        return _exact_end_to_end(predicted, target)
+    exact = [stage.exact_logs() for stage in predicted if stage.exact_logs]
+    if len(exact) == len(predicted):
+        return _exact_end_to_end(exact, target)
     survives, never_dropped = torch.ones_like(target.top), torch.ones_like(target.top)
     for stage in predicted:
         survives, never_dropped = survives * stage.top, never_dropped * (1 - stage.rest)
@@ -528,13 +529,13 @@ def end_to_end_cross_entropy(predicted: Sequence[Selection], target: Selection) 
     return -(survives + EPSILON).log() * target.top - (1 - never_dropped + EPSILON).log() * negative
 
 
-def _exact_end_to_end(predicted: Sequence[Selection], target: Selection) -> Tensor:
-    exact = [stage.exact_logs() for stage in predicted if stage.exact_logs]
-    log_survives, log_dropped = exact[0]
-    for log_top, log_rest in exact[1:]:
-        here, none = log_survives + log_rest, log_dropped == -torch.inf
-        # Of two -inf logaddexp has no gradient.
-        log_dropped = torch.where(none, here, torch.logaddexp(log_dropped.masked_fill(none, 0), here))
+def _exact_end_to_end(logs: Sequence[tuple[Tensor, Tensor]], target: Selection) -> Tensor:
+    """From log top and log rest of each stage."""
+    log_survives, log_dropped = logs[0]
+    for log_top, log_rest in logs[1:]:
+        here, none_dropped = log_survives + log_rest, log_dropped == -torch.inf
+        sums = torch.logaddexp(log_dropped.masked_fill(none_dropped, 0), here)  # its gradient at two -inf is NaN
+        log_dropped = torch.where(none_dropped, here, sums)
         log_survives = log_survives + log_top
     return -_finite(log_survives) * target.top - _finite(log_dropped) * (1 - target.top).clamp(0, 1)
 

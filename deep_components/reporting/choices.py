@@ -10,7 +10,7 @@ import pandas as pd
 from deep_components.errors import InputError
 from deep_components.files import read_bytes, read_json
 from deep_components.reporting.frame import ARGUMENT, read_runs
-from deep_components.reporting.results import OUR_METHOD, Results, build_results
+from deep_components.reporting.results import OUR_METHOD, Results, build_results, notes_of
 from deep_components.reporting.statistics import CONFIDENCE, RESAMPLES, SIGNIFICANCE, Test, holm
 from deep_components.reporting.tables import (
     NOTHING,
@@ -58,7 +58,8 @@ def choices_document(
     about = "settings chosen on the validation day, then tested; mean +- standard deviation over seeds; differences to "
     rule = (
         f"p: two-sided {TEST_NAMES[test]}, with Holm's correction over the comparisons of a table, and of all "
-        f"{count}. Interval: {CONFIDENCE:.0%} bootstrap over requests. Higher, lower: the last p is at most "
+        f"{count}.{' Paired are the seeds that both have.' if test == 'paired' else ''} Interval: {CONFIDENCE:.0%} "
+        "bootstrap over requests. Higher, lower: the last p is at most "
         f"{SIGNIFICANCE}, and the interval lacks 0.{END} marks the lowest or highest value tried."
     )
     notes = [rule, *_notes({name: said for name, (_, said) in found.items()})]
@@ -114,7 +115,9 @@ def _of_sweep(folder: Path, compare: str, test: Test, steps: Steps, any_code: bo
         return pd.DataFrame(), notes
     collected = read_runs(done)
     results = build_results(collected, compare, test, any_code, required=False)
-    notes += [*results.left_out.values(), *results.warnings, *results.remarks.below_without_column, *results.notes]
+    notes += [*results.left_out.values(), *results.warnings, *results.remarks.below_without_column]
+    shown = results.compared[results.compared["metric"] == results.headline].astype(object)
+    notes += notes_of(shown.where(shown.notna(), None).to_dict("records")) if results.ours else results.notes
     cells, rows = results.of(results.headline), []
     for run in results.runs.drop_duplicates("row").to_dict("records"):
         trial, cell = trials[run["folder"]], cells.loc[run["row"]]

@@ -88,7 +88,7 @@ def tested_folder(sweep: Path) -> Path:
     """Where the settings that the sweep in this folder has chosen are tested. InputError for a folder without name."""
     folder = sweep.resolve() if sweep.name in ("", "..") else sweep.absolute()
     if not folder.name:
-        raise InputError(f"--output_dir={sweep}: the folder of a sweep needs a name; name another one")
+        raise InputError(f"{sweep}: the folder of a sweep needs a name; give another one")
     return folder.with_name(f"{folder.name}_test")
 
 

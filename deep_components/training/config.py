@@ -65,21 +65,20 @@ def run_config(
 
 
 def _days_of(parent: Path | None) -> dict[str, str]:
-    """Checksum -> name of the days that the models of --init_from have seen, their own --init_from's too; of models of
-    another program none is known."""
+    """Checksum -> name of the days that the models of --init_from were trained on, and those of their own --init_from;
+    of models of another program, and of an earlier version's --init_from, none is known."""
     config = (read_config_if_any(parent) if parent is not None else None) or {}
-    arguments = config.get("arguments")
-    trained = not isinstance(arguments, dict) or arguments.get("epochs") != 0
-    own = config.get("data_checksums", {}) if trained else {}
+    own = {day: checksum for day, checksum in config.get("data_checksums", {}).items()
+           if day != config.get("validation_day")}  # fmt: skip
     return config.get("init_from_days", {}) | {str(checksum): str(day) for day, checksum in own.items()}
 
 
 def check_not_seen(day: DayCache, seen: Mapping[str, str]) -> None:
-    """InputError when a day that is to validate is one that the models of --init_from have ``seen``."""
+    """InputError when a day that is to validate is one that the models of --init_from were trained on, ``seen``."""
     if day.checksum in seen:
         raise InputError(
-            f"day {day.day}, which validates, is one that the models of --init_from have seen ({seen[day.checksum]}); "
-            "name other days with --train_days, or other models"
+            f"day {day.day}, which validates, is one that the models of --init_from were trained on "
+            f"({seen[day.checksum]}); name other days with --train_days, or other models"
         )
 
 

@@ -204,7 +204,7 @@ REFUSED = {
     "--grid=lr=0.1 --streaming": "--streaming has no place in a sweep",
     "--grid=lr=0.1 --test_seeds=3,-1": "argument --test_seeds: '3,-1' is not a list of whole numbers",
     f"--grid=lr=0.1 --train_days={','.join(DAYS)}": f"--train_days names {DAYS[2]}, the day of the tests",
-    "--grid=lr=0.1 --output_dir=/": "--output_dir=/: the folder of a sweep needs a name",
+    "--grid=lr=0.1 --output_dir=/": "/: the folder of a sweep needs a name",
     "--grid=lr=0.1 --test_seeds=3,x": "argument --test_seeds: '3,x' is not a list of whole numbers",
 }
 

@@ -154,6 +154,17 @@ def test_a_test_that_is_missing_leaves_its_seed_out(study: Path) -> None:
     assert row["verdict"] == "higher"
 
 
+def test_nothing_is_said_of_metrics_that_are_not_shown(study: Path) -> None:
+    """All values of the others are alike, so that there is no test of them."""
+    content = markdown(partial(choices_document, [study], "neural_sort", "paired", {}))
+    assert "No t-test" not in content
+    for run in (study / "lcron_test").glob("*/seed*"):
+        write_json(run / "metrics.json", read_json(run / "metrics.json") | {"joint_recall@10@20": 0.5})
+        add_requests(run, np.full(REQUESTS, 0.5))
+    content = markdown(partial(choices_document, [study], "neural_sort", "paired", {})).replace("\\", "")
+    assert "No t-test of some metrics against lml, dftopk: the values do not vary over seeds" in content
+
+
 def test_a_method_that_is_not_there(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing else takes the place of the compared one."""
     content = read_json(study / "lcron/sweep.json")

@@ -174,20 +174,20 @@ def test_patience_that_ends_with_the_training_is_no_early_stop(
     assert about(run)["stopped_early"] == early
 
 
-def test_a_day_that_the_models_of_init_from_have_seen(log: Path, tmp_path: Path) -> None:
+def test_a_day_that_the_models_of_init_from_were_trained_on(log: Path, tmp_path: Path) -> None:
     """It validates nothing, and tests nothing without a word: neither the child's nor the grandchild's."""
     parent = train(log, tmp_path / "parent", f"--train_days={HELD_OUT}")
     with pytest.raises(
-        InputError, match=f"day {HELD_OUT}, which validates, is one that the models of --init_from have"
+        InputError, match=f"day {HELD_OUT}, which validates, is one that the models of --init_from were"
     ):
         train(log, tmp_path / "refused", f"--init_from={parent}", "--validate_every=2")
     run = parent
     for name, flags in (("child", (f"--train_days={TRAINED}",)), ("grandchild", ("--epochs=0",))):
         run = train(log, tmp_path / name, f"--init_from={run}", *flags)
-        assert "have seen" in evaluate(log, run, f"--test_day={HELD_OUT}")["warning_test_day"]
+        assert "were trained on" in evaluate(log, run, f"--test_day={HELD_OUT}")["warning_test_day"]
         assert "warning_test_day" not in evaluate(log, run, f"--test_day={DAYS[2]}")
-    untrained = train(log, tmp_path / "untrained", "--epochs=0")
-    train(log, tmp_path / "allowed", f"--init_from={untrained}", "--validate_every=2")
+    followed = train(log, tmp_path / "followed", "--validate_every=2")  # as its children may
+    train(log, tmp_path / "allowed", f"--init_from={followed}", "--validate_every=2")
 
 
 def test_a_validation_of_long_lists_takes_few_requests_at_a_time(
