@@ -103,7 +103,8 @@ if [ -z "$log" ]; then
     log=$root/data
     if [ ! -d "$log/all_stage" ]; then
         log=$root/data/simulated simulated=(--batch_divisor=8)
-        simulate_log --setting=two_stage "${simulated[@]}" --method=lcron --loss_type=lcron -- --data_dir="$log"
+        simulate_log --setting=two_stage --train=deep_components.run_train2 --evaluate=deep_components.run_test2 \
+            "${simulated[@]}" --method=lcron --loss_type=lcron -- --data_dir="$log"
     fi
 fi
 name=$(realpath -m -- "$log")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from deep_components import run_experiments
 from deep_components.commands import sweep
 from deep_components.experiments.plan import Method, make_plan
 from deep_components.experiments.sweep import Axis, Trial, trials_of
@@ -133,6 +134,9 @@ def test_the_simulated_log(recorded: Recorded) -> None:
     assert len(recorded.calls("simulate")) == 1
     parts = [Part(call) for call in recorded.calls("sweep")]
     log = recorded.project / "data/simulated"
+    (check,) = recorded.calls("experiments")  # before the log is made
+    assert "--check" in check
+    run_experiments.main(check)  # the runner takes it
     assert [(part.args.data_dir, part.args.batch_divisor) for part in parts] == [(log, 8)] * 2
 
 
