@@ -64,10 +64,10 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     fi
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
     options=(--setting="$setting" --train="$train" --evaluate="$evaluate" --runs_dir="$root/runs" "${options[@]}")
-    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log "${options[@]}" -- "$@"; fi
+    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log experiments "${options[@]}" -- "$@"; fi
     list=$(mktemp) || exit 2 # its own message says why: TMPDIR names no folder, or a full disk
     trap "rm -f -- ${list@Q}" EXIT
-    "$PYTHON" -m deep_components experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
+    run_attached experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
     mapfile -d '' runs <"$list"
     if [ ${#runs[@]} -gt 0 ]; then
         "$PYTHON" -m deep_components table --kind="$table_kind" ${any_code:+"$any_code"} "${runs[@]}" || status=$?
@@ -75,7 +75,11 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     return "$status"
 }
 
-simulate_log() { # what the runner will be called with: a mistake in it is said first
+run_attached() { # a command of deep_components: it stops, and keeps what is done, when this script is killed
+    "$PYTHON" -m deep_components.experiments.attached $$ deep_components "$@"
+}
+
+simulate_log() { # the command that will be called, and its arguments: a mistake in them is said first
     printf '%s\n' \
         '***********************************************************************************************' \
         '** There is no data under data/, so this runs on a SIMULATED log (data/simulated).           **' \
@@ -86,7 +90,7 @@ simulate_log() { # what the runner will be called with: a mistake in it is said 
     (
         if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
         if [ ! -e "$root/data/simulated/others/origin.json" ]; then
-            "$PYTHON" -m deep_components experiments --check "$@"
+            "$PYTHON" -m deep_components "$1" --check "${@:2}"
             "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
         fi
     ) 9>"$root/data/.simulated.lock"

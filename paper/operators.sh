@@ -56,9 +56,9 @@ taus() { # LOSS OPERATOR: its default temperature when the study began, a fifth 
     esac
 }
 
-make_part() { # SETTING LIST LOSS
+state_part() { # SETTING LIST LOSS: its folder and the words of its sweep become `part` and `sweep`
     local setting=$1 items=$(($2 - 40)) loss=$3 stages=2 words=() grids=() operator tried
-    local part=$output/$name/$setting/random$items/$loss status=0
+    part=$output/$name/$setting/random$items/$loss
     if [ "$setting" = three_stage ]; then stages=3; fi
     for operator in ${operators//,/ }; do
         tried=$(taus "$loss" "$operator") || refuse "--operators: $operator is no selection operator"
@@ -67,10 +67,17 @@ make_part() { # SETTING LIST LOSS
         if [ "$loss" = lcron ]; then words+=(--label_ties=shared); fi # in three stages too, see docs/study.md
         if [ "$items" -gt 0 ]; then words+=(--num_random_items="$items"); fi
     done
-    "$PYTHON" -m deep_components sweep --setting="$setting" --train=deep_components.run_train$stages \
-        --evaluate=deep_components.run_test$stages "${simulated[@]}" --budget="$budget" --test_seeds="$seeds" \
-        --grid=lr=0.01,0.02,0.04 "${grids[@]}" "${words[@]}" -- --data_dir="$log" --output_dir="$part" \
-        --test_random_items="$items" "${users[@]}" || status=$?
+    sweep=(
+        --setting="$setting" --train=deep_components.run_train$stages --evaluate=deep_components.run_test$stages
+        "${simulated[@]}" --budget="$budget" --test_seeds="$seeds" --grid=lr=0.01,0.02,0.04 "${grids[@]}" "${words[@]}"
+        -- --data_dir="$log" --output_dir="$part" --test_random_items="$items" "${users[@]}"
+    )
+}
+
+make_part() { # SETTING LIST LOSS
+    local part sweep status=0
+    state_part "$@"
+    run_attached sweep "${sweep[@]}" || status=$?
     # A training that failed counts as tried, and the next part is made. A stop ends all, and so does a mistake in the
     # arguments; where the part was made before, its tables stand, and the exit code says that it was refused.
     if [ "$status" -ge 128 ] || { [ "$status" -ne 0 ] && [ ! -e "$part/sweep.json" ]; }; then exit "$status"; fi
@@ -103,12 +110,14 @@ if [ -z "$log" ]; then
     log=$root/data
     if [ ! -d "$log/all_stage" ]; then
         log=$root/data/simulated simulated=(--batch_divisor=8)
-        simulate_log --setting=two_stage --train=deep_components.run_train2 --evaluate=deep_components.run_test2 \
-            "${simulated[@]}" --method=lcron --loss_type=lcron -- --data_dir="$log"
     fi
 fi
 name=$(realpath -m -- "$log")
 name=${name##*/} failed=0
+if [ ${#simulated[@]} -gt 0 ]; then
+    state_part "${settings%%,*}" "${lists%%,*}" "${losses%%,*}" # all parts have the user's arguments
+    simulate_log sweep "${sweep[@]}"
+fi
 if [ -z "$tables" ]; then
     for list in ${lists//,/ }; do
         for setting in ${settings//,/ }; do

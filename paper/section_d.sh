@@ -7,5 +7,6 @@ for setting in two_stage three_stage; do
     UNTRAINED=no bash "$here/../run_all.sh" "$setting" \
         bce icc rankflow fs_ranknet fs_lambdaloss arf arf_v2 lcron --by_setting --table_kind=costs -- --seeds=30 "$@" ||
         status=$?
+    if [ "$status" -ge 128 ]; then exit "$status"; fi # stopped
 done
 exit "$status"

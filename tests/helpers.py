@@ -1,6 +1,8 @@
 """What the tests of training and evaluation share: a small log, and runs on it inside this process."""
 
 import json
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,3 +98,11 @@ def contents(run: Path, *names: str) -> dict[str, bytes]:
 def leftovers(folder: Path) -> list[Path]:
     """Temporary files that a command left behind."""
     return sorted(folder.rglob(".*.tmp"))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
+    """Until it holds; a busy machine may need long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

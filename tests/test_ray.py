@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from deep_components.experiments.execution import Options, Slot
 from deep_components.ray_cluster import ray_cluster
 from tests.dataset.importers import tables
 from tests.experiments.runs import fake_run, record
-from tests.helpers import SMALL, contents
+from tests.helpers import SMALL, contents, wait_for
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed (requirements-ray.txt)"
@@ -68,13 +67,6 @@ def environment(address: str) -> dict[str, str]:
     """For a command that joins the cluster, or one that starts its own where there is no address."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}  # whatever the user's own clusters have
     return {**os.environ, "RAY_ADDRESS": address, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(PROJECT)} | token
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def start(address: str, cwd: Path, *words: str) -> "subprocess.Popen[str]":

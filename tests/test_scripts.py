@@ -7,7 +7,9 @@ What the runner makes of its arguments is tested in test_run_experiments.py.
 import argparse
 import csv
 import os
+import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -20,18 +22,20 @@ import pytest
 
 from deep_components import run_experiments, run_train2, run_train3
 from deep_components.experiments.plan import Method
-from tests.helpers import DAYS, SMALL, config, same_parameters, small_log, train
+from tests.helpers import DAYS, SMALL, config, same_parameters, small_log, train, wait_for
 
 PROJECT = Path(__file__).parents[1]
 
-# Writes its arguments to $CALLS; fails when one of them is $FAIL_ON; passes the check of the packages. As the runner,
-# it names two finished runs, unless $NO_RUNS.
+# Writes its arguments to $CALLS; fails with $CODE when one of them is $FAIL_ON; passes the check of the packages, and
+# that of arguments to $CHECKS if that is an interpreter. As the runner, it names two finished runs, unless $NO_RUNS.
 RECORDER = """#!/usr/bin/env bash
 if [ "$1" = - ]; then cat >/dev/null; exit 0; fi
+if [ "$2" = deep_components.experiments.attached ]; then set -- -m "${@:4}"; fi
 { printf '%s\\x1f' "$@"; printf '\\x1e'; } >>"$CALLS"
+if [ "${CHECKS:-}" ] && [ "${4:-}" = --check ]; then exec "$CHECKS" "$@"; fi
 for argument in "$@"; do
     case $argument in --run_list=*) [ "${NO_RUNS:-}" ] || printf '%s\\0' 'run 1' 'run 2' >"${argument#*=}" ;; esac
-    if [ "$argument" = "${FAIL_ON:-}" ]; then echo "error: told to fail" >&2; exit 2; fi
+    if [ "$argument" = "${FAIL_ON:-}" ]; then echo "error: told to fail" >&2; exit "${CODE:-2}"; fi
 done
 case $3 in table) echo "the table" ;; esac
 """
@@ -334,6 +338,44 @@ def test_some_runs_fail(recorded: Recorded) -> None:
     """The finished ones make a table, and the script fails."""
     assert recorded.run("--data_dir=D", "--lr=abc", check=False, FAIL_ON="--lr=abc") == "the table\n"
     assert recorded.result.returncode == 2
+
+
+def test_the_table_of_both_settings_is_stopped_once(recorded: Recorded) -> None:
+    """Ctrl-C in its first setting does not begin the second one."""
+    arguments = ("--data_dir=D", "--lr=0.5")
+    recorded.run(*arguments, script="paper/section_d", check=False, FAIL_ON="--lr=0.5", CODE="130")
+    assert recorded.result.returncode == 130
+    assert len(recorded.calls("experiments")) == 1
+    recorded.run(*arguments, script="paper/section_d", check=False, FAIL_ON="--lr=0.5", CODE="1")
+    assert len(recorded.calls("experiments")) == 2
+
+
+SLEEPER = """import os, time
+from pathlib import Path
+
+Path("runner").write_text(str(os.getpid()))
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    Path("stopped").touch()
+"""
+
+
+@pytest.mark.parametrize("script", ["two_stage/lcron", "paper/table_8", "paper/operators"])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_the_runner_ends_with_its_script(script: str, ending: signal.Signals, recorded: Recorded) -> None:
+    """A script that is killed alone, not with its children as Ctrl-C does, leaves nothing that goes on training."""
+    (recorded.folder / "sleeper.py").write_text(SLEEPER)
+    attached = f'exec {shlex.quote(sys.executable)} "${{@:1:3}}" sleeper; fi'
+    passes = 'if [ "$1" = - ]; then cat >/dev/null; exit 0; fi'
+    check = f'{passes}; if [ "$2" = deep_components.experiments.attached ]; then {attached}'
+    python = executable(recorded.folder / "real", f"#!/usr/bin/env bash\n{check}\n")
+    env = environment(PYTHON=str(python), PYTHONPATH=f"{PROJECT}:{recorded.folder}")
+    command = ["bash", str(recorded.project / f"{script}.sh"), "--data_dir=D"]
+    with subprocess.Popen(command, cwd=recorded.folder, env=env, stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: (recorded.folder / "runner").exists() and (recorded.folder / "runner").read_text() != "")
+        process.send_signal(ending)
+    wait_for((recorded.folder / "stopped").exists)
 
 
 def test_all_runs_fail(recorded: Recorded) -> None:

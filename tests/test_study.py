@@ -1,17 +1,17 @@
 """paper/operators.sh: which trainings the study asks for, of which parts, and that all methods have the same budget."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from deep_components import run_experiments
 from deep_components.commands import sweep
 from deep_components.experiments.plan import Method, make_plan
 from deep_components.experiments.sweep import Axis, Trial, trials_of
 from deep_components.loss.selection import SELECTION_OPERATORS, TEMPERATURES
-from tests.test_scripts import Recorded
+from tests.test_scripts import PROJECT, Recorded
 
 SCRIPT = "paper/operators"
 RATES = ("0.01", "0.02", "0.04")
@@ -129,15 +129,22 @@ def test_a_part_of_the_study(recorded: Recorded) -> None:
 
 
 def test_the_simulated_log(recorded: Recorded) -> None:
-    recorded.run("--lists=40", "--losses=lcron", script=SCRIPT)
+    words = ("--lists=40", "--losses=lcron")
+    recorded.run(*words, script=SCRIPT, CHECKS=sys.executable, PYTHONPATH=str(PROJECT))
     assert "SIMULATED log" in recorded.result.stderr
     assert len(recorded.calls("simulate")) == 1
     parts = [Part(call) for call in recorded.calls("sweep")]
     log = recorded.project / "data/simulated"
-    (check,) = recorded.calls("experiments")  # before the log is made
-    assert "--check" in check
-    run_experiments.main(check)  # the runner takes it
+    check, *parts = parts
+    assert (check.args.check, check.args.data_dir, check.args.batch_divisor) == (True, log, 8)
     assert [(part.args.data_dir, part.args.batch_divisor) for part in parts] == [(log, 8)] * 2
+
+
+@pytest.mark.parametrize("mistake", ["--operators=foo", "--lrr=0.1", "--seeds=a"])
+def test_a_mistake_is_said_before_a_log_is_simulated(mistake: str, recorded: Recorded) -> None:
+    recorded.run(mistake, "--lists=40", script=SCRIPT, check=False, CHECKS=sys.executable, PYTHONPATH=str(PROJECT))
+    assert recorded.result.returncode == 2
+    assert recorded.calls("simulate") == recorded.calls("sweep")[1:] == []
 
 
 def test_only_the_tables(recorded: Recorded) -> None:

@@ -2,8 +2,8 @@
 
     python -m deep_components.experiments.attached PARENT MODULE [arguments]
 
-A runner that is killed outright cannot stop its commands; Linux then sends them SIGTERM. SIGTERM is an interruption
-here, as Ctrl-C is: what is being written is removed.
+A runner that is killed outright cannot stop its commands, nor can a script that is killed stop its runner; Linux then
+sends them SIGTERM. SIGTERM is an interruption here, as Ctrl-C is: what is being written is removed.
 """
 
 import ctypes

@@ -9,8 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from benchmarks.soak import results
 from deep_components.distributed.processes import Processes
 from deep_components.errors import EndedError
 from deep_components.runs.folder import STATE_FILE
-from tests.helpers import leftovers
+from tests.helpers import leftovers, wait_for
 
 PROJECT = Path(__file__).parents[2]
 SECONDS = 120.0  # after which a training hangs; what is promised is 30
@@ -125,13 +124,6 @@ def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dic
     training = server.train(run)
     assert training.code == 0, training.said()
     return results(run)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def resumes_to(expected: dict[str, Any], server: Server, run: Path) -> None:

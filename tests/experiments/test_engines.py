@@ -3,8 +3,7 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from deep_components.experiments.engines import run_locally, run_on_ray, slots
 from deep_components.experiments.execution import Options, Outcome, Slot
 from deep_components.experiments.plan import Run
 from tests.experiments.runs import calls, fake_run, record
+from tests.helpers import wait_for
 
 PROJECT = Path(__file__).parents[2]
 
@@ -21,13 +21,6 @@ PROJECT = Path(__file__).parents[2]
 def ended(engine: Iterator[list[Outcome]]) -> dict[int, str]:
     """How the run of each seed ended."""
     return {outcome.run.seed: outcome.status for outcomes in engine for outcome in outcomes}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_one_run_at_a_time_is_left_alone() -> None:
