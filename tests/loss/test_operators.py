@@ -95,9 +95,7 @@ def test_losses_equal_the_original(
     golden: Path, case: str, name: str, tau: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = golden_file(golden / "topk.npz")
-    if (
-        name == "lapsum"
-    ):  # the original adds 1e-6 inside its logarithms, which is what a Selection without exact ones has
+    if name == "lapsum":  # the original adds 1e-6 inside its logarithms, as a Selection without exact ones does
         monkeypatch.setitem(SELECTION_OPERATORS, name, without_exact_logs(SELECTION_OPERATORS[name]))
     labels = torch.from_numpy(file[f"{case}/labels"])
     scores = {stage: torch.from_numpy(file[f"{case}/logits/{stage}"]) for stage in ("retrieval", "rank")}
