@@ -26,6 +26,7 @@ from deep_components.runs.folder import METRICS_FILE, SWEEP_FILE, tested_folder
 
 END = " (end)"  # after a chosen value that is the lowest or highest of those tried
 
+_P_VALUES = ("p", "p_holm", "p_holm_all", "p_requests_holm_all")  # as the table shows them
 _MAX_STEPS_FILE = 1 << 20  # bytes
 
 Steps = Mapping[tuple[str, str, int], float]  # setting, loss_operator, random items -> seconds
@@ -36,8 +37,8 @@ def choices_document(
 ) -> Document:
     """The tested choices of all sweeps at any depth in ``paths``, each method against ``compare``.
 
-    ``p_holm`` is corrected over the comparisons of a sweep, ``p_holm_all`` over those of all sweeps of the document.
-    ``verdict`` is "higher" or "lower" where p_holm_all is at most 0.05 and the interval over requests lacks 0.
+    ``p_holm`` is corrected over the comparisons of a sweep, ``p_holm_all`` and ``p_requests_holm_all`` over those of
+    all sweeps of the document. ``verdict`` is "higher" or "lower" where the last two are at most 0.05.
 
     InputError when no sweep is there, none has a tested choice or one of ``compare``, or one's file is damaged.
     """
@@ -52,15 +53,17 @@ def choices_document(
         named = ", ".join(data["method"].unique())
         raise InputError(f"--compare={asked}: no such method is tested; those that are: {named}")
     tested = data["p"].notna()
-    data["p_holm_all"] = pd.Series(holm(data.loc[tested, "p"].tolist()), data.index[tested], dtype="float64")
+    for name in ("p", "p_requests"):
+        known = data.loc[data[name].notna(), name]
+        data[f"{name}_holm_all"] = pd.Series(holm(known.tolist()), known.index, dtype="float64")
     data["verdict"] = [_verdict(row) for row in data.to_dict("records")]
     count = int(tested.sum())
     about = "settings chosen on the validation day, then tested; mean +- standard deviation over seeds; differences to "
     rule = (
         f"p: two-sided {TEST_NAMES[test]}, with Holm's correction over the comparisons of a table, and of all "
-        f"{count}.{' Paired are the seeds that both have.' if test == 'paired' else ''} Interval: {CONFIDENCE:.0%} "
-        "bootstrap over requests. Higher, lower: the last p is at most "
-        f"{SIGNIFICANCE}, and the interval lacks 0.{END} marks the lowest or highest value tried."
+        f"{count}.{' Paired are the seeds that both have.' if test == 'paired' else ''} Requests: a t-test paired by "
+        f"request, with the same correction of all. Interval: {CONFIDENCE:.0%} bootstrap over requests. Higher, lower: "
+        f"the last two p are at most {SIGNIFICANCE}.{END} marks the lowest or highest value tried."
     )
     notes = [rule, *_notes({name: said for name, (_, said) in found.items()})]
     more = {"compare": compare, "test": TEST_NAMES[test], "resamples": RESAMPLES, "comparisons": count}
@@ -180,7 +183,7 @@ def _at_end(value: str, tried: Sequence[str]) -> bool:
 
 def _difference(cell: pd.Series) -> dict[str, Any]:
     """The cell's numbers, with the difference of this method minus the compared one."""
-    return {name: cell[name] for name in ("mean", "std", "seeds", "p", "p_holm")} | {
+    return {name: cell[name] for name in ("mean", "std", "seeds", "p", "p_holm", "p_requests")} | {
         "difference": -cell["difference"],
         "interval_low": -cell["interval_high"],
         "interval_high": -cell["interval_low"],
@@ -189,9 +192,9 @@ def _difference(cell: pd.Series) -> dict[str, Any]:
 
 
 def _verdict(row: Mapping[Any, Any]) -> str:
-    if pd.isna(row["p"]) or pd.isna(row["interval_low"]):
+    if pd.isna(row["p"]) or pd.isna(row["p_requests"]):
         return ""
-    if row["p_holm_all"] > SIGNIFICANCE or row["interval_low"] <= 0 <= row["interval_high"]:
+    if max(row["p_holm_all"], row["p_requests_holm_all"]) > SIGNIFICANCE:
         return "not shown"
     return "higher" if row["difference"] > 0 else "lower"
 
@@ -211,13 +214,20 @@ def _table(group: pd.DataFrame, style: Style) -> Table:
         low, high = (fixed(row[f"interval_{end}"], "+") for end in ("low", "high"))
         words = [*values, mean_and_std(row, style.plus_minus), fixed(row["difference"], "+")]
         words += [NOTHING if NOTHING in (low, high) else f"[{low}, {high}]"]
-        words += [NOTHING if pd.isna(row[name]) else p_value(row[name]) for name in ("p", "p_holm", "p_holm_all")]
+        words += [NOTHING if pd.isna(row[name]) else p_value(row[name]) for name in _P_VALUES]
         words += [row["verdict"] or NOTHING, str(row["seeds"])]
         words += ([NOTHING if pd.isna(row["step_seconds"]) else f"{1000 * row['step_seconds']:.1f}"]) if timed else []
         rows.append([style.name(row["method"]), *map(style.escape, words)])
     names = [name.removeprefix("chosen.") for name in options]
     header = [*names, *style.columns([first["metric"]]), "difference", f"{CONFIDENCE:.0%} interval", "p"]
-    header += ["p (Holm)", "p (Holm, all)", "verdict", "seeds", *(["ms a step"] if timed else [])]
+    header += [
+        "p (Holm)",
+        "p (Holm, all)",
+        "requests (Holm, all)",
+        "verdict",
+        "seeds",
+        *(["ms a step"] if timed else []),
+    ]
     losses, in_training = (", ".join(map(str, group[name].unique())) for name in ("loss", "num_random_items"))
     title = (
         f"{first['setting']}, data: {first['data']}, {losses}, random items: {in_training} in training, "

@@ -11,22 +11,28 @@ from deep_components.errors import InputError
 from deep_components.reporting.frame import Collected, arguments_of, comparable_rows, per_request
 from deep_components.reporting.paper import follows_protocol, paper_number
 from deep_components.reporting.remarks import Remarks, remarks_of
-from deep_components.reporting.statistics import SIGNIFICANCE, Test, bootstrap_intervals, holm, t_test
+from deep_components.reporting.statistics import (
+    SIGNIFICANCE,
+    Test,
+    bootstrap_intervals,
+    holm,
+    t_test,
+    t_test_over_requests,
+)
 
 OUR_METHOD = "lcron"
 DECIMALS = 4  # of the paper's tables
 
-Interval = tuple[float, float] | tuple[None, None]
 
 _TITLES = {"ndcg": "NDCG", "tau": "tau"}
 _NUMBERS = [
     *("mean", "std", "paper_mean", "paper_std", "difference_to_paper"),
-    *("difference", "interval_low", "interval_high", "p", "p_holm"),
+    *("difference", "interval_low", "interval_high", "p_requests", "p", "p_holm"),
 ]
 _COLUMNS = [
     *("method", "untrained", "metric", "mean", "std", "seeds", "best"),
     *("paper_mean", "paper_std", "paper_table", "difference_to_paper"),
-    *("ours", "difference", "interval_low", "interval_high", "p", "p_holm", "ours_is", "no_test"),
+    *("ours", "difference", "interval_low", "interval_high", "p_requests", "p", "p_holm", "ours_is", "no_test"),
 ]
 
 
@@ -47,8 +53,9 @@ class Results:
             a value), ``std`` (sample standard deviation over ``seeds`` runs), ``best``, ``paper_mean``, ``paper_std``,
             ``paper_table``, ``difference_to_paper``; and, where our method was compared with this one: ``ours`` (its
             name), ``difference`` (our mean minus this one's), ``interval_low`` and ``interval_high`` (bootstrap over
-            requests), ``p`` and ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric),
-            ``ours_is`` (better, worse, no difference shown, not tested) and ``no_test`` (why there is no p).
+            requests), ``p_requests`` (t-test over requests of the means over seeds, not corrected), ``p`` and
+            ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric), ``ours_is`` (better,
+            worse, no difference shown, not tested) and ``no_test`` (why there is no p).
         ours: the row that is compared with the others; None when there is none.
         remarks: which code the rows ran, and what else a reader must know of them.
     """
@@ -176,15 +183,14 @@ def _compare(trained: dict[str, pd.DataFrame], ours: str, metric: str, test: Tes
     """A record per baseline: ours against it in a metric; Holm's correction runs over the baselines."""
     baselines = {name: group for name, group in trained.items() if name != ours}
     pairs = [_compared(trained[ours], group, test) for group in baselines.values()]
-    intervals = _intervals(pairs, metric)
     records = []
-    for name, pair, (low, high) in zip(baselines, pairs, intervals, strict=True):
+    for name, pair, over_requests in zip(baselines, pairs, _over_requests(pairs, metric), strict=True):
         a, b = _samples(*pair, metric)
         p, reason = t_test(a, b, test), "the values do not vary over seeds"
         if min(len(a), len(b)) < 2:
             reason = f"fewer than two {'common ' if test == 'paired' else ''}seeds with a value"
         record: dict[str, Any] = {"method": name, "metric": metric, "ours": ours, "p": p}
-        record |= {"no_test": reason if p is None else None, "interval_low": low, "interval_high": high}
+        record |= {"no_test": reason if p is None else None, **over_requests}
         records.append(record | {"difference": float(a.mean() - b.mean()) if len(a) and len(b) else None})
     adjusted = iter(holm([record["p"] for record in records if record["p"] is not None]))
     for record in records:
@@ -216,8 +222,9 @@ def _samples(ours: pd.DataFrame, theirs: pd.DataFrame, metric: str) -> tuple[np.
     return ours[metric].to_numpy(), theirs[metric].to_numpy()
 
 
-def _intervals(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], metric: str) -> list[Interval]:
-    """Bootstrap intervals over requests of the difference of the means over seeds; None where a run lacks them."""
+def _over_requests(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], metric: str) -> list[dict[str, float | None]]:
+    """What requests say of the difference of the means over seeds: bootstrap interval and t-test; None where a run
+    lacks them."""
     groups = {tuple(group["folder"]): group for pair in pairs for group in pair}
     means = {folders: _mean_per_request(group, metric) for folders, group in groups.items()}
     differences = list[np.ndarray | None]()
@@ -229,7 +236,12 @@ def _intervals(pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]], metric: str) 
             differences.append((own - other).to_numpy())
     known = [difference for difference in differences if difference is not None]
     made = iter(bootstrap_intervals(np.stack(known)) if known else [])
-    return [(None if difference is None else next(made)) or (None, None) for difference in differences]
+    found = list[dict[str, float | None]]()
+    for difference in differences:
+        low, high = (None if difference is None else next(made)) or (None, None)
+        p = None if difference is None else t_test_over_requests(difference)
+        found.append({"interval_low": low, "interval_high": high, "p_requests": p})
+    return found
 
 
 def _mean_per_request(group: pd.DataFrame, metric: str) -> pd.Series | None:

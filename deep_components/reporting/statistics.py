@@ -1,4 +1,5 @@
-"""Whether two methods differ: a t-test over seeds, Holm's correction, and a bootstrap interval over requests."""
+"""Whether two methods differ: t-tests over seeds and over requests, Holm's correction, and a bootstrap interval over
+requests."""
 
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,25 @@ def t_test(ours: ArrayLike, theirs: ArrayLike, test: Test = "welch") -> float | 
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
         result = stats.ttest_rel(a, b) if test == "paired" else stats.ttest_ind(a, b, equal_var=False)
     return float(result.pvalue)
+
+
+def t_test_over_requests(differences: ArrayLike) -> float | None:
+    """Two-sided p-value of the hypothesis that a difference is 0 in the mean over requests, of which the log's are a
+    sample: a t-test paired by request.
+
+    Args:
+        differences: [R], a request's value of one method minus that of the other; NaN where it has none.
+
+    Returns:
+        None for fewer than two requests. Differences that vary by rounding alone leave no doubt: 0, or 1 where they
+        are 0.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return None
+    p = t_test(values, np.zeros_like(values), "paired")
+    return p if p is not None else float(not values.any())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

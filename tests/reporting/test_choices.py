@@ -126,16 +126,40 @@ def test_sweeps_of_several_folders_are_corrected_together(tmp_path: Path) -> Non
         )
 
 
-def test_an_interval_over_requests_that_holds_0_shows_nothing(study: Path) -> None:
+def vary_over_requests(study: Path, loss: str, method: str, spread: float) -> float:
+    """The requests of a method's runs differ, with the same mean; the p-value of its difference over requests."""
+    noise = np.random.default_rng(0).normal(size=REQUESTS)
+    noise -= noise.mean()
+    for run in (study / f"{loss}_test").glob(f"{method}_*/seed*"):
+        add_requests(run, read_json(run / "metrics.json")["joint_recall@10@20"] + spread * noise)
+    means = {name: np.mean(recalls) for name, (_, recalls) in RECALLS[loss].items()}
+    return float(stats.ttest_1samp(means[method] - means["neural_sort"] + spread * noise, 0).pvalue)
+
+
+def test_requests_that_show_nothing(study: Path) -> None:
     """The seeds alone would show a difference."""
     assert rows([study])["lcron", "lml"]["verdict"] == "higher"
-    generator = np.random.default_rng(0)
-    for run in (study / "lcron_test").glob("lml*/seed*"):
-        noise = generator.normal(size=REQUESTS)
-        recall = json.loads((run / "metrics.json").read_text())["joint_recall@10@20"]
-        add_requests(run, recall + 10 * (noise - noise.mean()))
+    p = vary_over_requests(study, "lcron", "lml", 10)
     row = rows([study])["lcron", "lml"]
+    assert float(row["p_requests"]) == pytest.approx(p) and p > 0.05
     assert float(row["p_holm_all"]) < 0.05 and float(row["interval_low"]) < 0 < float(row["interval_high"])
+    assert row["verdict"] == "not shown"
+
+
+def test_requests_are_corrected_over_all_comparisons(study: Path) -> None:
+    """They would show a difference, were it the only one that is asked for."""
+    p_values = {
+        ("lcron", "lml"): vary_over_requests(study, "lcron", "lml", 0.32),
+        ("lcron", "dftopk"): vary_over_requests(study, "lcron", "dftopk", 100),
+        ("arf_v2", "lml"): vary_over_requests(study, "arf_v2", "lml", 100),
+    }
+    found = rows([study])
+    for key, adjusted in step_down(p_values).items():
+        assert float(found[key]["p_requests"]) == pytest.approx(p_values[key])
+        assert float(found[key]["p_requests_holm_all"]) == pytest.approx(adjusted)
+    row = found["lcron", "lml"]
+    assert float(row["p_holm_all"]) < 0.05 and float(row["interval_low"]) > 0
+    assert float(row["p_requests"]) < 0.05 < float(row["p_requests_holm_all"])
     assert row["verdict"] == "not shown"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from deep_components.reporting import statistics
-from deep_components.reporting.statistics import bootstrap_intervals, holm, t_test
+from deep_components.reporting.statistics import bootstrap_intervals, holm, t_test, t_test_over_requests
 
 A, B = (0.8732, 0.8735, 0.8729, 0.8741, 0.8728), (0.8678, 0.8690, 0.8671, 0.8685, 0.8669)
 
@@ -97,6 +97,25 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]
         adjusted = holm(p_values)
         assert {index for index, p in enumerate(adjusted) if p <= level} == rejected
         assert all(p <= corrected <= 1 for p, corrected in zip(p_values, adjusted, strict=True))
+
+
+def test_over_requests_by_hand() -> None:
+    """t = mean / (standard deviation / sqrt(R)), over the requests that have a value."""
+    values = np.random.default_rng(7).normal(0.1, 1, size=300)
+    t = values.mean() / (values.std(ddof=1) / math.sqrt(300))
+    expected = two_sided_p(t, 299)
+    assert 0.001 < expected < 0.9
+    assert t_test_over_requests(values) == pytest.approx(expected)
+    assert t_test_over_requests(-values) == pytest.approx(expected)
+    assert t_test_over_requests([*values, math.nan]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.1] * 50, 0.0), ([-0.1] * 50, 0.0), ([0.0] * 50, 1.0), ([0.1], None), ([0.1, math.nan], None), ([], None)],
+)
+def test_over_requests_that_do_not_vary(values: list[float], expected: float | None) -> None:
+    assert t_test_over_requests(values) == expected
 
 
 def test_the_interval_is_that_of_a_bootstrap_by_hand() -> None:
