@@ -64,19 +64,20 @@ run_plan() { # [the runner's options] --method=NAME hyper-parameters [--method=.
     fi
     if [ "${UNTRAINED:-yes}" != yes ]; then options=(--no-untrained "${options[@]}"); fi
     options=(--setting="$setting" --train="$train" --evaluate="$evaluate" --runs_dir="$root/runs" "${options[@]}")
-    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log experiments "${options[@]}" -- "$@"; fi
+    if [ "$data_dir" = "$root/data/simulated" ]; then simulate_log experiments "${options[@]}" -- "$@" || return; fi
     list=$(mktemp) || exit 2 # its own message says why: TMPDIR names no folder, or a full disk
     trap "rm -f -- ${list@Q}" EXIT
-    run_attached experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
+    run_attached deep_components experiments --run_list="$list" "${options[@]}" -- "$@" || status=$?
     mapfile -d '' runs <"$list"
+    rm -f -- "$list"
     if [ ${#runs[@]} -gt 0 ]; then
         "$PYTHON" -m deep_components table --kind="$table_kind" ${any_code:+"$any_code"} "${runs[@]}" || status=$?
     fi
     return "$status"
 }
 
-run_attached() { # a command of deep_components: it stops, and keeps what is done, when this script is killed
-    "$PYTHON" -m deep_components.experiments.attached $$ deep_components "$@"
+run_attached() { # a module and its arguments: it stops, and keeps what is done, when this script is killed
+    "$PYTHON" -m deep_components.experiments.attached "$BASHPID" "$@"
 }
 
 simulate_log() { # the command that will be called, and its arguments: a mistake in them is said first
@@ -86,12 +87,12 @@ simulate_log() { # the command that will be called, and its arguments: a mistake
         '** It shows that everything works; its numbers say nothing about a real recommender.         **' \
         '** For real data see data/README.md.                                                         **' \
         '***********************************************************************************************' >&2
-    mkdir -p "$root/data"
+    mkdir -p "$root/data" || return
     (
         if command -v flock >/dev/null; then flock 9; fi # a second script started meanwhile waits here
         if [ ! -e "$root/data/simulated/others/origin.json" ]; then
-            "$PYTHON" -m deep_components "$1" --check "${@:2}"
-            "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
+            "$PYTHON" -m deep_components "$1" --check "${@:2}" &&
+                "$PYTHON" -m deep_components simulate --output_dir="$root/data/simulated"
         fi
     ) 9>"$root/data/.simulated.lock"
 }

@@ -77,7 +77,7 @@ state_part() { # SETTING LIST LOSS: its folder and the words of its sweep become
 make_part() { # SETTING LIST LOSS
     local part sweep status=0
     state_part "$@"
-    run_attached sweep "${sweep[@]}" || status=$?
+    run_attached deep_components sweep "${sweep[@]}" || status=$?
     # A training that failed counts as tried, and the next part is made. A stop ends all, and so does a mistake in the
     # arguments; where the part was made before, its tables stand, and the exit code says that it was refused.
     if [ "$status" -ge 128 ] || { [ "$status" -ne 0 ] && [ ! -e "$part/sweep.json" ]; }; then exit "$status"; fi
@@ -91,7 +91,7 @@ measure_steps() { # SETTING
     for loss in ${losses//,/ }; do
         for operator in ${operators//,/ }; do methods+=("${loss}_$operator"); done
     done
-    "$PYTHON" -m benchmarks.long_lists --setting="$1" --items="$(IFS=,; echo "${lengths[*]}")" --steps=30 --device=cpu \
+    run_attached benchmarks.long_lists --setting="$1" --items="$(IFS=,; echo "${lengths[*]}")" --steps=30 --device=cpu \
         --methods="$(IFS=,; echo "${methods[*]}")" --output="$output/steps_$1.json" >/dev/null
 }
 
@@ -115,7 +115,10 @@ fi
 name=$(realpath -m -- "$log")
 name=${name##*/} failed=0
 if [ ${#simulated[@]} -gt 0 ]; then
-    state_part "${settings%%,*}" "${lists%%,*}" "${losses%%,*}" # all parts have the user's arguments
+    read -r setting _ <<<"${settings//,/ }"
+    read -r list _ <<<"${lists//,/ }"
+    read -r loss _ <<<"${losses//,/ }"
+    state_part "$setting" "$list" "$loss" # all parts have the user's arguments
     simulate_log sweep "${sweep[@]}"
 fi
 if [ -z "$tables" ]; then

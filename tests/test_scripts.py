@@ -353,15 +353,15 @@ def test_the_table_of_both_settings_is_stopped_once(recorded: Recorded) -> None:
 SLEEPER = """import os, time
 from pathlib import Path
 
-Path("runner").write_text(str(os.getpid()))
 try:
+    Path("runner").write_text(str(os.getpid()))
     time.sleep(600)
 except KeyboardInterrupt:
     Path("stopped").touch()
 """
 
 
-@pytest.mark.parametrize("script", ["two_stage/lcron", "paper/table_8", "paper/operators"])
+@pytest.mark.parametrize("script", ["two_stage/lcron", "paper/section_d", "paper/operators"])
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
 def test_the_runner_ends_with_its_script(script: str, ending: signal.Signals, recorded: Recorded) -> None:
     """A script that is killed alone, not with its children as Ctrl-C does, leaves nothing that goes on training."""

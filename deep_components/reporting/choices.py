@@ -52,21 +52,23 @@ def choices_document(
     if asked and asked not in set(data["method"]):
         named = ", ".join(data["method"].unique())
         raise InputError(f"--compare={asked}: no such method is tested; those that are: {named}")
-    tested = data["p"].notna()
+    counts = dict[str, int]()
     for name in ("p", "p_requests"):
-        known = data.loc[data[name].notna(), name]
+        known = data[name].dropna()
         data[f"{name}_holm_all"] = pd.Series(holm(known.tolist()), known.index, dtype="float64")
+        counts[name] = len(known)
     data["verdict"] = [_verdict(row) for row in data.to_dict("records")]
-    count = int(tested.sum())
     about = "settings chosen on the validation day, then tested; mean +- standard deviation over seeds; differences to "
+    pairs = " Paired are the seeds that both have." if test == "paired" else ""
     rule = (
         f"p: two-sided {TEST_NAMES[test]}, with Holm's correction over the comparisons of a table, and of all "
-        f"{count}.{' Paired are the seeds that both have.' if test == 'paired' else ''} Requests: a t-test paired by "
-        f"request, with the same correction of all. Interval: {CONFIDENCE:.0%} bootstrap over requests. Higher, lower: "
-        f"the last two p are at most {SIGNIFICANCE}.{END} marks the lowest or highest value tried."
+        f"{counts['p']}.{pairs} Requests: a t-test paired by request, with Holm's correction over all "
+        f"{counts['p_requests']}. Interval: {CONFIDENCE:.0%} bootstrap over requests. Higher, lower: the last two p "
+        f"are at most {SIGNIFICANCE}.{END} marks the lowest or highest value tried."
     )
     notes = [rule, *_notes({name: said for name, (_, said) in found.items()})]
-    more = {"compare": compare, "test": TEST_NAMES[test], "resamples": RESAMPLES, "comparisons": count}
+    more = {"compare": compare, "test": TEST_NAMES[test], "resamples": RESAMPLES, "comparisons": counts["p"]}
+    more["comparisons_over_requests"] = counts["p_requests"]
     shown = [_table(rows, style) for _, rows in data.groupby("sweep", sort=False)]
     return Document([style.escape(about + compare)], shown, [*map(style.escape, notes)], data, more)
 

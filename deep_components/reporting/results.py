@@ -23,16 +23,15 @@ from deep_components.reporting.statistics import (
 OUR_METHOD = "lcron"
 DECIMALS = 4  # of the paper's tables
 
-
 _TITLES = {"ndcg": "NDCG", "tau": "tau"}
 _NUMBERS = [
     *("mean", "std", "paper_mean", "paper_std", "difference_to_paper"),
-    *("difference", "interval_low", "interval_high", "p_requests", "p", "p_holm"),
+    *("difference", "interval_low", "interval_high", "p", "p_holm", "p_requests"),
 ]
 _COLUMNS = [
     *("method", "untrained", "metric", "mean", "std", "seeds", "best"),
     *("paper_mean", "paper_std", "paper_table", "difference_to_paper"),
-    *("ours", "difference", "interval_low", "interval_high", "p_requests", "p", "p_holm", "ours_is", "no_test"),
+    *("ours", "difference", "interval_low", "interval_high", "p", "p_holm", "p_requests", "ours_is", "no_test"),
 ]
 
 
@@ -53,9 +52,9 @@ class Results:
             a value), ``std`` (sample standard deviation over ``seeds`` runs), ``best``, ``paper_mean``, ``paper_std``,
             ``paper_table``, ``difference_to_paper``; and, where our method was compared with this one: ``ours`` (its
             name), ``difference`` (our mean minus this one's), ``interval_low`` and ``interval_high`` (bootstrap over
-            requests), ``p_requests`` (t-test over requests of the means over seeds, not corrected), ``p`` and
-            ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric), ``ours_is`` (better,
-            worse, no difference shown, not tested) and ``no_test`` (why there is no p).
+            requests), ``p`` and ``p_holm`` (t-test over seeds, the second corrected over all baselines of the metric),
+            ``p_requests`` (t-test over requests of the means over seeds, not corrected), ``ours_is`` (better, worse, no
+            difference shown, not tested) and ``no_test`` (why there is no p).
         ours: the row that is compared with the others; None when there is none.
         remarks: which code the rows ran, and what else a reader must know of them.
     """

@@ -213,6 +213,7 @@ def _more(results: Results) -> dict[str, Any]:
         "ours": results.ours,
         "test": f"two-sided {TEST_NAMES[results.test]}, Holm's correction over the baselines of a metric",
         "interval": f"{CONFIDENCE:.0%} percentile bootstrap over requests, paired, {RESAMPLES} resamples",
+        "test_over_requests": "p_requests: two-sided t-test paired by request, of the means over seeds, not corrected",
         "warnings": results.warnings,
         "notes": [*results.notes, *results.remarks.lines],
         "left_out": results.left_out,

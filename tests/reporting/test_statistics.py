@@ -110,12 +110,10 @@ def test_over_requests_by_hand() -> None:
     assert t_test_over_requests([*values, math.nan]) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([0.1] * 50, 0.0), ([-0.1] * 50, 0.0), ([0.0] * 50, 1.0), ([0.1], None), ([0.1, math.nan], None), ([], None)],
-)
-def test_over_requests_that_do_not_vary(values: list[float], expected: float | None) -> None:
-    assert t_test_over_requests(values) == expected
+@pytest.mark.parametrize("values", [[0.1] * 50, [0.1, 0.1], [0.0] * 50, [0.1], [0.1, math.nan], []])
+def test_requests_that_tell_nothing(values: list[float]) -> None:
+    """Few requests may well have the same difference by chance."""
+    assert t_test_over_requests(values) is None
 
 
 def test_the_interval_is_that_of_a_bootstrap_by_hand() -> None:
